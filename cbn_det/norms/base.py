@@ -1,0 +1,239 @@
+"""The contract that the small-batch norms share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import binding, clock
+from .binding import ConvBound
+from .functional import Moments, moments, normalize
+from .window import Window, moved
+
+
+@dataclass
+class Estimate:
+    """What a method takes for a layer's statistics in one training forward.
+
+    Attributes:
+        mean: [C]. What depends on the current mini-batch is detached (``share`` stands for it); other
+            dependencies, such as a conv bias, may carry gradient.
+        var: [C], biased, not negative; likewise.
+        share: number or [C]: the weight of the current mini-batch in the first and the second moment.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: Tensor | float
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread (activation checkpointing recomputes
+    forwards there)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
+
+    A subclass of ``nn.BatchNorm2d`` with exactly its five state keys, because code around a norm decides
+    by ``isinstance``: weight decay of norms, freezing, PreciseBN, weight loading. In evaluation it *is*
+    ``nn.BatchNorm2d``. It differs in training:
+
+    - statistics are float32 whatever the activations' dtype; the gradient is exact;
+    - empty input is returned as it is, with zero gradients and unchanged state;
+    - one value per channel is allowed (its variance is 0 where nothing else is remembered);
+    - what is remembered between iterations is read-only within an optimiser step: forwards stage what
+      they saw, and the first training forward after the step commits it. Forwards without gradient
+      (PreciseBN, the first pass of a re-entrant activation checkpoint) and recomputations inside a
+      backward pass never stage anything twice;
+    - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats` pools the
+      running statistics of all ranks, and should run before evaluation and saving.
+
+    Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it alone
+    and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
+
+    Args:
+        num_features: channels C of the input [N, C, H, W].
+        ema: what running statistics average. ``'pooled'``: first and second moments, so that the variance
+            *between* mini-batches counts, which one image's variance lacks; ``'batch'``: BatchNorm's rule.
+        momentum: of the running statistics; None for a cumulative average.
+        eps: added to the variance.
+        affine: whether there are a weight and a bias.
+
+    Raises:
+        ValueError: an option out of range; names the option and what it takes.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        ema: str = "pooled",
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
+        if ema not in ("pooled", "batch"):
+            raise ValueError(f"ema={ema!r}: expected 'pooled' or 'batch'")
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
+        self.ema = ema
+        self.steps = 0  # iterations (optimiser steps) that this layer took part in
+        self._seen = clock.now()
+        self._staged_forwards = 0
+        self._unrecorded = 0  # no-grad forwards that a recomputation may still record
+        self._window: Window | None = None
+        self._staged: dict[str, Tensor] = {}
+        clock.install()
+        binding.install()
+
+    # ---- what a method defines --------------------------------------------------------------------
+
+    def estimate(self, batch: Moments) -> Estimate:
+        """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
+        raise NotImplementedError
+
+    def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
+        """Takes note of one recorded forward; called without gradient, after :meth:`estimate`."""
+
+    def commit(self) -> None:
+        """Turns what the forwards of the finished iteration staged into memory."""
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's options with their present values, as ``type(self)(C, **options)`` takes."""
+        return {"ema": self.ema, "momentum": self.momentum, "eps": self.eps, "affine": self.affine}
+
+    # ---- forward ----------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        self._advance()
+        conv_input = self._take_conv_input()
+        if input.numel() == 0:
+            return self._pass_empty(input)
+        if self.needs_conv:
+            self._check_binding(input)
+        batch = moments(input)
+        estimate = self.estimate(batch)
+        output = normalize(
+            input, estimate.mean, estimate.var, self.weight, self.bias, estimate.share, self.eps
+        )
+        self._record(batch, estimate, input, conv_input, torch.is_grad_enabled())
+        return output
+
+    def _pass_empty(self, input: Tensor) -> Tensor:
+        if self.affine:  # an empty sum connects the affine parameters, with zero gradients
+            scale, shift = (p.to(input.dtype).view(1, -1, 1, 1) for p in (self.weight, self.bias))
+            return input * scale + shift
+        return input * 1.0
+
+    def _advance(self) -> None:
+        """Commits what was staged, once an optimiser has stepped since."""
+        if self._seen == clock.now():
+            return
+        self._seen = clock.now()
+        self._unrecorded = 0
+        if self._staged_forwards:
+            self.steps += 1
+            with torch.no_grad():
+                self.commit()
+            self._staged, self._staged_forwards = {}, 0
+
+    @torch.no_grad()
+    def _record(
+        self,
+        batch: Moments,
+        estimate: Estimate,
+        y: Tensor,
+        conv_input: Tensor | None,
+        with_grad: bool,
+    ) -> None:
+        recomputing = _in_backward()
+        if not recomputing:
+            # PreciseBN runs without gradient and wants the moments of the mini-batch itself
+            self._update_running(batch, estimate if with_grad else None)
+        if not with_grad:
+            self._unrecorded += 1
+            return
+        if not recomputing:
+            self._unrecorded = 0
+        elif self._unrecorded:
+            self._unrecorded -= 1
+        else:
+            return  # recorded when it ran for the first time
+        self.stage(batch, y.detach(), conv_input)
+        self._staged_forwards += 1
+
+    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
+        self.num_batches_tracked += 1
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / self.num_batches_tracked.to(batch.mean.dtype)
+        mean, var, count = batch.mean, batch.var, batch.count
+        if self.ema == "pooled" and estimate is not None:
+            mean, var, count = estimate.mean, estimate.var, batch.count / estimate.share
+        # BatchNorm keeps the unbiased variance; a single value has none
+        var = var * (count / torch.as_tensor(count - 1.0).clamp(min=1.0))
+        old_mean, old_var = self.running_mean, self.running_var
+        if self.ema == "pooled":  # variance of a mixture: within plus between its parts
+            var = var + (1.0 - momentum) * (mean - old_mean).square()
+        old_var.mul_(1.0 - momentum).add_((var * momentum).to(old_var.dtype))
+        old_mean.mul_(1.0 - momentum).add_((mean * momentum).to(old_mean.dtype))
+
+    # ---- memory -----------------------------------------------------------------------------------
+
+    def memory_state_dict(self) -> dict[str, Any]:
+        """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""
+        return {
+            "steps": self.steps,
+            "staged": dict(self._staged),
+            "staged_forwards": self._staged_forwards,
+            # whether an optimiser has stepped since: what was staged is then ready to be committed
+            "stepped": self._seen != clock.now(),
+            "window": None if self._window is None else self._window.state_dict(),
+        }
+
+    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`memory_state_dict` returned.
+
+        Raises:
+            ValueError: the state comes from a layer with another window.
+        """
+        device = self.running_mean.device
+        if (state["window"] is None) != (self._window is None):
+            raise ValueError("the saved memory comes from a norm of another kind or window")
+        if self._window is not None:
+            self._window.load_state_dict(state["window"], device)
+        self.steps = state["steps"]
+        self._staged = {key: value.to(device) for key, value in state["staged"].items()}
+        self._staged_forwards = state["staged_forwards"]
+        self._seen = clock.now() - int(state["stepped"])
+        self._unrecorded = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the clock is the process's; what counts elsewhere is whether it has moved since
+        return {**self.__dict__, "_seen": int(self._seen != clock.now()), "_conv_input": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = clock.now() - state["_seen"]
+        clock.install()
+        binding.install()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SmallBatchNorm2d:
+        super()._apply(fn, recurse)
+        self._staged = {key: moved(value, fn) for key, value in self._staged.items()}
+        if self._window is not None:
+            self._window.apply(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        return f"{self.num_features}, {options}"

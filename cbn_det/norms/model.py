@@ -1,0 +1,183 @@
+"""What concerns all norms of a model together: burn-in, ranks, memory, the table of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .base import SmallBatchNorm2d
+
+
+def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, SmallBatchNorm2d)}
+
+
+def resolve_burn_in(model: nn.Module, max_iter: int) -> None:
+    """Tells every layer the length of the schedule, in optimiser steps, that a fractional burn-in is a
+    fraction of."""
+    for layer in _layers(model).values():
+        if hasattr(layer, "resolve_burn_in"):
+            layer.resolve_burn_in(max_iter)
+
+
+def check_bindings(model: nn.Module) -> None:
+    """Refuses a model in which a norm that needs its convolution is bound to none.
+
+    Raises:
+        ValueError: names the layers and the remedy.
+    """
+    unbound = [
+        n for n, m in _layers(model).items() if m.training and m.needs_conv and m.conv is None
+    ]
+    if unbound:
+        name = type(model.get_submodule(unbound[0])).__name__.removesuffix("2d")
+        raise ValueError(
+            f"{len(unbound)} {name} layers are fed by no nn.Conv2d: {', '.join(unbound[:4])}"
+            f"{', ...' if len(unbound) > 4 else ''}. Deformable, transposed and Trident convolutions give"
+            f" no access to their statistics' derivative: use NORM: \"{name}(compensation='none')\" there,"
+            " or another norm."
+        )
+
+
+@torch.no_grad()
+def sync_running_stats(model: nn.Module) -> None:
+    """Pools the running statistics of all ranks, in place: the mean of the variances plus the variance
+    of the means.
+
+    Our norms never communicate in forward, so ranks' statistics drift apart until this runs: before
+    every evaluation and checkpoint. Every rank must call it. Ranks whose layer has seen no data (a mask
+    head without a RoI) do not count. Does nothing without an initialised process group.
+    """
+    layers = list(_layers(model).values())
+    if not layers or not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_world_size() == 1:
+        return
+    seen = torch.cat([(m.num_batches_tracked > 0).expand(m.num_features).float() for m in layers])
+    mean = torch.cat([m.running_mean.float() for m in layers])
+    var = torch.cat([m.running_var.float() for m in layers])
+    first = torch.stack([seen, seen * mean])
+    dist.all_reduce(first)
+    ranks = first[0].clamp(min=1.0)
+    pooled_mean = first[1] / ranks
+    pooled_var = seen * (var + (mean - pooled_mean).square())
+    dist.all_reduce(pooled_var)
+    pooled_var = pooled_var / ranks
+    pooled_mean = torch.where(first[0] > 0, pooled_mean, mean)
+    pooled_var = torch.where(first[0] > 0, pooled_var, var)
+    sizes = [m.num_features for m in layers]
+    for layer, mu, sigma2 in zip(
+        layers, pooled_mean.split(sizes), pooled_var.split(sizes), strict=True
+    ):
+        layer.running_mean.copy_(mu)
+        layer.running_var.copy_(sigma2)
+
+
+def memory_state_dict(model: nn.Module) -> dict[str, Any]:
+    """What the norms of a model remember between iterations (windows, step counts): plain tensors,
+    numbers and dicts, for a checkpoint. ``state_dict()`` stays BatchNorm's."""
+    return {name: layer.memory_state_dict() for name, layer in _layers(model).items()}
+
+
+def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Restores what :func:`memory_state_dict` returned for the same model.
+
+    Raises:
+        ValueError: the layers are not the same; names the first that differs.
+    """
+    layers = _layers(model)
+    different = sorted(layers.keys() ^ state.keys())
+    if different:
+        raise ValueError(
+            f"the saved norm memory is another model's: {len(different)} layers differ, the first is"
+            f" {different[0]}"
+        )
+    for name, layer in layers.items():
+        try:
+            layer.load_memory_state_dict(state[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def norm_diagnostics(model: nn.Module) -> dict[str, float]:
+    """Layer averages of what the norms report of their latest forward, as ``{"norm/clamped": ...}``.
+
+    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs; ``compensation_mean`` in
+    standard deviations; ``compensation_var`` relative to the variance. Empty before burn-in ends.
+    """
+    values: dict[str, list[torch.Tensor]] = {}
+    for layer in _layers(model).values():
+        for key, value in getattr(layer, "diagnostics", {}).items():
+            values.setdefault(f"norm/{key}", []).append(value)
+    return {key: float(torch.stack(v).mean()) for key, v in values.items()}
+
+
+@dataclass(frozen=True)
+class NormRow:
+    """One norm layer of a model."""
+
+    name: str
+    norm: str
+    options: str
+    channels: int
+    conv: str
+    trainable: bool
+
+
+def norm_rows(model: nn.Module) -> list[NormRow]:
+    """Every norm layer of a model, torch's and detectron2's included."""
+    names = {id(module): name for name, module in model.named_modules()}
+    rows = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        ours = isinstance(module, SmallBatchNorm2d)
+        if not (ours or "Norm" in kind) or list(module.children()):
+            continue
+        shown: dict[str, Any] = {}
+        if ours:
+            shown = module.options()
+            if getattr(module, "burn_in_steps", None) is not None:
+                shown["burn_in"] = f"{module.burn_in_steps} steps"
+        conv = module.conv if ours else None
+        rows.append(
+            NormRow(
+                name=name,
+                norm=kind,
+                options=", ".join(f"{k}={v}" for k, v in shown.items()),
+                channels=getattr(module, "num_features", getattr(module, "num_channels", 0)),
+                conv="" if conv is None else names.get(id(conv), "(outside this model)"),
+                trainable=any(p.requires_grad for p in module.parameters())
+                or (ours and module.training),
+            )
+        )
+    return rows
+
+
+def format_norm_table(rows: list[NormRow]) -> str:
+    """The rows as text, with a line of totals; options are printed once a kind."""
+    if not rows:
+        return "norms: none"
+    kinds: dict[tuple[str, str], list[NormRow]] = {}
+    for row in rows:
+        kinds.setdefault((row.norm, row.options), []).append(row)
+    lines = ["norms:"]
+    for (norm, options), group in kinds.items():
+        frozen = sum(not row.trainable for row in group)
+        lines.append(
+            f"  {norm}: {len(group)} layers"
+            + (f", {frozen} frozen" if frozen else "")
+            + (f"  [{options}]" if options else "")
+        )
+    width = max(len(row.name) for row in rows)
+    kind_width = max(len(row.norm) for row in rows)
+    for row in rows:
+        state = "trainable" if row.trainable else "frozen"
+        bound = f"  <- {row.conv}" if row.conv else ""
+        lines.append(
+            f"  {row.name:<{width}}  {row.norm:<{kind_width}}  {row.channels:>5}  {state}{bound}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""Norms by name: ``"CBN(window=8)"`` to a layer, and the one table of names."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+_NORMS: dict[str, type[nn.Module]] = {}
+
+T = TypeVar("T", bound=type[nn.Module])
+
+
+def register_norm(name: str) -> Callable[[T], T]:
+    """Class decorator: makes a norm valid wherever a config names one.
+
+    The class is called as ``cls(num_features, **options)`` with the options of the config string, which
+    are checked against its signature::
+
+        @register_norm("MyNorm")
+        class MyNorm2d(nn.BatchNorm2d):
+            def __init__(self, num_features, *, strength=1.0): ...
+
+        NORM: "MyNorm(strength=0.5)"
+
+    Raises:
+        ValueError: the name is taken or is no identifier.
+    """
+
+    def decorator(cls: T) -> T:
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} cannot name a norm: expected an identifier")
+        if _NORMS.get(name, cls) is not cls:
+            raise ValueError(f"a norm named {name!r} is registered already: {_NORMS[name]}")
+        _NORMS[name] = cls
+        return cls
+
+    return decorator
+
+
+def known_norms() -> tuple[str, ...]:
+    """The registered names."""
+    return tuple(_NORMS)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Option names and defaults of a registered norm."""
+    parameters = list(inspect.signature(_NORMS[name]).parameters.values())[1:]
+    return {
+        p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Splits ``"CBN(window=8)"`` into ``("CBN", {"window": 8})``; a bare name has no options.
+
+    Raises:
+        ValueError: not of that form; says what the form is.
+    """
+    text = spec.strip()
+    if text.isidentifier():
+        return text, {}
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+            raise ValueError("not a call with named options")
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if None in options or len(options) != len(call.keywords):
+            raise ValueError("an option without a name, or twice")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the norm {spec!r} ({error}). Expected a name, or a name with options and plain"
+            ' values, such as NORM: "CBN(window=8, burn_in=3000)"; as an override of a LazyConfig it needs'
+            " inner quotes: 'model.backbone.norm=\"CBN(window=8)\"'"
+        ) from None
+    return call.func.id, options
+
+
+def build_norm(spec: str, num_features: int, **defaults: Any) -> nn.Module:
+    """Builds the layer that a config string names.
+
+    Args:
+        spec: a registered name, with options in parentheses or without: ``"CBN(window=8)"``.
+        num_features: channels.
+        defaults: options that the string may override.
+
+    Raises:
+        ValueError: unknown name or option, or a value out of range; lists what is known.
+    """
+    name, options = parse_spec(spec)
+    if name not in _NORMS:
+        raise ValueError(f"unknown norm {name!r} in {spec!r}. Known: {', '.join(sorted(_NORMS))}")
+    known = options_of(name)
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        listed = ", ".join(f"{key}={value!r}" for key, value in known.items())
+        raise ValueError(
+            f"norm {spec!r}: {name} has no option {unknown[0]!r}. Its options: {listed}"
+        )
+    try:
+        return _NORMS[name](num_features, **{**defaults, **options})
+    except ValueError as error:
+        raise ValueError(f"norm {spec!r}: {error}") from error

@@ -1,0 +1,163 @@
+"""The registry hook: our norms, by name, wherever detectron2 takes a norm.
+
+``detectron2.layers.get_norm`` is a plain function with a literal table, imported by name into some
+twenty modules. :func:`register` puts another function in its place, in its home and in every module
+loaded so far that holds it; modules loaded later import the new one. What it does not know it leaves to
+the original.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from typing import Any
+
+import detectron2.layers.batch_norm as home
+from detectron2.config import CfgNode
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..norms import SmallBatchNorm2d, build_norm, known_norms, parse_spec
+
+logger = logging.getLogger(__name__)
+
+#: the names of detectron2's own table (it is rebuilt inside ``get_norm`` at each call)
+DETECTRON2_NORMS = (
+    "BN",
+    "SyncBN",
+    "FrozenBN",
+    "GN",
+    "nnSyncBN",
+    "naiveSyncBN",
+    "naiveSyncBN_N",
+    "LN",
+)
+
+NormSpec = str | Callable[[int], nn.Module] | None
+
+_original: Callable[[NormSpec, int], nn.Module | None] = home.get_norm
+_retinanet_hook: Any = None
+_built: Counter[str] = Counter()
+
+
+@wraps(_original)
+def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
+    if not isinstance(norm, str) or not norm or norm in DETECTRON2_NORMS:
+        return _original(norm, out_channels)
+    name, _ = parse_spec(norm)
+    if name in known_norms():
+        _built[norm] += 1
+        return build_norm(norm, out_channels)
+    try:  # a name that this detectron2 knows and we do not
+        return _original(norm, out_channels)
+    except KeyError:
+        raise ValueError(_unknown(norm)) from None
+
+
+def _unknown(norm: str) -> str:
+    ours, theirs = ", ".join(sorted(known_norms())), ", ".join(DETECTRON2_NORMS)
+    message = f"unknown norm {norm!r}. Known: {ours} (cbn_det), {theirs} (detectron2), '' for none"
+    if parse_spec(norm)[0] in DETECTRON2_NORMS:
+        message = f"norm {norm!r}: detectron2's {parse_spec(norm)[0]} takes no options. {message}"
+    return message
+
+
+def _rebind(old: Any, new: Any) -> None:
+    for name, module in list(sys.modules.items()):
+        if name == __name__:
+            continue
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if value is old:
+                setattr(module, key, new)
+
+
+def register() -> None:
+    """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever detectron2
+    takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does nothing."""
+    global _retinanet_hook
+    if home.get_norm is get_norm:
+        return
+    _rebind(_original, get_norm)
+    _retinanet_hook = register_module_module_registration_hook(_unshare_retinanet_norms)
+
+
+def unregister() -> None:
+    """Puts detectron2's own ``get_norm`` back everywhere."""
+    global _retinanet_hook
+    if home.get_norm is not get_norm:
+        return
+    _rebind(get_norm, _original)
+    _retinanet_hook.remove()
+    _retinanet_hook = None
+
+
+def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Gives each feature level statistics of its own, as RetinaNetHead does for "BN" and "SyncBN".
+
+    The head (and FCOS's, which inherits it) is one stack of convolutions run on five levels. It takes
+    detectron2's ``CycleBatchNormList`` only for those two names; shared by all levels, one norm would
+    mix their statistics and be called five times an iteration.
+    """
+    if not isinstance(parent, RetinaNetHead) or not isinstance(child, nn.Sequential):
+        return
+    levels = parent._num_features
+    for index, norm in enumerate(child):
+        if not isinstance(norm, SmallBatchNorm2d):
+            continue
+        conv = norm.conv
+        options = {key: value for key, value in norm.options().items() if key != "affine"}
+        cycle = CycleBatchNormList(
+            length=levels, bn_class=partial(type(norm), **options), num_features=norm.num_features
+        )
+        child[index] = cycle
+        for layer in cycle:
+            if layer.needs_conv and conv is not None:
+                layer.bind(conv)
+    logger.info(f"{type(parent).__name__}.{name}: statistics of {levels} levels are kept apart")
+
+
+def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every (key, value) of a config that names a norm: ``("MODEL.FPN.NORM", "CBN")``."""
+    for key, value in cfg.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from norm_keys(value, f"{path}.")
+        elif isinstance(value, str) and (key == "NORM" or key.endswith("_NORM")):
+            yield path, value
+
+
+def check_config_norms(cfg: CfgNode) -> None:
+    """Builds a layer for each norm of a config once, so that a mistake is told with its key; call it
+    before the model is built (:func:`unused_norms` counts from here).
+
+    Raises:
+        ValueError: an unknown name or option; names the config key and the known values.
+    """
+    _built.clear()
+    for key, value in norm_keys(cfg):
+        if not value or value in DETECTRON2_NORMS:
+            continue
+        try:
+            if parse_spec(value)[0] not in known_norms():
+                raise ValueError(_unknown(value))
+            build_norm(value, 32)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+
+
+def unused_norms(cfg: CfgNode) -> list[str]:
+    """Config keys that name one of our norms, but a norm that no layer was built from in this process.
+
+    Some heads take no norm, and some code compares names and falls through to "no norm" for those it
+    does not know; nothing else would tell.
+    """
+    return [
+        key
+        for key, value in norm_keys(cfg)
+        if value and value not in DETECTRON2_NORMS and not _built[value]
+    ]
