@@ -1,6 +1,7 @@
 """Small-batch detection for detectron2: ``NORM: "CBN"`` in any config.
 
-``cbn_det.register()`` makes the norms of :mod:`cbn_det.norms` valid wherever detectron2 takes a norm.
+``cbn_det.register()`` makes the norms of :mod:`cbn_det.norms` valid wherever detectron2 takes a
+norm.
 """
 
 __version__ = "0.1.0"

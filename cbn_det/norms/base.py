@@ -19,10 +19,11 @@ class Estimate:
     """What a method takes for a layer's statistics in one training forward.
 
     Attributes:
-        mean: [C]. What depends on the current mini-batch is detached (``share`` stands for it); other
-            dependencies, such as a conv bias, may carry gradient.
+        mean: [C]. What depends on the current mini-batch is detached (``share`` stands for it);
+            other dependencies, such as a conv bias, may carry gradient.
         var: [C], biased, not negative; likewise.
-        share: number or [C]: the weight of the current mini-batch in the first and the second moment.
+        share: number or [C]: the weight of the current mini-batch in the first and the second
+            moment.
     """
 
     mean: Tensor
@@ -31,35 +32,36 @@ class Estimate:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread (activation checkpointing recomputes
-    forwards there)."""
+    """Whether autograd is running a backward pass in this thread (activation checkpointing
+    recomputes forwards there)."""
     return torch._C._current_graph_task_id() != -1
 
 
 class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
-    A subclass of ``nn.BatchNorm2d`` with exactly its five state keys, because code around a norm decides
-    by ``isinstance``: weight decay of norms, freezing, PreciseBN, weight loading. In evaluation it *is*
-    ``nn.BatchNorm2d``. It differs in training:
+    A subclass of ``nn.BatchNorm2d`` with exactly its five state keys, because code around a norm
+    decides by ``isinstance``: weight decay of norms, freezing, PreciseBN, weight loading. In
+    evaluation it *is* ``nn.BatchNorm2d``. It differs in training:
 
     - statistics are float32 whatever the activations' dtype; the gradient is exact;
     - empty input is returned as it is, with zero gradients and unchanged state;
     - one value per channel is allowed (its variance is 0 where nothing else is remembered);
-    - what is remembered between iterations is read-only within an optimiser step: forwards stage what
-      they saw, and the first training forward after the step commits it. Forwards without gradient
-      (PreciseBN, the first pass of a re-entrant activation checkpoint) and recomputations inside a
-      backward pass never stage anything twice;
-    - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats` pools the
-      running statistics of all ranks, and should run before evaluation and saving.
+    - what is remembered between iterations is read-only within an optimiser step: forwards stage
+      what they saw, and the first training forward after the step commits it. Forwards without
+      gradient (PreciseBN, the first pass of a re-entrant activation checkpoint) and recomputations
+      inside a backward pass never stage anything twice;
+    - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats`
+      pools the running statistics of all ranks, and should run before evaluation and saving.
 
-    Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it alone
-    and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
+    Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it
+    alone and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
 
     Args:
         num_features: channels C of the input [N, C, H, W].
-        ema: what running statistics average. ``'pooled'``: first and second moments, so that the variance
-            *between* mini-batches counts, which one image's variance lacks; ``'batch'``: BatchNorm's rule.
+        ema: what running statistics average. ``'pooled'``: first and second moments, so that the
+            variance *between* mini-batches counts, which one image's variance lacks; ``'batch'``:
+            BatchNorm's rule.
         momentum: of the running statistics; None for a cumulative average.
         eps: added to the variance.
         affine: whether there are a weight and a bias.
@@ -80,6 +82,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if ema not in ("pooled", "batch"):
             raise ValueError(f"ema={ema!r}: expected 'pooled' or 'batch'")
+        if not eps >= 0.0:
+            raise ValueError(f"eps={eps!r}: expected a number of at least 0")
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
         self.ema = ema
@@ -92,7 +96,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         clock.install()
         binding.install()
 
-    # ---- what a method defines --------------------------------------------------------------------
+    # ---- what a method defines ----
 
     def estimate(self, batch: Moments) -> Estimate:
         """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
@@ -105,10 +109,11 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         """Turns what the forwards of the finished iteration staged into memory."""
 
     def options(self) -> dict[str, Any]:
-        """The constructor's options with their present values, as ``type(self)(C, **options)`` takes."""
+        """The constructor's options with their present values, as ``type(self)(C, **options)``
+        takes."""
         return {"ema": self.ema, "momentum": self.momentum, "eps": self.eps, "affine": self.affine}
 
-    # ---- forward ----------------------------------------------------------------------------------
+    # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -119,7 +124,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if input.numel() == 0:
             return self._pass_empty(input)
         if self.needs_conv:
-            self._check_binding(input)
+            self._check_binding(input, conv_input)
         batch = moments(input)
         estimate = self.estimate(batch)
         output = normalize(
@@ -142,7 +147,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._unrecorded = 0
         if self._staged_forwards:
             self.steps += 1
-            with torch.no_grad():
+            # not in a caller's inference mode: its tensors could not be written to later
+            with torch.inference_mode(False), torch.no_grad():
                 self.commit()
             self._staged, self._staged_forwards = {}, 0
 
@@ -187,7 +193,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         old_var.mul_(1.0 - momentum).add_((var * momentum).to(old_var.dtype))
         old_mean.mul_(1.0 - momentum).add_((mean * momentum).to(old_mean.dtype))
 
-    # ---- memory -----------------------------------------------------------------------------------
+    # ---- memory ----
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""

@@ -1,10 +1,10 @@
 """Which convolution feeds a norm.
 
-A norm is called as ``norm(y)`` and sees neither the weight nor the input of the convolution that made
-``y``. torch calls a hook whenever a submodule is assigned to its parent, which is enough to see that a
-norm was put into a convolution (detectron2's ``Conv2d`` wrapper) or right after one (``nn.Sequential``,
-torchvision's blocks). Nothing is patched, and what was inferred is checked against the autograd graph on
-the first training forward.
+A norm is called as ``norm(y)`` and sees neither the weight nor the input of the convolution that
+made ``y``. torch calls a hook whenever a submodule is assigned to its parent, which is enough to
+see that a norm was put into a convolution (detectron2's ``Conv2d`` wrapper) or right after one
+(``nn.Sequential``, torchvision's blocks). Nothing is patched, and what was inferred is checked
+against the autograd graph on the first training forward.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def install() -> None:
 class ConvBound:
     """Mixin of a norm (an ``nn.Module`` with ``num_features``) that can be bound to a convolution.
 
-    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm, not the
-    reverse. It is made of bound methods only, so that deepcopy and pickling carry it over.
+    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm, not
+    the reverse. It is made of bound methods only, so that deepcopy and pickling carry it over.
     """
 
     num_features: int
@@ -47,8 +47,8 @@ class ConvBound:
         return self.__dict__.get("_conv")
 
     def bind(self, conv: nn.Conv2d) -> None:
-        """Names the convolution whose output this layer normalises. Done by itself wherever the norm is
-        registered in, or right after, an ``nn.Conv2d``."""
+        """Names the convolution whose output this layer normalises. Done by itself wherever the
+        norm is registered in, or right after, an ``nn.Conv2d``."""
         self.unbind()
         handle = conv.register_forward_pre_hook(self._keep_input)
         self.__dict__.update(_conv=conv, _conv_handle=handle, _binding_checked=False)
@@ -69,21 +69,28 @@ class ConvBound:
         self.__dict__["_conv_input"] = None
         return kept
 
-    def _check_binding(self, y: Tensor) -> None:
-        """Raises a RuntimeError unless ``y`` is the output of the convolution this norm is bound to."""
-        if self.__dict__.get("_binding_checked"):
+    def _check_binding(self, y: Tensor, conv_input: Tensor | None) -> None:
+        """Raises a RuntimeError unless ``y`` is the output of the convolution this norm is bound
+        to."""
+        if self.__dict__.get("_binding_checked") and conv_input is not None:
             return
         name = type(self).__name__
         advice = (
-            f"{name} carries remembered statistics over to the present weight of the convolution before"
-            f" it. Use NORM: \"{name.removesuffix('2d')}(compensation='none')\" at this site, or call"
-            " norm.bind(conv)."
+            f"{name} carries remembered statistics over to the present weight of the convolution"
+            f" before it. Use NORM: \"{name.removesuffix('2d')}(compensation='none')\" at this"
+            " site, or call norm.bind(conv)."
         )
         if self.conv is None:
             raise RuntimeError(
-                f"{name}({self.num_features}) is bound to no convolution: it was registered neither in"
-                " nor right after an nn.Conv2d (deformable, transposed and Trident convolutions are"
-                f" none). {advice}"
+                f"{name}({self.num_features}) is bound to no convolution: it was registered neither"
+                " in nor right after an nn.Conv2d (deformable, transposed and Trident convolutions"
+                f" are none). {advice}"
+            )
+        if conv_input is None:
+            raise RuntimeError(
+                f"{name}({self.num_features}) did not see the input of {self.conv}, to which it is"
+                " bound: the convolution must be called as conv(x), once before each call of the"
+                f" norm. {advice}"
             )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and y.grad_fn is not None:
             problem = _mismatch(self.conv, y)
@@ -108,12 +115,17 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
 def _feeding_conv(parent: nn.Module, name: str) -> nn.Conv2d | None:
     if isinstance(parent, nn.Conv2d):
         return parent
-    before = [module for key, module in parent._modules.items() if key != name]
-    return before[-1] if before and isinstance(before[-1], nn.Conv2d) else None
+    before = None
+    for key, module in parent._modules.items():
+        if key == name:  # assigned anew: it keeps the place of the module that it replaces
+            break
+        before = module
+    return before if isinstance(before, nn.Conv2d) else None
 
 
 def _mismatch(conv: nn.Conv2d, y: Tensor) -> str | None:
-    """What the autograd graph of ``y`` says against its being the output of ``conv``; None if nothing."""
+    """What the autograd graph of ``y`` says against its being the output of ``conv``; None if
+    nothing."""
     node = y.grad_fn
     if "Convolution" not in node.name():
         return f"its input comes from {node.name()}, not from a convolution"

@@ -1,9 +1,9 @@
 """Cross-Iteration Batch Normalization (Yao, Cao, Zheng, Huang, Lin; CVPR 2021, arXiv 2002.05712).
 
-Statistics are averaged over the current mini-batch and those of the ``k - 1`` iterations before it. The
-weights have moved since, so each remembered statistic is first carried over to the present weight of the
-layer's own convolution, by a Taylor term (the paper's low-order approximation; the dependence on earlier
-layers' weights is neglected, as there)::
+Statistics are averaged over the current mini-batch and those of the ``k - 1`` iterations before
+it. The weights have moved since, so each remembered statistic is first carried over to the present
+weight of the layer's own convolution, by a Taylor term (the paper's low-order approximation; the
+dependence on earlier layers' weights is neglected, as there)::
 
     mu_{t-tau -> t} = mu_{t-tau} + < d mu_{t-tau} / dW, W_t - W_{t-tau} >
     nu_{t-tau -> t} = nu_{t-tau} + < d nu_{t-tau} / dW, W_t - W_{t-tau} >          nu = E[y**2]
@@ -11,16 +11,17 @@ layers' weights is neglected, as there)::
     nu  = 1/k sum_tau max(nu_{t-tau -> t}, mu_{t-tau -> t}**2)
     var = nu - mu**2
 
-What is remembered is a constant for the gradient, so the current mini-batch has the share 1/k in both
-moments. Two things are done otherwise than in the authors' code, with the same result up to rounding:
+What is remembered is a constant for the gradient, so the current mini-batch has the share 1/k in
+both moments. Two things are done otherwise than in the authors' code, with the same result up to
+rounding:
 
 - Both derivatives are closed forms of the convolution's input and output (:func:`.mean_patch`,
   :func:`.variance_gradient`), no ``autograd.grad``; and no old weight is kept, only the scalars
-  ``<d mu / dW, W>`` and ``<d var / dW, W>`` of the time. A derivative estimated on few positions then
-  has its noise multiplied by the small weight change only.
+  ``<d mu / dW, W>`` and ``<d var / dW, W>`` of the time. A derivative estimated on few positions
+  then has its noise multiplied by the small weight change only.
 - An entry holds the mean and the *variance*. With ``dmu`` and ``dvar`` the two linear terms,
-  ``nu - mu**2`` of the compensated entry is ``var + dvar - dmu**2``, which the paper's max clamps at 0;
-  written so, nothing cancels.
+  ``nu - mu**2`` of the compensated entry is ``var + dvar - dmu**2``, which the paper's max clamps
+  at 0; written so, nothing cancels.
 """
 
 from __future__ import annotations
@@ -51,26 +52,31 @@ UNRESOLVED_BURN_IN = 2000
 
 @register_norm("CBN")
 class CBN2d(SmallBatchNorm2d):
-    """Cross-Iteration BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
+    """Cross-Iteration BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and
+    evaluation.
 
     Args:
         num_features: channels C.
         window: iterations averaged over, the current one included (k in the paper; 1 is BatchNorm).
-        burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a number
-            of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned into steps by
-            :func:`cbn_det.norms.resolve_burn_in` (the trainer calls it with ``SOLVER.MAX_ITER``). Where
-            nobody does, the first forward warns and takes ``UNRESOLVED_BURN_IN`` steps.
+        burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a
+            number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned into
+            steps by :func:`cbn_det.norms.resolve_burn_in` (the trainer calls it with
+            ``SOLVER.MAX_ITER``). Where nobody does, the first forward warns and takes
+            ``UNRESOLVED_BURN_IN`` steps.
         compensation: how a remembered entry is carried over to the present weight.
-            ``'taylor'``: the paper's rule. ``'central'``: the variance itself is linearised, which leaves
-            out the always negative ``-dmu**2``. ``'exact'``: by the covariance of the input patches,
-            exact in the layer's own weight; ``(C_in / groups * kh * kw) ** 2`` numbers a group and an
-            entry, smaller than the weight gradient for 1x1 convolutions with ``C_in <= C_out`` and large
-            otherwise. ``'none'``: as it is ("naive CBN"; the only one that needs no convolution).
-        positions: number of output positions a forward that ``d var / dW`` is estimated on, taken as a
-            crop of each feature map or a slice of the RoIs; None means all. Means always use all.
-        cutoff: None, or the largest relative change ``|dvar| / var`` at which an entry still counts for a
-            channel. Beyond it the linear term is no longer valid (the neglected quadratic term is at
-            least ``(dvar / var)**2 / 4`` of the variance), and that channel averages over fewer entries.
+            ``'taylor'``: the paper's rule. ``'central'``: the variance itself is linearised, which
+            leaves out the always negative ``-dmu**2``. ``'exact'``: by the covariance of the input
+            patches, exact in the layer's own weight; ``(C_in / groups * kh * kw) ** 2`` numbers a
+            group and an entry, smaller than the weight gradient for 1x1 convolutions with ``C_in
+            <= C_out`` and large otherwise. ``'none'``: as it is ("naive CBN"; the only one that
+            needs no convolution).
+        positions: number of output positions a forward that ``d var / dW`` is estimated on, taken
+            as a crop of each feature map or a slice of the RoIs; None means all. Means always use
+            all.
+        cutoff: None, or the largest relative change ``|dvar| / var`` at which an entry still
+            counts for a channel. Beyond it the linear term is no longer valid (the neglected
+            quadratic term is at least ``(dvar / var)**2 / 4`` of the variance), and that channel
+            averages over fewer entries.
         ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
 
     Raises:
@@ -94,9 +100,9 @@ class CBN2d(SmallBatchNorm2d):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
-        if not isinstance(window, int) or window < 1:
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ValueError(
-                f"window={window!r}: expected an int of at least 1 (it counts the current iteration)"
+                f"window={window!r}: expected an int, 1 or more (it counts the current iteration)"
             )
         if compensation not in COMPENSATIONS:
             raise ValueError(f"compensation={compensation!r}: expected one of {COMPENSATIONS}")
@@ -109,8 +115,8 @@ class CBN2d(SmallBatchNorm2d):
             or (isinstance(burn_in, float) and 0.0 < burn_in < 1.0)
         ):
             raise ValueError(
-                f"burn_in={burn_in!r}: expected an int (optimiser steps, 0 or more) or a float between 0"
-                " and 1 (fraction of SOLVER.MAX_ITER)"
+                f"burn_in={burn_in!r}: expected an int (optimiser steps, 0 or more) or a float"
+                " between 0 and 1 (fraction of SOLVER.MAX_ITER)"
             )
         self.window = window
         self.burn_in = burn_in
@@ -119,8 +125,9 @@ class CBN2d(SmallBatchNorm2d):
         self.positions = positions
         self.cutoff = cutoff
         self._window = Window(window - 1) if window > 1 else None
-        #: of the latest forward, 0-dim tensors: share of (entry, channel) pairs clamped or dropped, and
-        #: mean size of the compensation relative to the standard deviation (mean) and variance
+        #: of the latest forward, 0-dim tensors: share of (entry, channel) pairs clamped or
+        #: dropped, and mean size of the compensation relative to the standard deviation (mean) and
+        #: variance
         self.diagnostics: dict[str, Tensor] = {}
 
     def options(self) -> dict[str, Any]:
@@ -138,20 +145,21 @@ class CBN2d(SmallBatchNorm2d):
         return self.compensation != "none" and self.window > 1
 
     def resolve_burn_in(self, max_iter: int) -> None:
-        """Turns a fractional ``burn_in`` into optimiser steps of a schedule of ``max_iter`` steps."""
+        """Turns a fractional ``burn_in`` into optimiser steps of a schedule of ``max_iter``
+        steps."""
         if isinstance(self.burn_in, float):
             self.burn_in_steps = round(self.burn_in * max_iter)
 
-    # ---- the method -------------------------------------------------------------------------------
+    # ---- the method ----
 
     def estimate(self, batch: Moments) -> Estimate:
         if self.burn_in_steps is None:
             self.burn_in_steps = UNRESOLVED_BURN_IN
             warnings.warn(
-                f"burn_in={self.burn_in!r} is a fraction of a schedule that this CBN layer was not told:"
-                f" taking {UNRESOLVED_BURN_IN} optimiser steps. Call"
-                " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give burn_in as an"
-                " int.",
+                f"burn_in={self.burn_in!r} is a fraction of a schedule that this CBN layer was not"
+                f" told: taking {UNRESOLVED_BURN_IN} optimiser steps. Call"
+                " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give burn_in"
+                " as an int.",
                 stacklevel=4,
             )
         if self._window is None or len(self._window) == 0:
@@ -160,13 +168,16 @@ class CBN2d(SmallBatchNorm2d):
         mean, var, valid = self._compensated()
         entries = 1 + valid.sum(0)  # [C]
         zero = mean.new_zeros(())
-        mean_now = (batch.mean + torch.where(valid, mean, zero).sum(0)) / entries
+        # masked before they are used: the gradient of an unused branch is 0 * inf otherwise
+        mean, var = torch.where(valid, mean, zero), torch.where(valid, var, zero)
+        mean_now = (batch.mean + mean.sum(0)) / entries
         spread = torch.where(valid, var + (mean - mean_now).square(), zero).sum(0)
         var_now = (batch.var + (batch.mean - mean_now).square() + spread) / entries
         return Estimate(mean_now, var_now, 1.0 / entries)
 
     def _compensated(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and validity of every remembered entry at the present weight: [E, C] each."""
+        """Mean, variance and validity of every remembered entry at the present weight: [E, C]
+        each."""
         mean, var = self._window["mean"], self._window["var"]
         change = torch.zeros_like(var)
         if "patch" in self._window:
@@ -180,8 +191,8 @@ class CBN2d(SmallBatchNorm2d):
                     "compensation_mean": (mean_change.abs() / std).mean(),
                     "compensation_var": (change.abs() / (var + self.eps)).mean(),
                 }
-            if self.conv.bias is not None:
-                mean = mean + self.conv.bias.to(mean.dtype)
+        if self.needs_conv and self.conv.bias is not None:
+            mean = mean + self.conv.bias.to(mean.dtype)
         moved_var = var + change
         # a step that overflowed and was skipped by a GradScaler leaves its forward behind
         valid = torch.isfinite(mean) & torch.isfinite(moved_var)
@@ -193,7 +204,8 @@ class CBN2d(SmallBatchNorm2d):
         return mean, moved_var.clamp(min=0), valid
 
     def _changes(self) -> tuple[Tensor, Tensor]:
-        """First-order changes of mean and variance of every entry: [E, C] each, without gradient."""
+        """First-order changes of mean and variance of every entry: [E, C] each, without
+        gradient."""
         window = self._window
         patch = window["patch"]  # [E, groups, d]
         weight = self._flat_weight(patch.dtype)
@@ -212,8 +224,11 @@ class CBN2d(SmallBatchNorm2d):
         if self._window is None or self.steps < self.burn_in_steps:
             return
         row = {"mean": batch.mean, "var": batch.var}
-        if self.needs_conv and self.conv.weight.requires_grad:
-            row |= self._derivatives(batch, y, conv_input)
+        if self.needs_conv:
+            with torch.enable_grad():  # a parametrised weight is computed anew whenever it is read
+                trainable = self.conv.weight.requires_grad
+            if trainable:
+                row |= self._derivatives(batch, y, conv_input)
             if self.conv.bias is not None:
                 row["mean"] = batch.mean - self.conv.bias.detach().to(batch.mean.dtype)
         self._staged = self._pooled(row)
@@ -231,7 +246,8 @@ class CBN2d(SmallBatchNorm2d):
     def _pooled(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         """The iteration's entry after one more forward: every forward counts the same.
 
-        Pooling adds the spread between forwards to the variance, and its derivative to the derivative.
+        Pooling adds the spread between forwards to the variance, and its derivative to the
+        derivative.
         """
         if self._staged.keys() >= row.keys():
             old, share = self._staged, 1.0 / (self._staged_forwards + 1)

@@ -1,10 +1,10 @@
 """The iteration clock: one optimiser step is one iteration.
 
-Layers must tell the forwards of one iteration (gradient accumulation, a head shared by several feature
-levels) from the next iteration. Weight versions do not show it, because fused optimisers leave them
-alone, and counting forwards miscounts under accumulation. Every torch optimiser runs the hooks of
-``register_optimizer_step_post_hook`` after it has stepped; a step that a GradScaler skipped never gets
-there.
+Layers must tell the forwards of one iteration (gradient accumulation, a head shared by several
+feature levels) from the next iteration. Weight versions do not show it, because fused optimisers
+leave them alone, and counting forwards miscounts under accumulation. Every torch optimiser runs
+the hooks of ``register_optimizer_step_post_hook`` after it has stepped; a step that a GradScaler
+skipped never gets there.
 """
 
 from __future__ import annotations

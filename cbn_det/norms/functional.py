@@ -1,9 +1,9 @@
 """Tensor functions behind the norms: moments, normalisation with an exact backward pass, and how a
 convolution's output statistics depend on its weight.
 
-Throughout, ``y = W * x`` is a convolution's output ``[N, C_out, H, W]``, ``p`` the input patch seen by
-one output position, and ``M = N * H * W`` the number of positions. Statistics are per channel and in
-float32 (float64 for float64 input), whatever the dtype of the activations.
+Throughout, ``y = W * x`` is a convolution's output ``[N, C_out, H, W]``, ``p`` the input patch
+seen by one output position, and ``M = N * H * W`` the number of positions. Statistics are per
+channel and in float32 (float64 for float64 input), whatever the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -84,22 +84,18 @@ class _Normalize(torch.autograd.Function):
         w = torch.ones_like(mean) if w is None else w
         share = share.to(mean.device)
         grad = grad.contiguous(memory_format=torch.channels_last) if _is_nhwc(x) else grad
-        # BatchNorm's own backward kernel with our statistics: the gradient for share 1, and the sums
-        # of grad and grad * x_hat that every other gradient below is made of, in fused passes.
+        # BatchNorm's own backward kernel with our statistics: the gradient for share 1, and the
+        # sums of grad and grad * x_hat that every other gradient below is made of, in fused passes.
         dx, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
             grad, x, w, None, None, mean, invstd, True, ctx.eps, [True, True, True]
         )
         scale = w * invstd
         if not ctx.share_is_one and ctx.needs_input_grad[0]:
-            # add back (1 - share) of both projection terms: affine in x, channel by channel
+            # add back (1 - share) of both projection terms, which are affine in x_hat: a batch
+            # norm of their own, whose kernel is fused and computes in float32 also for 16-bit x
             rest = (1.0 - share) * scale * (x.shape[1] / x.numel())
-            slope = rest * sum_gx * invstd
-            offset = rest * sum_g - slope * mean
-            dtype = (
-                torch.promote_types(dx.dtype, slope.dtype) if dx.dtype.itemsize > 2 else dx.dtype
-            )
-            slope, offset = (t.to(dtype).view(1, -1, 1, 1) for t in (slope, offset))
-            dx = dx.add_(torch.addcmul(offset, x, slope))
+            var = invstd.square().reciprocal()
+            dx = dx.add_(F.batch_norm(x, mean, var, rest * sum_gx, rest * sum_g, eps=0.0))
         d_mean = -scale * sum_g if ctx.needs_input_grad[1] else None
         d_var = -0.5 * scale * invstd * sum_gx if ctx.needs_input_grad[2] else None
         weight_dtype, bias_dtype = ctx.affine_dtypes
@@ -131,11 +127,12 @@ def normalize(
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the exact gradient of an estimate.
 
-    ``mean`` and ``var`` are an estimate in which the moments of ``x`` itself take part with ``share``:
-    ``mean = share * E[x] + a`` and ``var + mean**2 = share * E[x**2] + b``. With ``g`` the gradient at
-    the normalised value, ``dL/dx = (g - share * E[g] - share * x_hat * E[g * x_hat]) / std``: BatchNorm's
-    backward pass with both projection terms multiplied by ``share`` (1 gives BatchNorm, 0 a frozen
-    norm). ``a`` and ``b`` receive their gradient through ``mean`` and ``var`` where those require one.
+    ``mean`` and ``var`` are an estimate in which the moments of ``x`` itself take part with
+    ``share``: ``mean = share * E[x] + a`` and ``var + mean**2 = share * E[x**2] + b``. With ``g``
+    the gradient at the normalised value, ``dL/dx = (g - share * E[g] - share * x_hat * E[g *
+    x_hat]) / std``: BatchNorm's backward pass with both projection terms multiplied by ``share``
+    (1 gives BatchNorm, 0 a frozen norm). ``a`` and ``b`` receive their gradient through ``mean``
+    and ``var`` where those require one.
 
     Args:
         x: [N, C, H, W], non-empty; the output has its dtype and memory format.
@@ -183,7 +180,8 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of output positions of some images: images [n0, n1), rows [i0, i1), columns [j0, j1)."""
+    """A box of output positions of some images: images [n0, n1), rows [i0, i1), columns [j0,
+    j1)."""
 
     n0: int
     n1: int
@@ -193,21 +191,23 @@ class Crop:
     j1: int
 
 
-# Of a feature map at least this many positions are taken together, so that many small maps (RoIs) are
-# sampled as a slice of whole maps and few large ones as a crop of each.
+# Of a feature map at least this many positions are taken together, so that many small maps (RoIs)
+# are sampled as a slice of whole maps and few large ones as a crop of each.
 _CROP_POSITIONS = 256
 
 
 def choose_crop(shape: tuple[int, ...], positions: int | None, turn: int) -> Crop | None:
     """The output positions that a conv statistic is estimated on.
 
-    Contiguous positions only: strided or scattered ones save no time in convolution kernels. The place
-    walks over the map with ``turn`` along a low-discrepancy sequence, so that it is the same in a
-    repeated run, needs no random state, and covers the map evenly over iterations.
+    Contiguous positions only: strided or scattered ones save no time in convolution kernels. The
+    map is cut into tiles, and the tile walks with ``turn`` along a low-discrepancy sequence, so
+    that it is the
+    same in a repeated run, needs no random state, and visits every position equally often:
+    borders, where there is padding, count neither more nor less than the rest.
 
     Args:
         shape: (N, C, H, W) of the convolution's output.
-        positions: how many output positions to use, all together; None means all.
+        positions: about how many output positions to use, all together; None means all.
         turn: a counter, one more each iteration.
 
     Returns:
@@ -216,30 +216,34 @@ def choose_crop(shape: tuple[int, ...], positions: int | None, turn: int) -> Cro
     n, _, height, width = shape
     if positions is None or positions >= n * height * width:
         return None
-    each = min(height * width, max(positions // n, _CROP_POSITIONS))
+    each = min(height * width, max(positions // n, min(positions, _CROP_POSITIONS)))
     images = max(1, min(n, positions // each))
     rows = min(height, max(1, round((each * height / width) ** 0.5)))
     columns = min(width, max(1, each // rows))
     rows = min(height, max(1, each // columns))
 
-    def place(size: int, extent: int, step: float) -> int:
-        return int((turn * step % 1.0) * (extent - size + 1))
+    def tile(size: int, extent: int, step: float) -> tuple[int, int]:
+        # tiles of nearly equal size, each as likely as it is large
+        tiles = max(1, round(extent / size))
+        at = (int((turn * step % 1.0) * extent) * tiles + tiles - 1) // extent
+        return at * extent // tiles, (at + 1) * extent // tiles
 
-    n0 = place(images, n, 0.8191725134)
-    i0 = place(rows, height, 0.6710436067)
-    j0 = place(columns, width, 0.5497004779)
-    return Crop(n0, n0 + images, i0, i0 + rows, j0, j0 + columns)
+    return Crop(
+        *tile(images, n, 0.8191725134),
+        *tile(rows, height, 0.6710436067),
+        *tile(columns, width, 0.5497004779),
+    )
 
 
 def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[Tensor, Tensor]:
     """The crop of ``y`` and the part of the padded ``x`` that it is computed from."""
     y = y[crop.n0 : crop.n1, :, crop.i0 : crop.i1, crop.j0 : crop.j1]
     x = x[crop.n0 : crop.n1]
-    left, right, top, bottom = geometry.pad
+    left, _, top, _ = geometry.pad
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
     if geometry.pad_mode != "constant":
         x = geometry.padded(x)
-        left = right = top = bottom = 0
+        left = top = 0
     r0, r1 = crop.i0 * sh - top, (crop.i1 - 1) * sh - top + dh * (kh - 1) + 1
     c0, c1 = crop.j0 * sw - left, (crop.j1 - 1) * sw - left + dw * (kw - 1) + 1
     height, width = x.shape[2:]
@@ -251,8 +255,9 @@ def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[
 def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> Tensor:
     """Mean input patch ``E[p]`` over all output positions, the exact derivative of a mean by W.
 
-    ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mean / dW``, the same for every output
-    channel of a group (arXiv 2002.05712, the derivative in Eq. of the compensated mean, in closed form).
+    ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mean / dW``, the same for every
+    output channel of a group (arXiv 2002.05712, the derivative in Eq. of the compensated mean, in
+    closed form).
 
     Args:
         x: [N, C_in, H_in, W_in], the convolution's input.
@@ -336,7 +341,8 @@ def variance_gradient(
 def patch_covariance(
     x: Tensor, y: Tensor, patch: Tensor, geometry: ConvGeometry, crop: Crop | None
 ) -> Tensor:
-    """Covariance of the input patches, ``E[(p - E[p]) (p - E[p])^T]``: the variance for *any* weight.
+    """Covariance of the input patches, ``E[(p - E[p]) (p - E[p])^T]``: the variance for *any*
+    weight.
 
     ``var(y_j) = w_j^T S w_j`` holds exactly, at ``d * d`` numbers a group with
     ``d = C_in / groups * kh * kw``.

@@ -17,8 +17,8 @@ def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
 
 
 def resolve_burn_in(model: nn.Module, max_iter: int) -> None:
-    """Tells every layer the length of the schedule, in optimiser steps, that a fractional burn-in is a
-    fraction of."""
+    """Tells every layer the length of the schedule, in optimiser steps, that a fractional burn-in
+    is a fraction of."""
     for layer in _layers(model).values():
         if hasattr(layer, "resolve_burn_in"):
             layer.resolve_burn_in(max_iter)
@@ -37,20 +37,20 @@ def check_bindings(model: nn.Module) -> None:
         name = type(model.get_submodule(unbound[0])).__name__.removesuffix("2d")
         raise ValueError(
             f"{len(unbound)} {name} layers are fed by no nn.Conv2d: {', '.join(unbound[:4])}"
-            f"{', ...' if len(unbound) > 4 else ''}. Deformable, transposed and Trident convolutions give"
-            f" no access to their statistics' derivative: use NORM: \"{name}(compensation='none')\" there,"
-            " or another norm."
+            f"{', ...' if len(unbound) > 4 else ''}. Deformable, transposed and Trident"
+            " convolutions give no access to the derivative of their statistics: use"
+            f" NORM: \"{name}(compensation='none')\" there, or another norm."
         )
 
 
 @torch.no_grad()
 def sync_running_stats(model: nn.Module) -> None:
-    """Pools the running statistics of all ranks, in place: the mean of the variances plus the variance
-    of the means.
+    """Pools the running statistics of all ranks, in place: the mean of the variances plus the
+    variance of the means.
 
     Our norms never communicate in forward, so ranks' statistics drift apart until this runs: before
-    every evaluation and checkpoint. Every rank must call it. Ranks whose layer has seen no data (a mask
-    head without a RoI) do not count. Does nothing without an initialised process group.
+    every evaluation and checkpoint. Every rank must call it. Ranks whose layer has seen no data (a
+    mask head without a RoI) do not count. Does nothing without an initialised process group.
     """
     layers = list(_layers(model).values())
     if not layers or not dist.is_available() or not dist.is_initialized():
@@ -93,7 +93,7 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     different = sorted(layers.keys() ^ state.keys())
     if different:
         raise ValueError(
-            f"the saved norm memory is another model's: {len(different)} layers differ, the first is"
+            f"the saved norm memory is another model's: {len(different)} layers differ, first"
             f" {different[0]}"
         )
     for name, layer in layers.items():
@@ -104,10 +104,12 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def norm_diagnostics(model: nn.Module) -> dict[str, float]:
-    """Layer averages of what the norms report of their latest forward, as ``{"norm/clamped": ...}``.
+    """Layer averages of what the norms report of their latest forward, as ``{"norm/clamped":
+    ...}``.
 
-    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs; ``compensation_mean`` in
-    standard deviations; ``compensation_var`` relative to the variance. Empty before burn-in ends.
+    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs;
+    ``compensation_mean`` in standard deviations; ``compensation_var`` relative to the variance.
+    Empty before burn-in ends.
     """
     values: dict[str, list[torch.Tensor]] = {}
     for layer in _layers(model).values():

@@ -17,8 +17,8 @@ T = TypeVar("T", bound=type[nn.Module])
 def register_norm(name: str) -> Callable[[T], T]:
     """Class decorator: makes a norm valid wherever a config names one.
 
-    The class is called as ``cls(num_features, **options)`` with the options of the config string, which
-    are checked against its signature::
+    The class is called as ``cls(num_features, **options)`` with the options of the config string,
+    which are checked against its signature::
 
         @register_norm("MyNorm")
         class MyNorm2d(nn.BatchNorm2d):
@@ -72,9 +72,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise ValueError("an option without a name, or twice")
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"cannot read the norm {spec!r} ({error}). Expected a name, or a name with options and plain"
-            ' values, such as NORM: "CBN(window=8, burn_in=3000)"; as an override of a LazyConfig it needs'
-            " inner quotes: 'model.backbone.norm=\"CBN(window=8)\"'"
+            f"cannot read the norm {spec!r} ({error}). Expected a name, or a name with options and"
+            ' plain values, such as NORM: "CBN(window=8, burn_in=3000)"; as an override of a'
+            " LazyConfig it needs inner quotes: 'model.backbone.norm=\"CBN(window=8)\"'"
         ) from None
     return call.func.id, options
 
@@ -102,5 +102,5 @@ def build_norm(spec: str, num_features: int, **defaults: Any) -> nn.Module:
         )
     try:
         return _NORMS[name](num_features, **{**defaults, **options})
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"norm {spec!r}: {error}") from error

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``fn(tensor)`` as ``Module._apply`` calls it, but never below float32: ``model.half()`` is about
-    weights, and statistics do not survive it."""
+    """``fn(tensor)`` as ``Module._apply`` calls it, but never below float32: ``model.half()`` is
+    about weights, and statistics do not survive it."""
     result = fn(tensor)
     if result.dtype.is_floating_point and result.dtype.itemsize < 4:
         return tensor.to(result.device)
@@ -21,8 +21,8 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 class Window:
     """A ring buffer of the last ``capacity`` entries; an entry is a dict of tensors.
 
-    Entries are kept stacked, ``[capacity, ...]`` a key, so that all of them are evaluated as one batched
-    product. The order within the buffer is not that of time.
+    Entries are kept stacked, ``[capacity, ...]`` a key, so that all of them are evaluated as one
+    batched product. The order within the buffer is not that of time.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,8 +41,8 @@ class Window:
         return self._stacked[key][: len(self)]
 
     def push(self, entry: dict[str, Tensor]) -> None:
-        """Adds an entry in place of the oldest. Entries of other keys than those before (a convolution
-        was frozen, say) are not comparable and empty the window first."""
+        """Adds an entry in place of the oldest. Entries of other keys than those before (a
+        convolution was frozen, say) are not comparable and empty the window first."""
         if self._stacked.keys() != entry.keys():
             self.clear()
             self._stacked = {
@@ -68,7 +68,8 @@ class Window:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         if state["capacity"] != self.capacity:
             raise ValueError(
-                f"the saved memory has window={state['capacity'] + 1}, this layer {self.capacity + 1}"
+                f"the saved memory has window={state['capacity'] + 1}, this layer has"
+                f" window={self.capacity + 1}"
             )
         self._pushed = state["pushed"]
         self._stacked = {key: value.to(device).clone() for key, value in state["stacked"].items()}

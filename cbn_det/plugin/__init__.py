@@ -1,5 +1,5 @@
-"""The detectron2 side: the norm registry hook, training, data sets. The only package here that imports
-detectron2."""
+"""The detectron2 side: the norm registry hook, training, data sets. The only package here that
+imports detectron2."""
 
 import warnings
 
@@ -19,14 +19,14 @@ def _check_versions() -> None:
     oldest, newest = TESTED_TORCH
     if not oldest <= version <= newest:
         warnings.warn(
-            f"cbn_det was tested with torch {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}; this is"
-            f" {torch.__version__}. Its tests (`make test`) tell whether it works here.",
+            f"cbn_det was tested with torch {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]};
+            this is" f" {torch.__version__}. Its tests (`make test`) tell whether it works here.",
             stacklevel=3,
         )
     if detectron2.__version__ != TESTED_DETECTRON2:
         warnings.warn(
-            f"cbn_det was tested with detectron2 {TESTED_DETECTRON2} at commit {DETECTRON2_COMMIT[:7]};"
-            f" this is {detectron2.__version__}.",
+            f"cbn_det was tested with detectron2 {TESTED_DETECTRON2} at commit
+            {DETECTRON2_COMMIT[:7]};" f" this is {detectron2.__version__}.",
             stacklevel=3,
         )
 

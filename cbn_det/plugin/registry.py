@@ -2,8 +2,8 @@
 
 ``detectron2.layers.get_norm`` is a plain function with a literal table, imported by name into some
 twenty modules. :func:`register` puts another function in its place, in its home and in every module
-loaded so far that holds it; modules loaded later import the new one. What it does not know it leaves to
-the original.
+loaded so far that holds it; modules loaded later import the new one. What it does not know it
+leaves to the original.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def _rebind(old: Any, new: Any) -> None:
 
 
 def register() -> None:
-    """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever detectron2
+    """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever
+    detectron2
     takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does nothing."""
     global _retinanet_hook
     if home.get_norm is get_norm:
@@ -99,9 +100,9 @@ def unregister() -> None:
 def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Gives each feature level statistics of its own, as RetinaNetHead does for "BN" and "SyncBN".
 
-    The head (and FCOS's, which inherits it) is one stack of convolutions run on five levels. It takes
-    detectron2's ``CycleBatchNormList`` only for those two names; shared by all levels, one norm would
-    mix their statistics and be called five times an iteration.
+    The head (and FCOS's, which inherits it) is one stack of convolutions run on five levels. It
+    takes detectron2's ``CycleBatchNormList`` only for those two names; shared by all levels, one
+    norm would mix their statistics and be called five times an iteration.
     """
     if not isinstance(parent, RetinaNetHead) or not isinstance(child, nn.Sequential):
         return
@@ -132,8 +133,8 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_config_norms(cfg: CfgNode) -> None:
-    """Builds a layer for each norm of a config once, so that a mistake is told with its key; call it
-    before the model is built (:func:`unused_norms` counts from here).
+    """Builds a layer for each norm of a config once, so that a mistake is told with its key; call
+    it before the model is built (:func:`unused_norms` counts from here).
 
     Raises:
         ValueError: an unknown name or option; names the config key and the known values.
@@ -151,10 +152,11 @@ def check_config_norms(cfg: CfgNode) -> None:
 
 
 def unused_norms(cfg: CfgNode) -> list[str]:
-    """Config keys that name one of our norms, but a norm that no layer was built from in this process.
+    """Config keys that name one of our norms, but a norm that no layer was built from in this
+    process.
 
-    Some heads take no norm, and some code compares names and falls through to "no norm" for those it
-    does not know; nothing else would tell.
+    Some heads take no norm, and some code compares names and falls through to "no norm" for those
+    it does not know; nothing else would tell.
     """
     return [
         key
