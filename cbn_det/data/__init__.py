@@ -1,0 +1,15 @@
+"""Data: the built-in digits detection set, and checks of COCO-format sets before training."""
+
+from cbn_det.data.coco_check import CocoReport, check_coco
+from cbn_det.data.digits import DIGITS_NAMES, default_root, digits_paths, write_digits
+from cbn_det.data.errors import DataError
+
+__all__ = [
+    "CocoReport",
+    "DIGITS_NAMES",
+    "DataError",
+    "check_coco",
+    "default_root",
+    "digits_paths",
+    "write_digits",
+]

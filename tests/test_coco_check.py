@@ -1,0 +1,340 @@
+"""Bad input is refused before training, with the file, the id and the fix; COCO's quirks pass."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from PIL import Image
+
+from cbn_det.data import DataError, check_coco
+
+POLYGON = [[10, 10, 30, 10, 30, 30]]
+
+
+class TinySet:
+    """Three images of 64 x 48, category ids with a gap, one image without an object."""
+
+    def __init__(self, root: Path) -> None:
+        self.images = root / "images"
+        self.images.mkdir()
+        self.path = root / "set.json"
+        rng = np.random.default_rng(0)
+        records = []
+        for i, suffix in ((1, "jpg"), (2, "jpg"), (3, "png")):
+            pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.images / f"{i}.{suffix}")
+            records.append({"id": i, "file_name": f"{i}.{suffix}", "height": 48, "width": 64})
+        self.data = {
+            "images": records,
+            "categories": [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}],
+            "annotations": [self.annotation(11, 1, 1), self.annotation(12, 2, 90)],
+        }
+
+    @staticmethod
+    def annotation(ann_id: int, image_id: int, category_id: int, **changes) -> dict:
+        return {
+            "id": ann_id,
+            "image_id": image_id,
+            "category_id": category_id,
+            "bbox": [10, 10, 20, 20],
+            "area": 200,
+            "iscrowd": 0,
+            "segmentation": copy.deepcopy(POLYGON),
+        } | changes
+
+    def check(self, **kwargs):
+        self.path.write_text(json.dumps(self.data))
+        return check_coco(self.path, self.images, **kwargs)
+
+    def refused(self, *parts: str, **kwargs) -> str:
+        """Checks that the set is refused and that the message holds the file and each part."""
+        with pytest.raises(DataError) as error:
+            self.check(**kwargs)
+        message = str(error.value)
+        for part in (str(self.path), *parts):
+            assert part in message
+        return message
+
+
+@pytest.fixture
+def tiny(tmp_path) -> TinySet:
+    return TinySet(tmp_path)
+
+
+def test_a_good_set_with_gaps_and_an_empty_image(tiny):
+    report = tiny.check(masks=True)
+    assert report.num_images == 3 and report.num_images_without_objects == 1
+    assert report.num_annotations == 2 and report.num_crowd == 0
+    assert report.categories == {1: "person", 90: "toothbrush"}
+    assert report.class_names == ["person", "toothbrush"]
+    assert report.num_images_decoded == 3
+    assert report.warnings == () and not report.has_rle_masks
+
+
+def test_missing_annotation_file(tmp_path):
+    with pytest.raises(DataError, match="none.json' does not exist"):
+        check_coco(tmp_path / "none.json", tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"images": [{"id": 1, "fi', "", "not json", b"\xff\xfe\x00"])
+def test_not_json(tmp_path, text):
+    path = tmp_path / "set.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match="set.json' is not valid JSON"):
+        check_coco(path, tmp_path)
+
+
+@pytest.mark.parametrize("data", [[], {"images": []}, {"images": 3}, {"images": [1]}])
+def test_not_coco(tiny, data):
+    tiny.data = data
+    tiny.refused("not in COCO format")
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_missing_list(tiny, key):
+    del tiny.data[key]
+    tiny.refused(f"'{key}' must be a list of objects; it is missing")
+
+
+@pytest.mark.parametrize(
+    "table, key",
+    [("images", "file_name"), ("images", "height"), ("annotations", "bbox"), ("categories", "id")],
+)
+def test_missing_key_names_the_entry(tiny, table, key):
+    entry = tiny.data[table][1]
+    del entry[key]
+    tiny.refused(f"entry 1 of '{table}' (id {entry.get('id')}) has no '{key}'")
+
+
+@pytest.mark.parametrize("table", ["images", "annotations", "categories"])
+def test_repeated_id(tiny, table):
+    tiny.data[table][1]["id"] = tiny.data[table][0]["id"]
+    tiny.refused(f"ids repeated in '{table}'", f"first: {tiny.data[table][0]['id']})")
+
+
+@pytest.mark.parametrize("table", ["images", "categories"])
+def test_empty_list(tiny, table):
+    tiny.data[table] = []
+    tiny.refused(f"its list '{table}' is empty")
+
+
+def test_annotation_of_an_unknown_image_or_category(tiny):
+    tiny.data["annotations"] += [tiny.annotation(13, 77, 1), tiny.annotation(14, 1, 55)]
+    tiny.refused(
+        "not in 'images'",
+        "annotation 13 of image 77",
+        "not in 'categories'",
+        "annotation 14 of category 55",
+    )
+
+
+def test_missing_image_files_are_counted(tiny):
+    for name in ("1.jpg", "3.png"):
+        (tiny.images / name).unlink()
+    tiny.refused("image files missing", str(tiny.images), "2 in all", "image 1 '1.jpg'")
+
+
+def test_missing_image_folder(tiny):
+    tiny.images = tiny.images.with_name("elsewhere")
+    tiny.refused("elsewhere' does not exist")
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "3.png"])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.95])
+def test_truncated_image(tiny, name, kept):
+    path = tiny.images / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    tiny.refused("cut off or cannot be decoded", f"image {name[0]} '{name}'")
+
+
+def test_not_an_image(tiny):
+    (tiny.images / "2.jpg").write_text("<html>404</html>")
+    tiny.refused("cut off or cannot be decoded", "image 2 '2.jpg'")
+
+
+def test_only_a_sample_is_decoded_above_the_limit(tiny):
+    (tiny.images / "2.jpg").write_text("broken")
+    report = tiny.check(decode=2)  # evenly spaced: the first and the last
+    assert report.num_images_decoded == 2
+    (tiny.images / "2.jpg").unlink()
+    tiny.refused("image 2 '2.jpg'", decode=2)
+
+
+def test_size_differs_from_the_json(tiny):
+    tiny.data["images"][1]["width"] = 65
+    tiny.refused("image 2 '2.jpg' is 64 x 48, listed as 65 x 48")
+
+
+def test_exif_rotation_counts_as_detectron2_counts_it(tiny):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("RGB", (64, 48)).save(tiny.images / "1.jpg", exif=exif)
+    tiny.refused("image 1 '1.jpg' is 48 x 64")
+    tiny.data["images"][0] |= {"width": 48, "height": 64}
+    assert tiny.check().num_images == 3
+
+
+@pytest.mark.parametrize(
+    "box, text",
+    [
+        ([1, 2, 3], "not four numbers"),
+        (["1", 2, 3, 4], "not four numbers"),
+        (None, "not four numbers"),
+        ([1, 2, float("nan"), 4], "not finite"),
+        ([1, float("inf"), 3, 4], "not finite"),
+        ([30, 30, -20, -20], "negative width or height"),
+        ([64, 10, 5, 5], "wholly outside"),
+        ([-6, 10, 5, 5], "wholly outside"),
+        ([10, 48, 5, 5], "wholly outside"),
+    ],
+)
+def test_bad_box_names_the_annotation(tiny, box, text):
+    tiny.data["annotations"][1]["bbox"] = box
+    line = next(line for line in tiny.refused(text).splitlines() if text in line)
+    assert "(1 in all, first: 12)" in line
+
+
+@pytest.mark.parametrize(
+    "box, text",
+    [
+        ([50, 10, 20, 20], "partly outside"),
+        ([-5, 10, 20, 20], "partly outside"),
+        ([10, 10, 0, 20], "zero width or height"),
+        ([64, 10, 0, 0], "zero width or height"),
+    ],
+)
+def test_boxes_that_coco_handles_are_warned_about(tiny, box, text):
+    tiny.data["annotations"][1]["bbox"] = box
+    (warning,) = tiny.check().warnings
+    assert text in warning and "first: 12" in warning and str(tiny.path) in warning
+
+
+def test_rounding_at_the_border_is_not_worth_a_warning(tiny):
+    tiny.data["annotations"][0]["bbox"] = [44.2, 28.5, 20, 20]
+    assert tiny.check().warnings == ()
+
+
+def test_boxes_in_fractions_of_the_image(tiny):
+    for ann in tiny.data["annotations"]:
+        ann["bbox"] = [0.1, 0.2, 0.3, 0.4]
+    tiny.refused("fractions of the image")
+
+
+def test_set_without_objects(tiny):
+    tiny.data["annotations"] = [tiny.annotation(11, 1, 1, iscrowd=1)]
+    tiny.refused("nothing to train on")
+    report = tiny.check(for_training=False)
+    assert report.num_images_without_objects == 3 and report.num_crowd == 1
+
+
+def test_test_set_without_annotations(tiny):
+    del tiny.data["annotations"]
+    (warning,) = tiny.check(for_training=False).warnings
+    assert "no AP" in warning
+
+
+def rle(compressed: bool, height: int = 48, width: int = 64) -> dict:
+    runs = {"size": [height, width], "counts": [100, 300, height * width - 400]}
+    if not compressed:
+        return runs
+    encoded = mask_util.frPyObjects(runs, height, width)
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_rle(tiny, compressed):
+    tiny.data["annotations"].append(
+        tiny.annotation(13, 1, 1, iscrowd=1, segmentation=rle(compressed))
+    )
+    report = tiny.check(masks=True)
+    assert report.num_crowd == 1 and not report.has_rle_masks and report.warnings == ()
+    tiny.data["annotations"][0]["segmentation"] = rle(compressed)
+    assert tiny.check(masks=True).has_rle_masks
+
+
+@pytest.mark.parametrize(
+    "segmentation, text",
+    [
+        (rle(True, 64, 48), "another size than their image"),
+        ({"size": [48, 64], "counts": [100, 300]}, "do not fill their image"),
+        ({"size": [48, 64], "counts": "z" * 40}, "do not fill their image"),
+        ({"counts": [100, 300]}, "must be a list of polygons"),
+        ([10, 10, 30, 10, 30, 30], "must be a list of polygons"),
+        ([[10, 10, 30, float("nan"), 30, 30]], "must be a list of polygons"),
+        ("polygon", "must be a list of polygons"),
+        ([[10, 10, 30, 10]], "fewer than 3 points"),
+        ([[10, 10, 30, 10, 30, 30, 5]], "odd number of coordinates"),
+    ],
+)
+def test_bad_mask_names_the_annotation(tiny, segmentation, text):
+    tiny.data["annotations"][1]["segmentation"] = segmentation
+    tiny.refused(text, "(1 in all, first: 12)", masks=True)
+
+
+def test_a_degenerate_part_beside_a_valid_polygon_is_warned_about(tiny):
+    tiny.data["annotations"][1]["segmentation"].append([1, 1, 2, 2])
+    (warning,) = tiny.check(masks=True).warnings
+    assert "left out beside valid ones" in warning and "first: 12" in warning
+    # pycocotools decides by the first polygon, and four numbers mean a box to it.
+    tiny.data["annotations"][1]["segmentation"].reverse()
+    tiny.refused("fewer than 3 points", masks=True)
+
+
+@pytest.mark.parametrize("value", [None, [], "absent"])
+def test_missing_mask_matters_only_with_masks(tiny, value):
+    if value == "absent":
+        del tiny.data["annotations"][1]["segmentation"]
+    else:
+        tiny.data["annotations"][1]["segmentation"] = value
+    tiny.refused("MODEL.MASK_ON", "first: 12", masks=True)
+    tiny.check(masks=False)
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_keys_that_evaluation_reads(tiny, key):
+    del tiny.data["annotations"][1][key]
+    tiny.refused(f"'{key}', which evaluation needs", "first: 12")
+    tiny.check(for_evaluation=False)
+
+
+def test_annotation_id_zero_is_warned_about(tiny):
+    tiny.data["annotations"][0]["id"] = 0
+    (warning,) = tiny.check().warnings
+    assert "number from 1" in warning
+
+
+def test_ignore_is_refused(tiny):
+    tiny.data["annotations"][1]["ignore"] = 1
+    tiny.refused("'ignore'", "first: 12")
+
+
+def test_all_problems_are_told_at_once(tiny):
+    tiny.data["annotations"][0]["bbox"] = [70, 1, 2, 2]
+    (tiny.images / "2.jpg").unlink()
+    message = tiny.refused("wholly outside", "image files missing")
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "name, split, masks, images, objectless, crowd",
+    [
+        ("bccd", "train", False, 205, 0, 0),
+        ("balloon", "val", True, 13, 0, 0),
+        ("coco2017_subset", "train", True, 40, 1, 5),
+        ("coco2017_subset", "val", True, 32, 2, 6),
+    ],
+)
+def test_real_sets_pass(shared_data, name, split, masks, images, objectless, crowd):
+    folder = shared_data / name
+    report = check_coco(folder / f"{split}.json", folder / "images", masks=masks)
+    assert report.num_images == report.num_images_decoded == images
+    assert (report.num_images_without_objects, report.num_crowd) == (objectless, crowd)
+    assert report.warnings == ()
+    assert re.search(rf"{images} images .*{report.num_annotations} annotations", str(report))
