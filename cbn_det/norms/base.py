@@ -186,7 +186,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if self.ema == "pooled" and estimate is not None:
             mean, var, count = estimate.mean, estimate.var, batch.count / estimate.share
         # BatchNorm keeps the unbiased variance; a single value has none
-        var = var * (count / torch.as_tensor(count - 1.0).clamp(min=1.0))
+        var = var * (count / torch.as_tensor(count - 1.0, dtype=var.dtype).clamp(min=1.0))
         old_mean, old_var = self.running_mean, self.running_var
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
             var = var + (1.0 - momentum) * (mean - old_mean).square()

@@ -166,7 +166,7 @@ class CBN2d(SmallBatchNorm2d):
             return Estimate(batch.mean, batch.var, 1.0)
 
         mean, var, valid = self._compensated()
-        entries = 1 + valid.sum(0)  # [C]
+        entries = 1.0 + valid.sum(0).to(mean.dtype)  # [C]; 1 / an int tensor would be float32
         zero = mean.new_zeros(())
         # masked before they are used: the gradient of an unused branch is 0 * inf otherwise
         mean, var = torch.where(valid, mean, zero), torch.where(valid, var, zero)

@@ -18,15 +18,16 @@ def _check_versions() -> None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     oldest, newest = TESTED_TORCH
     if not oldest <= version <= newest:
+        tested = " to ".join(".".join(map(str, v)) for v in TESTED_TORCH)
         warnings.warn(
-            f"cbn_det was tested with torch {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]};
-            this is" f" {torch.__version__}. Its tests (`make test`) tell whether it works here.",
+            f"cbn_det was tested with torch {tested}; this is {torch.__version__}. Its tests"
+            " (`make test`) tell whether it works here.",
             stacklevel=3,
         )
     if detectron2.__version__ != TESTED_DETECTRON2:
         warnings.warn(
-            f"cbn_det was tested with detectron2 {TESTED_DETECTRON2} at commit
-            {DETECTRON2_COMMIT[:7]};" f" this is {detectron2.__version__}.",
+            f"cbn_det was tested with detectron2 {TESTED_DETECTRON2} at commit"
+            f" {DETECTRON2_COMMIT[:7]}; this is {detectron2.__version__}.",
             stacklevel=3,
         )
 
