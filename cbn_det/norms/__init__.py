@@ -17,7 +17,7 @@ from .model import (
     resolve_burn_in,
     sync_running_stats,
 )
-from .spec import build_norm, known_norms, options_of, parse_spec, register_norm
+from .spec import build_norm, known_norms, norm_class, options_of, parse_spec, register_norm
 
 __all__ = [
     "CBN2d",
@@ -31,6 +31,7 @@ __all__ = [
     "known_norms",
     "load_memory_state_dict",
     "memory_state_dict",
+    "norm_class",
     "norm_diagnostics",
     "norm_rows",
     "options_of",

@@ -31,6 +31,11 @@ class Estimate:
     share: Tensor | float
 
 
+def is_number(value: Any) -> bool:
+    """Whether an option's value is an int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread (activation checkpointing
     recomputes forwards there)."""
@@ -82,9 +87,9 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if ema not in ("pooled", "batch"):
             raise ValueError(f"ema={ema!r}: expected 'pooled' or 'batch'")
-        if not eps >= 0.0:
+        if not (is_number(eps) and eps >= 0.0):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
-        if momentum is not None and not 0.0 <= momentum <= 1.0:
+        if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
         self.ema = ema
         self.steps = 0  # iterations (optimiser steps) that this layer took part in
@@ -125,12 +130,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             return self._pass_empty(input)
         if self.needs_conv:
             self._check_binding(input, conv_input)
-        batch = moments(input)
-        estimate = self.estimate(batch)
-        output = normalize(
-            input, estimate.mean, estimate.var, self.weight, self.bias, estimate.share, self.eps
-        )
-        self._record(batch, estimate, input, conv_input, torch.is_grad_enabled())
+        # without autocast, which would run the matrix products of the compensation in 16 bits
+        with torch.autocast(input.device.type, enabled=False):
+            batch = moments(input)
+            estimate = self.estimate(batch)
+            output = normalize(
+                input, estimate.mean, estimate.var, self.weight, self.bias, estimate.share, self.eps
+            )
+            self._record(batch, estimate, input, conv_input, torch.is_grad_enabled())
         return output
 
     def _pass_empty(self, input: Tensor) -> Tensor:

@@ -86,12 +86,6 @@ class ConvBound:
                 " in nor right after an nn.Conv2d (deformable, transposed and Trident convolutions"
                 f" are none). {advice}"
             )
-        if conv_input is None:
-            raise RuntimeError(
-                f"{name}({self.num_features}) did not see the input of {self.conv}, to which it is"
-                " bound: the convolution must be called as conv(x), once before each call of the"
-                f" norm. {advice}"
-            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and y.grad_fn is not None:
             problem = _mismatch(self.conv, y)
             if problem is not None:
@@ -99,6 +93,12 @@ class ConvBound:
                     f"{name}({self.num_features}) is bound to {self.conv}, but {problem}. {advice}"
                 )
             self.__dict__["_binding_checked"] = True
+        if conv_input is None:
+            raise RuntimeError(
+                f"{name}({self.num_features}) did not see the input of {self.conv}, to which it is"
+                " bound: the convolution must be called as conv(x), once before each call of the"
+                f" norm. {advice}"
+            )
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

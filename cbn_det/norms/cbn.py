@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Estimate, SmallBatchNorm2d
+from .base import Estimate, SmallBatchNorm2d, is_number
 from .functional import (
     ConvGeometry,
     Moments,
@@ -100,18 +100,18 @@ class CBN2d(SmallBatchNorm2d):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        if type(window) is not int or window < 1:
             raise ValueError(
                 f"window={window!r}: expected an int, 1 or more (it counts the current iteration)"
             )
         if compensation not in COMPENSATIONS:
             raise ValueError(f"compensation={compensation!r}: expected one of {COMPENSATIONS}")
-        if positions is not None and (not isinstance(positions, int) or positions < 1):
+        if positions is not None and (type(positions) is not int or positions < 1):
             raise ValueError(f"positions={positions!r}: expected a positive int, or None for all")
-        if cutoff is not None and not cutoff > 0:
+        if cutoff is not None and not (is_number(cutoff) and cutoff > 0):
             raise ValueError(f"cutoff={cutoff!r}: expected a positive number, or None")
-        if isinstance(burn_in, bool) or not (
-            (isinstance(burn_in, int) and burn_in >= 0)
+        if not (
+            (type(burn_in) is int and burn_in >= 0)
             or (isinstance(burn_in, float) and 0.0 < burn_in < 1.0)
         ):
             raise ValueError(

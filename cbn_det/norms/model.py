@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .base import SmallBatchNorm2d
+from .spec import name_of
 
 
 def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
@@ -118,9 +119,28 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     return {key: float(torch.stack(v).mean()) for key, v in values.items()}
 
 
+_CONFIG_NAMES = {
+    "BatchNorm2d": "BN",
+    "SyncBatchNorm": "SyncBN",
+    "NaiveSyncBatchNorm": "naiveSyncBN",
+    "FrozenBatchNorm2d": "FrozenBN",
+    "GroupNorm": "GN",
+    "LayerNorm": "LN",
+}
+
+
 @dataclass(frozen=True)
 class NormRow:
-    """One norm layer of a model."""
+    """One norm layer of a model.
+
+    Attributes:
+        name: of the layer in the model.
+        norm: as a config names it where it has a name there, else the class.
+        options: of a layer of ours, as a config spells them; a burn-in is in optimiser steps.
+        channels: of its input.
+        conv: name of the convolution it is bound to, "" if none.
+        trainable: whether it has a parameter that is trained, or statistics that move.
+    """
 
     name: str
     norm: str
@@ -129,57 +149,60 @@ class NormRow:
     conv: str
     trainable: bool
 
+    @property
+    def kind(self) -> str:
+        return f"{self.norm}({self.options})" if self.options else self.norm
+
 
 def norm_rows(model: nn.Module) -> list[NormRow]:
     """Every norm layer of a model, torch's and detectron2's included."""
     names = {id(module): name for name, module in model.named_modules()}
     rows = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        cls = type(module).__name__
         ours = isinstance(module, SmallBatchNorm2d)
-        if not (ours or "Norm" in kind) or list(module.children()):
+        if not (ours or "Norm" in cls) or list(module.children()):
             continue
-        shown: dict[str, Any] = {}
-        if ours:
-            shown = module.options()
-            if getattr(module, "burn_in_steps", None) is not None:
-                shown["burn_in"] = f"{module.burn_in_steps} steps"
         conv = module.conv if ours else None
         rows.append(
             NormRow(
                 name=name,
-                norm=kind,
-                options=", ".join(f"{k}={v}" for k, v in shown.items()),
+                norm=name_of(type(module)) or _CONFIG_NAMES.get(cls, cls),
+                options=_shown_options(module) if ours else "",
                 channels=getattr(module, "num_features", getattr(module, "num_channels", 0)),
                 conv="" if conv is None else names.get(id(conv), "(outside this model)"),
                 trainable=any(p.requires_grad for p in module.parameters())
-                or (ours and module.training),
+                or (isinstance(module, nn.BatchNorm2d) and module.training),
             )
         )
     return rows
 
 
+def _shown_options(layer: SmallBatchNorm2d) -> str:
+    options = {k: repr(v) for k, v in layer.options().items() if k != "affine"}
+    if getattr(layer, "burn_in_steps", None) is not None:
+        options["burn_in"] = str(layer.burn_in_steps)
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
 def format_norm_table(rows: list[NormRow]) -> str:
-    """The rows as text, with a line of totals; options are printed once a kind."""
+    """The rows as text: a line of totals for each kind, marked with a letter, then every layer."""
     if not rows:
         return "norms: none"
-    kinds: dict[tuple[str, str], list[NormRow]] = {}
+    kinds: dict[str, list[NormRow]] = {}
     for row in rows:
-        kinds.setdefault((row.norm, row.options), []).append(row)
+        kinds.setdefault(row.kind, []).append(row)
+    letters = {kind: chr(ord("a") + i % 26) * (1 + i // 26) for i, kind in enumerate(kinds)}
     lines = ["norms:"]
-    for (norm, options), group in kinds.items():
+    for kind, group in kinds.items():
         frozen = sum(not row.trainable for row in group)
-        lines.append(
-            f"  {norm}: {len(group)} layers"
-            + (f", {frozen} frozen" if frozen else "")
-            + (f"  [{options}]" if options else "")
-        )
+        total = f"{len(group)} layer{'s' * (len(group) > 1)}"
+        lines.append(f"  [{letters[kind]}] {total}{f', {frozen} frozen' if frozen else ''}: {kind}")
     width = max(len(row.name) for row in rows)
-    kind_width = max(len(row.norm) for row in rows)
     for row in rows:
         state = "trainable" if row.trainable else "frozen"
-        bound = f"  <- {row.conv}" if row.conv else ""
-        lines.append(
-            f"  {row.name:<{width}}  {row.norm:<{kind_width}}  {row.channels:>5}  {state}{bound}"
-        )
+        # a convolution that owns its norm needs no mention
+        conv = f"  of {row.conv}" if row.conv and row.name != f"{row.conv}.norm" else ""
+        kind = f"[{letters[row.kind]}] {row.norm}"
+        lines.append(f"  {row.name:<{width}}  {kind}  {row.channels:>5}  {state}{conv}")
     return "\n".join(lines)

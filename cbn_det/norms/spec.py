@@ -46,6 +46,16 @@ def known_norms() -> tuple[str, ...]:
     return tuple(_NORMS)
 
 
+def norm_class(name: str) -> type[nn.Module]:
+    """The class registered under a name."""
+    return _NORMS[name]
+
+
+def name_of(cls: type[nn.Module]) -> str | None:
+    """The name that a class is registered under, None if it is not."""
+    return next((name for name, known in _NORMS.items() if known is cls), None)
+
+
 def options_of(name: str) -> dict[str, Any]:
     """Option names and defaults of a registered norm."""
     parameters = list(inspect.signature(_NORMS[name]).parameters.values())[1:]

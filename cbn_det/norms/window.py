@@ -46,7 +46,7 @@ class Window:
         if self._stacked.keys() != entry.keys():
             self.clear()
             self._stacked = {
-                key: value.new_empty(self.capacity, *value.shape) for key, value in entry.items()
+                key: value.new_zeros(self.capacity, *value.shape) for key, value in entry.items()
             }
         for key, value in entry.items():
             self._stacked[key][self._pushed % self.capacity] = value

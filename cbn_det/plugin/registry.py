@@ -9,6 +9,7 @@ leaves to the original.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..norms import SmallBatchNorm2d, build_norm, known_norms, parse_spec
+from ..norms import SmallBatchNorm2d, build_norm, known_norms, norm_class, parse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def register() -> None:
         return
     _rebind(_original, get_norm)
     _retinanet_hook = register_module_module_registration_hook(_unshare_retinanet_norms)
+    logging.getLogger(RetinaNetHead.__module__).addFilter(_not_shared)
 
 
 def unregister() -> None:
@@ -94,7 +96,17 @@ def unregister() -> None:
         return
     _rebind(get_norm, _original)
     _retinanet_hook.remove()
+    logging.getLogger(RetinaNetHead.__module__).removeFilter(_not_shared)
     _retinanet_hook = None
+
+
+def _not_shared(record: logging.LogRecord) -> bool:
+    """Drops RetinaNetHead's warning about shared norms where :func:`_unshare_retinanet_norms` is
+    about to take them apart."""
+    message = record.getMessage()
+    return not (
+        "Shared BatchNorm" in message and SmallBatchNorm2d.__module__.split(".")[0] in message
+    )
 
 
 def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -139,27 +151,49 @@ def check_config_norms(cfg: CfgNode) -> None:
     Raises:
         ValueError: an unknown name or option; names the config key and the known values.
     """
+    for key, value in norm_keys(cfg):
+        if value and value not in DETECTRON2_NORMS:
+            try:
+                get_norm(value, 32)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
     _built.clear()
+
+
+# where in a model the layers of a config key are, by module name
+_SITES = {
+    "MODEL.RESNETS.NORM": r"backbone\.(?!fpn_)|roi_heads\.res5",
+    "MODEL.FPN.NORM": r"backbone\.fpn_",
+    "MODEL.ROI_BOX_HEAD.NORM": r"roi_heads\.box_head",
+    "MODEL.ROI_MASK_HEAD.NORM": r"roi_heads\.mask_head",
+    "MODEL.RETINANET.NORM": r"head\.",
+    "MODEL.SEM_SEG_HEAD.NORM": r"sem_seg_head",
+}
+
+
+def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
+    """Config keys that name one of our norms but gave the model no such layer.
+
+    Some heads take no norm, and some code compares names and falls through to "no norm" for those
+    it does not know; nothing else would tell. Keys of other projects are judged by whether any
+    layer was built from their norm since :func:`check_config_norms`.
+    """
+    ours = [name for name, module in model.named_modules() if type(module) in _classes()]
+    frozen_up_to = cfg.MODEL.BACKBONE.FREEZE_AT
+    unused = []
     for key, value in norm_keys(cfg):
         if not value or value in DETECTRON2_NORMS:
             continue
-        try:
-            if parse_spec(value)[0] not in known_norms():
-                raise ValueError(_unknown(value))
-            build_norm(value, 32)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
+        if key == "MODEL.RESNETS.NORM" and frozen_up_to >= 5:
+            continue  # frozen, as the config says: they were ours and are FrozenBN now
+        if key in _SITES:
+            used = any(re.match(_SITES[key], name) for name in ours)
+        else:
+            used = _built[value] > 0
+        if not used:
+            unused.append(key)
+    return unused
 
 
-def unused_norms(cfg: CfgNode) -> list[str]:
-    """Config keys that name one of our norms, but a norm that no layer was built from in this
-    process.
-
-    Some heads take no norm, and some code compares names and falls through to "no norm" for those
-    it does not know; nothing else would tell.
-    """
-    return [
-        key
-        for key, value in norm_keys(cfg)
-        if value and value not in DETECTRON2_NORMS and not _built[value]
-    ]
+def _classes() -> set[type[nn.Module]]:
+    return {norm_class(name) for name in known_norms()}

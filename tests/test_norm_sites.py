@@ -1,0 +1,558 @@
+"""Code of detectron2 and torch that decides on the norm, and what it makes of ours."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[Any]:
+    import zoo_models
+
+    import cbn_det
+
+    cbn_det.register()
+    yield zoo_models
+    cbn_det.unregister()
+
+
+def _pair(zoo: Any, name: str, changes: list[tuple[str, Any]] = (), norm: str = "") -> tuple:
+    """The same weights under BN (the oracle) and under CBN."""
+    batchnorm = zoo.build(name, "BN", changes)
+    model = zoo.build(name, norm or zoo.CBN, changes)
+    model.load_state_dict(batchnorm.state_dict(), strict=True)
+    return batchnorm, model
+
+
+def _boxes(outputs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    found = outputs[0]["instances"]
+    return found.pred_boxes.tensor, found.scores
+
+
+# ---- weight decay --------------------------------------------------------------------------------
+
+
+def test_weight_decay_norm_reaches_gamma_and_beta(zoo):
+    from detectron2.solver import build_optimizer
+
+    solver = [("SOLVER.WEIGHT_DECAY_NORM", 0.0), ("SOLVER.WEIGHT_DECAY", 1e-4)]
+    cfg = zoo.yaml_config("mask_rcnn", solver)
+
+    def decay(model: nn.Module) -> dict[str, float]:
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = build_optimizer(cfg, model).param_groups
+        return {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+
+    batchnorm, model = _pair(zoo, "mask_rcnn")
+    found = decay(model)
+    affine = {f"{n}.{p}" for n in zoo.cbn_layers(model) for p in ("weight", "bias")}
+    assert {found[name] for name in affine} == {0.0}
+    assert {value for name, value in found.items() if name not in affine} == {1e-4}
+    assert found == decay(batchnorm)
+
+
+# ---- freezing ------------------------------------------------------------------------------------
+
+
+def _input_hooks(model: nn.Module) -> dict[str, int]:
+    return {n: len(m._forward_pre_hooks) for n, m in model.named_modules() if m._forward_pre_hooks}
+
+
+def test_freeze_at_2_freezes_and_releases(zoo):
+    from detectron2.layers import FrozenBatchNorm2d
+
+    frozen_at = [("MODEL.BACKBONE.FREEZE_AT", 2)]
+    model = zoo.build("mask_rcnn", zoo.CBN, frozen_at)
+    oracle = zoo.build("mask_rcnn", "BN", frozen_at)
+
+    def frozen(m: nn.Module) -> list[str]:
+        return [n for n, layer in m.named_modules() if isinstance(layer, FrozenBatchNorm2d)]
+
+    layers = zoo.cbn_layers(model)
+    assert frozen(model) == frozen(oracle) and len(frozen(model)) == 11  # the stem and res2
+    assert list(layers) == list(zoo.batchnorm_layers(oracle))
+    assert not any(".stem." in name or ".res2." in name for name in layers)
+    # one hook on each convolution that feeds a trainable CBN, none on the frozen ones
+    assert _input_hooks(model) == {name.removesuffix(".norm"): 1 for name in layers}
+
+    kept = {n: v.clone() for n, v in model.named_buffers() if ".stem." in n or ".res2." in n}
+    zoo.train(model)
+    now = dict(model.named_buffers())
+    assert all(torch.equal(now[name], value) for name, value in kept.items())
+    assert all(len(layer._window) == 1 for layer in layers.values())
+
+
+def test_freezing_a_running_model_releases_what_it_kept(zoo):
+    import gc
+
+    model = zoo.build("faster_rcnn_fpn", zoo.CBN)
+    stage = model.backbone.bottom_up.res2
+    norm = stage[0].conv1.norm
+    zoo.train(model, 1)
+    for block in stage.children():
+        block.freeze()
+    assert norm.conv is None and norm._take_conv_input() is None
+    assert not [n for n in _input_hooks(model) if ".res2." in n]
+    conv = stage[0].conv1
+    x = torch.randn(1, conv.in_channels, 8, 8)
+    conv(x)
+    assert not [r for r in gc.get_referrers(x) if isinstance(r, dict) and "_conv_input" in r]
+    zoo.train(model, 1)
+
+
+def test_no_convolution_input_is_kept_after_a_forward(zoo):
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    zoo.train(model, 1)
+    assert [
+        n for n, m in zoo.cbn_layers(model).items() if m.__dict__["_conv_input"] is not None
+    ] == []
+    zoo.evaluate(model)
+    assert [
+        n for n, m in zoo.cbn_layers(model).items() if m.__dict__["_conv_input"] is not None
+    ] == []
+
+
+# ---- PreciseBN -----------------------------------------------------------------------------------
+
+
+def _precise_bn(target: nn.Module, loader: list[Any]) -> None:
+    from detectron2.engine.hooks import PreciseBN
+
+    torch.manual_seed(5)  # proposals and RoIs are sampled
+    PreciseBN(0, target, loader, len(loader)).update_stats()
+
+
+def test_precise_bn_of_detectron2_gives_batchnorms_statistics(zoo):
+    """While nothing is remembered, a CBN model is the BN model."""
+    batchnorm, model = _pair(zoo, "mask_rcnn", norm="CBN(burn_in=100)")
+    loader = [zoo.random_inputs(seed) for seed in (20, 21, 22)]
+    for target in (model, batchnorm):
+        _precise_bn(target, loader)
+    theirs = zoo.batchnorm_layers(batchnorm)
+    for key, layer in zoo.cbn_layers(model).items():
+        close = {"rtol": 1e-4, "atol": 1e-5, "msg": key}
+        torch.testing.assert_close(layer.running_mean, theirs[key].running_mean, **close)
+        torch.testing.assert_close(layer.running_var, theirs[key].running_var, **close)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
+def test_precise_bn_only_reads_what_is_remembered(zoo, name):
+    """Each layer's statistics become those of its inputs over all batches, as this model's training
+    forward makes them; the window and the step counts stay."""
+    model = zoo.build(name, zoo.CBN)
+    zoo.train(model, 3, lr=0.01)
+    layers = zoo.cbn_layers(model)
+    with torch.no_grad():  # commits the last step
+        zoo.losses(model, zoo.random_inputs(19))
+    memory = {n: m.memory_state_dict() for n, m in layers.items()}
+    seen: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda m, args, n=n: seen[n].append(args[0].detach().transpose(0, 1).flatten(1))
+        )
+        for n, m in layers.items()
+    ]
+    _precise_bn(model, [zoo.random_inputs(seed) for seed in (20, 21, 22)])
+    for hook in hooks:
+        hook.remove()
+
+    for key, layer in layers.items():
+        values = torch.cat(seen[key], 1).double()
+        close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False, "msg": key}
+        torch.testing.assert_close(layer.running_mean, values.mean(1), **close)
+        torch.testing.assert_close(layer.running_var, values.var(1, correction=0), **close)
+        now = layer.memory_state_dict()
+        assert now["steps"] == memory[key]["steps"]
+        assert now["staged_forwards"] == memory[key]["staged_forwards"]
+        _assert_same(now["window"]["stacked"], memory[key]["window"]["stacked"])
+    assert {m.momentum for m in layers.values()} == {0.1}
+    zoo.train(model, 1)  # the buffers that fvcore put in place are trained on
+    assert {len(m._window) for m in layers.values()} == {3}
+
+
+def _assert_same(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:
+    assert now.keys() == then.keys() and now.keys()
+    for key, value in now.items():
+        assert torch.equal(value, then[key]), key
+
+
+def test_precise_bn_takes_heads_without_a_roi(zoo):
+    """fvcore divides by the zero values that a mask head without a RoI saw; ours takes it."""
+    from detectron2.utils.events import EventStorage
+    from fvcore.nn.precise_bn import update_bn_stats
+
+    from cbn_det.plugin.precise_bn import recompute_statistics
+
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    zoo.train(model, 2, lr=0.01)
+    mask_head = {n: m for n, m in zoo.cbn_layers(model).items() if "mask_head" in n}
+    assert len(mask_head) == 4
+    kept = {n: m.running_var.clone() for n, m in mask_head.items()}
+    body = model.backbone.bottom_up.res5[0].conv1.norm
+    body_kept = body.running_var.clone()
+    loader = [zoo.random_inputs(seed, objects=0) for seed in (30, 31)]
+
+    broken = copy.deepcopy(model)  # fvcore leaves its hooks and its momentum behind
+    with pytest.raises(ZeroDivisionError), EventStorage():
+        update_bn_stats(broken, loader, 2)
+
+    assert recompute_statistics(model, loader, 2) == len(zoo.cbn_layers(model))
+    assert not torch.equal(body.running_var, body_kept)
+    for name, layer in mask_head.items():
+        assert torch.equal(layer.running_var, kept[name]), name
+
+
+# ---- RetinaNet's and FCOS's head: one stack of convolutions, five levels ------------------------
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_five_levels_keep_their_statistics_apart(zoo, name, monkeypatch):
+    from detectron2.layers import CycleBatchNormList
+
+    model = zoo.build(name, "CBN(burn_in=0, window=4, ema='batch', momentum=1.0)")
+    head = model.head
+    lists = [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert [len(norms) for norms in lists] == [5] * 4  # two convolutions in each of two subnets
+    assert all(norms.weight.shape == norms.bias.shape == (16,) for norms in lists)
+    assert not any(layer.affine for norms in lists for layer in norms)
+
+    # what each convolution of the head put out, level by level
+    outputs: dict[nn.Module, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda conv, args, out: outputs.setdefault(conv, []).append(out.detach())
+        )
+        for subnet in (head.cls_subnet, head.bbox_subnet)
+        for module in subnet
+        if isinstance(module, nn.Conv2d)
+    ]
+    zoo.train(model, 1)
+    for hook in hooks:
+        hook.remove()
+
+    assert [len(levels) for levels in outputs.values()] == [5] * 4
+    for subnet in (head.cls_subnet, head.bbox_subnet):
+        for conv, norms in zip(subnet[0::3], subnet[1::3], strict=True):
+            sizes = [tuple(out.shape[2:]) for out in outputs[conv]]
+            assert sizes[0] == (12, 16) and len(set(sizes)) == 5
+            for level, layer in enumerate(norms):
+                assert layer.conv is conv
+                out = outputs[conv][level]
+                values = out.transpose(0, 1).flatten(1)
+                # momentum 1: the running statistics are those of this one batch
+                torch.testing.assert_close(layer.running_mean, values.mean(1), rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(layer.running_var, values.var(1), rtol=1e-4, atol=1e-6)
+                assert int(layer.num_batches_tracked) == 1
+
+    zoo.train(model, 1)
+    for norms in lists:
+        assert [layer.steps for layer in norms] == [1] * 5
+        assert [len(layer._window) for layer in norms] == [1] * 5
+    assert all(p.grad.count_nonzero() > 0 for norms in lists for p in (norms.weight, norms.bias))
+
+
+def test_options_reach_every_level(zoo):
+    model = zoo.build(
+        "retinanet", "CBN(window=7, burn_in=0.5, compensation='central', positions=9, eps=0.001)"
+    )
+    layer = model.head.cls_subnet[1][3]
+    options = layer.options()
+    assert options == {
+        "window": 7,
+        "burn_in": 0.5,
+        "compensation": "central",
+        "positions": 9,
+        "cutoff": None,
+        "ema": "pooled",
+        "momentum": 0.1,
+        "eps": 0.001,
+        "affine": False,
+    }
+
+
+def test_a_users_small_batch_norm_gets_five_levels_too(zoo):
+    from cbn_det.norms import Estimate, SmallBatchNorm2d, register_norm, spec
+
+    @register_norm("Plain")
+    class Plain2d(SmallBatchNorm2d):
+        def estimate(self, batch):
+            return Estimate(batch.mean, batch.var, 1.0)
+
+    try:
+        model = zoo.build("retinanet", "Plain(ema='batch')")
+        assert len(model.head.cls_subnet[1]) == 5
+        oracle = zoo.build("retinanet", "BN")
+        for left, right in zip(zoo.train(model, 1), zoo.train(oracle, 1), strict=True):
+            assert left == pytest.approx(right, rel=1e-4)
+    finally:
+        del spec._NORMS["Plain"]
+
+
+def test_accumulated_forwards_are_one_iteration(zoo):
+    """Two forwards and backwards for one optimiser step, through heads that some images leave
+    empty: one entry a layer, and read-only memory in between."""
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        entries = []
+        for seed, objects in ((2 * step, 2), (2 * step + 1, 0)):
+            sum(zoo.losses(model, zoo.random_inputs(seed, objects=objects)).values()).backward()
+            entries.append({len(m._window) for m in zoo.cbn_layers(model).values()})
+        assert entries == [{step}, {step}]
+        optimizer.step()
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "retinanet", "mask_rcnn_regnet"])
+def test_state_dict_is_batchnorms_both_ways(zoo, name):
+    model = zoo.build(name, zoo.CBN)
+    zoo.train(model)
+    batchnorm = zoo.build(name, "BN", seed=1)
+    batchnorm.load_state_dict(model.state_dict(), strict=True)
+    back = zoo.build(name, zoo.CBN, seed=2)
+    back.load_state_dict(batchnorm.state_dict(), strict=True)
+    if name == "retinanet":
+        for m in (model, batchnorm, back):
+            m.test_score_thresh = 0.0
+    outputs = [zoo.evaluate(m) for m in (model, batchnorm, back)]
+    boxes, scores = _boxes(outputs[0])
+    assert len(boxes) > 0
+    for other in outputs[1:]:
+        assert torch.equal(_boxes(other)[0], boxes) and torch.equal(_boxes(other)[1], scores)
+
+
+@pytest.mark.parametrize("name", ["semantic_fpn", "deeplab_v3_plus"])
+def test_window_one_trains_as_batchnorm(zoo, name):
+    """The degenerate setting, through whole networks in float64: losses, weights, buffers."""
+    batchnorm, model = _pair(zoo, name, norm="CBN(window=1, ema='batch')")
+    found = []
+    for m in (batchnorm, model):
+        torch.manual_seed(3)  # dropout
+        found.append(zoo.train(m.double(), 3))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+    theirs = batchnorm.state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_burn_in_is_batchnorm(zoo):
+    """Mask R-CNN's first step: losses and buffers. (Its float32 gradients are no oracle: where a
+    ReLU flips they differ by percents between two runs of BN whose weights differ by 1e-7.)"""
+    batchnorm, model = _pair(zoo, "mask_rcnn", norm="CBN(burn_in=100, ema='batch')")
+    found = []
+    for m in (batchnorm, model):
+        torch.manual_seed(3)  # proposals and RoIs are sampled
+        found.append(zoo.train(m, 1))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    theirs = dict(batchnorm.named_buffers())
+    for key, value in model.named_buffers():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5, msg=key)
+    assert all(len(layer._window) == 0 for layer in zoo.cbn_layers(model).values())
+
+
+def test_detection_checkpointer_round_trip(zoo, tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    model = zoo.build("faster_rcnn_fpn", zoo.CBN)
+    zoo.train(model)
+    DetectionCheckpointer(model, str(tmp_path)).save("model")
+    for norm in (zoo.CBN, "BN"):
+        other = zoo.build("faster_rcnn_fpn", norm, seed=1)
+        told = DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
+        assert told == {}
+        boxes, scores = _boxes(zoo.evaluate(model))
+        assert torch.equal(_boxes(zoo.evaluate(other))[0], boxes) and len(boxes)
+        assert torch.equal(_boxes(zoo.evaluate(other))[1], scores)
+
+
+def test_regnet_is_initialised_as_with_batchnorm(zoo):
+    """RegNet's init decides by isinstance; conv weights come from the same random numbers."""
+    batchnorm, model = (zoo.build("mask_rcnn_regnet", norm) for norm in ("BN", zoo.CBN))
+    expected = batchnorm.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    block = model.backbone.bottom_up.s1.b1
+    assert block.bn.conv is block.proj and block.f.a_bn.conv is block.f.a
+
+
+# ---- no region of interest -----------------------------------------------------------------------
+
+
+def _states(layers: dict[str, nn.Module]) -> dict[str, Any]:
+    return {
+        name: ({k: v.clone() for k, v in m.state_dict().items()}, m.steps, len(m._window))
+        for name, m in layers.items()
+    }
+
+
+def _assert_unchanged(layers: dict[str, nn.Module], before: dict[str, Any]) -> None:
+    for name, (state, steps, entries) in before.items():
+        for key, value in layers[name].state_dict().items():
+            assert torch.equal(value, state[key]), f"{name}.{key}"
+        assert (layers[name].steps, len(layers[name]._window)) == (steps, entries), name
+
+
+@pytest.mark.parametrize("without", ["mask", "box"])
+def test_no_roi_leaves_the_heads_norms_alone(zoo, without):
+    """Images without objects give the mask head nothing; without proposals nor the box head."""
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    zoo.train(model, 2, lr=0.01)
+    layers = {n: m for n, m in zoo.cbn_layers(model).items() if f"{without}_head" in n}
+    assert layers
+    if without == "box":
+        model.proposal_generator.min_box_size = 1e6  # no proposal is that large
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer.zero_grad()
+    empty = zoo.random_inputs(7, objects=0)
+    sum(zoo.losses(model, empty).values()).backward()  # commits the second step, stages nothing
+    before = _states(layers)
+    parameters = {n: p.clone() for n, m in layers.items() for n, p in m.named_parameters()}
+    for _ in range(2):
+        terms = zoo.losses(model, empty)
+        assert all(term.isfinite() for term in terms.values())
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        gradients = [p.grad for m in layers.values() for p in (m.weight, m.bias)]
+        assert all(g is not None and g.count_nonzero() == 0 for g in gradients)
+        optimizer.step()
+    _assert_unchanged(layers, before)
+    assert parameters
+    body = model.backbone.bottom_up.res5[0].conv1.norm
+    assert body.steps == 3  # the clock of the rest has run on
+    model.proposal_generator.min_box_size = 0
+    zoo.train(model, 2)
+    assert all(m.steps == before[n][1] + 1 for n, m in layers.items())
+
+
+# ---- counting, casting, converting ---------------------------------------------------------------
+
+
+def test_flops_of_evaluation_are_batchnorms(zoo):
+    from detectron2.utils.analysis import FlopCountAnalysis, flop_count_operators
+
+    batchnorm, model = _pair(zoo, "mask_rcnn")
+    image = [{k: v for k, v in zoo.random_inputs(1, 1)[0].items() if k == "image"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing
+        theirs, ours = (flop_count_operators(m, image) for m in (batchnorm, model))
+        counted = FlopCountAnalysis(model.eval(), image).unsupported_ops_warnings(False)
+        counted.total()
+        unsupported = counted.unsupported_ops()
+    assert ours == theirs and ours["conv"] > 0
+    assert not [op for op in unsupported if "norm" in op]
+
+
+def test_bfloat16_autocast(zoo):
+    """One step of a whole detector; statistics stay in float32."""
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for seed in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            terms = zoo.losses(model, zoo.random_inputs(seed))
+        sum(terms.values()).backward()
+        optimizer.step()
+        assert all(term.isfinite() for term in terms.values())
+    layers = zoo.cbn_layers(model)
+    assert {len(m._window) for m in layers.values()} == {1}
+    entries = {v.dtype for m in layers.values() for v in m._window.state_dict()["stacked"].values()}
+    assert entries == {torch.float32}
+    assert {m.running_var.dtype for m in layers.values()} == {torch.float32}
+    seen = []
+    stem = model.backbone.bottom_up.stem.conv1
+    stem.norm.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        zoo.losses(model, zoo.random_inputs(5))
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+def test_convert_sync_batchnorm_turns_cbn_into_syncbn_and_unbinds(zoo):
+    """A documented side effect: torch decides by isinstance."""
+    model = zoo.build("mask_rcnn", zoo.CBN)
+    zoo.train(model, 1)
+    layers = zoo.cbn_layers(model)
+    expected = model.state_dict()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not zoo.cbn_layers(converted)
+    sync = [n for n, m in converted.named_modules() if type(m) is nn.SyncBatchNorm]
+    assert sync == list(layers)
+    assert _input_hooks(converted) == {}
+    assert all(layer.conv is None for layer in layers.values())
+    for key, value in converted.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    assert len(zoo.evaluate(converted)) == 1
+
+
+# ---- the table of a run --------------------------------------------------------------------------
+
+
+def test_norm_table_tells_which_layer_got_what(zoo):
+    from cbn_det.norms import format_norm_table, norm_rows, resolve_burn_in
+
+    cfg = zoo.yaml_config("mask_rcnn", [("MODEL.BACKBONE.FREEZE_AT", 2)])
+    cfg.MODEL.RESNETS.NORM = "CBN(window=8, burn_in=0.5)"
+    cfg.MODEL.FPN.NORM = "CBN(compensation='none', burn_in=30)"
+    cfg.MODEL.ROI_BOX_HEAD.NORM = "GN"
+    cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 32  # GN has 32 groups
+    cfg.MODEL.ROI_MASK_HEAD.NORM = "BN"
+    from detectron2.modeling import build_model
+
+    model = build_model(cfg).train()
+    resolve_burn_in(model, 1000)
+    rows = {row.name: row for row in norm_rows(model)}
+    assert len(rows) == 11 + 42 + 8 + 2 + 4
+
+    stem = rows["backbone.bottom_up.stem.conv1.norm"]
+    assert (stem.norm, stem.trainable, stem.conv) == ("FrozenBN", False, "")
+    assert stem.channels == 8
+    res3 = rows["backbone.bottom_up.res3.0.conv2.norm"]
+    assert res3.norm == "CBN" and res3.trainable
+    assert res3.conv == "backbone.bottom_up.res3.0.conv2" and res3.channels == 8
+    assert "window=8" in res3.options and "burn_in=500" in res3.options
+    fpn = rows["backbone.fpn_output3.norm"]
+    assert fpn.norm == "CBN" and "compensation='none'" in fpn.options
+    assert "burn_in=30" in fpn.options
+    box = [row for name, row in rows.items() if "box_head" in name]
+    assert {row.norm for row in box} == {"GN"} and all(row.trainable for row in box)
+    mask = [row for name, row in rows.items() if "mask_head" in name]
+    assert {row.norm for row in mask} == {"BN"}
+
+    text = format_norm_table(list(rows.values()))
+    lines = text.splitlines()
+    for total in ("11 layers, 11 frozen: FrozenBN", "2 layers: GN", "4 layers: BN"):
+        assert any(line.endswith(f"] {total}") for line in lines), text
+    assert re.search(r"\[\w\] 42 layers: CBN\(window=8", text)
+    fpn_letter = re.search(r"\[(\w)\] 8 layers: CBN\(.*compensation='none'", text)[1]
+    assert re.search(rf"backbone\.fpn_output3\.norm +\[{fpn_letter}\] CBN", text)
+    first_layer = next(i for i, x in enumerate(lines) if "stem.conv1.norm" in x or "fpn_" in x)
+    assert all("layers" not in line for line in lines[first_layer:]), "totals come first"
+    for name in rows:
+        assert name in text
+
+
+@pytest.mark.parametrize("norm", ["CBN", "BN"])
+def test_norm_table_of_a_shared_head(zoo, norm):
+    from cbn_det.norms import norm_rows
+
+    model = zoo.build("retinanet", norm)
+    rows = [row for row in norm_rows(model) if row.name.startswith("head.")]
+    assert len(rows) == 4 * 5
+    assert rows[0].name == "head.cls_subnet.1.0" and rows[4].name == "head.cls_subnet.1.4"
+    assert {row.conv for row in rows[:5]} == {"head.cls_subnet.0" if norm == "CBN" else ""}
+    # each level's norm has no parameters of its own, but statistics that move
+    assert all(row.trainable for row in rows)
