@@ -55,7 +55,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     - what is remembered between iterations is read-only within an optimiser step: forwards stage
       what they saw, and the first training forward after the step commits it. Forwards without
       gradient (PreciseBN, the first pass of a re-entrant activation checkpoint) and recomputations
-      inside a backward pass never stage anything twice;
+      inside a backward pass never stage anything twice; PreciseBN sees a layer without memory, so
+      that its result is that of BatchNorm with the same weights;
     - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats`
       pools the running statistics of all ranks, and should run before evaluation and saving.
 
@@ -101,6 +102,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         clock.install()
         binding.install()
 
+    @property
+    def recomputing_statistics(self) -> bool:
+        """Whether this forward belongs to PreciseBN (it sets the momentum to 1 and runs without
+        gradient). Memory is then ignored: the same few iterations would take part in the
+        normalisation of every batch that the population's statistics are gathered from."""
+        return self.momentum == 1.0 and not torch.is_grad_enabled()
+
     # ---- what a method defines ----
 
     def estimate(self, batch: Moments) -> Estimate:
@@ -112,6 +120,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
 
     def commit(self) -> None:
         """Turns what the forwards of the finished iteration staged into memory."""
+
+    def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuses a saved entry, given by its tensors' shapes, that this layer could not use.
+
+        Raises:
+            ValueError: says what differs.
+        """
 
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
@@ -170,7 +185,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     ) -> None:
         recomputing = _in_backward()
         if not recomputing:
-            # PreciseBN runs without gradient and wants the moments of the mini-batch itself
+            # fvcore's PreciseBN reads the moments of the mini-batch itself from the buffers
             self._update_running(batch, estimate if with_grad else None)
         if not with_grad:
             self._unrecorded += 1
@@ -217,11 +232,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         """Restores what :meth:`memory_state_dict` returned.
 
         Raises:
-            ValueError: the state comes from a layer with another window.
+            ValueError: the state comes from a layer of other options or another width.
         """
         device = self.running_mean.device
         if (state["window"] is None) != (self._window is None):
             raise ValueError("the saved memory comes from a norm of another kind or window")
+        stacked = {} if state["window"] is None else state["window"]["stacked"]
+        for rows in (state["staged"], {key: value[0] for key, value in stacked.items()}):
+            self.check_memory({key: tuple(value.shape) for key, value in rows.items()})
         if self._window is not None:
             self._window.load_state_dict(state["window"], device)
         self.steps = state["steps"]

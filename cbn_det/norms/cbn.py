@@ -162,7 +162,7 @@ class CBN2d(SmallBatchNorm2d):
                 " as an int.",
                 stacklevel=4,
             )
-        if self._window is None or len(self._window) == 0:
+        if self._window is None or len(self._window) == 0 or self.recomputing_statistics:
             return Estimate(batch.mean, batch.var, 1.0)
 
         mean, var, valid = self._compensated()
@@ -271,6 +271,24 @@ class CBN2d(SmallBatchNorm2d):
             else:
                 row["anchor_var"] = (row["gradient"] * weight).sum(1)
         return row
+
+    def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        width = shapes.get("mean", (self.num_features,))
+        if width != (self.num_features,):
+            raise ValueError(f"the saved memory has {width[0]} channels, not {self.num_features}")
+        derivative = "covariance" if self.compensation == "exact" else "gradient"
+        if "patch" not in shapes:
+            return  # naive, or the convolution was frozen
+        if not self.needs_conv or derivative not in shapes:
+            raise ValueError(
+                f"the saved memory is of another compensation than {self.compensation!r}"
+            )
+        groups, d = shapes["patch"]
+        if self.conv is not None and (groups, d) != (
+            self.conv.groups,
+            self.conv.weight[0].numel(),
+        ):
+            raise ValueError("the saved memory is of a convolution of another shape")
 
     def commit(self) -> None:
         if self._staged:

@@ -1,0 +1,145 @@
+"""From the command line to a detectron2 config that this machine can run, or one clear error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .registry import check_config_norms, norm_keys, register
+from .trainer import Trainer
+
+_SYNC_NORMS = ("SyncBN", "nnSyncBN")
+_CPU_SYNC_NORM = (
+    "naiveSyncBN_N"  # the one synchronised norm that runs on CPU and survives zero RoIs
+)
+_RCNN = ("GeneralizedRCNN", "PanopticFPN")
+
+
+class ConfigError(ValueError):
+    """The command line or the config cannot be run; the message names the key and the fix."""
+
+
+def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, list[str]]:
+    """Reads, adapts and checks the config of a run.
+
+    Returns:
+        The frozen config, with the batch scaled to ``world_size`` where the config asks for it, and
+        one line for everything that was replaced because this machine lacks it.
+
+    Raises:
+        ValueError: a file, key or value that cannot be run.
+    """
+    cfg = _read(args)
+    notes = []
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")
+        cfg.MODEL.DEVICE = "cpu"
+    notes += _replace_sync_norms(cfg, world_size)
+    register()
+    check_config_norms(cfg)
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by"
+            f" SOLVER.REFERENCE_WORLD_SIZE {reference}"
+        )
+    cfg = Trainer.auto_scale_workers(cfg, world_size)
+    _check(cfg, args, world_size)
+    cfg.freeze()
+    return cfg, notes
+
+
+def norms_in_use(cfg: CfgNode) -> dict[str, str]:
+    """The ``*NORM`` keys that the configured model reads, with their values."""
+    return {key: norm for key, norm in norm_keys(cfg) if _applies(cfg, key)}
+
+
+def _read(args: argparse.Namespace) -> CfgNode:
+    if args.config_file.endswith(".py"):
+        raise ConfigError(
+            f"--config-file {args.config_file}: this launcher reads YAML configs. For a LazyConfig,"
+            " call cbn_det.register() before anything is instantiated and run detectron2's"
+            " tools/lazyconfig_train_net.py with it"
+        )
+    if not os.path.isfile(args.config_file) and "://" not in args.config_file:
+        raise ConfigError(f"--config-file {args.config_file}: no such file")
+    late = [value for value in args.opts if value.startswith("--")]
+    if late:
+        raise ConfigError(f"{late[0]} must stand before the KEY VALUE pairs")
+    if len(args.opts) % 2:
+        raise ConfigError(f"KEY VALUE pairs expected, got {len(args.opts)} words: {args.opts}")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(args.config_file)
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config-file {args.config_file}: {one_line(error)}") from error
+    try:
+        cfg.merge_from_list(args.opts)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{' '.join(args.opts)}: {one_line(error)}") from error
+    return cfg
+
+
+def one_line(error: Exception) -> str:
+    """An error's message on one line."""
+    # str(KeyError) is the repr of its argument, quotes included
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())
+
+
+def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
+    if args.precise_bn_iters < 0:
+        raise ConfigError("--precise-bn-iters must be 0 or more")
+    if not cfg.OUTPUT_DIR:
+        raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
+    if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is the total batch: {cfg.SOLVER.IMS_PER_BATCH} cannot be shared"
+            f" equally by {world_size} processes"
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError(
+            "SOLVER.AMP.ENABLED needs a GPU: set it to False, or MODEL.DEVICE to cuda"
+        )
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("--eval-only: DATASETS.TEST is empty")
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights and not args.resume:
+        raise ConfigError(
+            "--eval-only: name the checkpoint with MODEL.WEIGHTS, or add --resume for the last one"
+            " in OUTPUT_DIR"
+        )
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")
+
+
+def _replace_sync_norms(cfg: CfgNode, world_size: int) -> list[str]:
+    if world_size == 1 or cfg.MODEL.DEVICE != "cpu":
+        return []  # one CPU process: nn.SyncBatchNorm computes what BatchNorm computes
+    notes = []
+    for key, norm in list(norm_keys(cfg)):
+        if norm in _SYNC_NORMS:
+            notes.append(
+                f"{key}: {norm} does not run in several CPU processes, replaced by {_CPU_SYNC_NORM}"
+            )
+            cfg.merge_from_list([key, _CPU_SYNC_NORM])
+    return notes
+
+
+def _applies(cfg: CfgNode, key: str) -> bool:
+    model = cfg.MODEL
+    rcnn = model.META_ARCHITECTURE in _RCNN
+    backbone = model.BACKBONE.NAME.lower()
+    known = {
+        "MODEL.RESNETS.NORM": "resnet" in backbone,
+        "MODEL.FPN.NORM": "fpn" in backbone,
+        "MODEL.ROI_BOX_HEAD.NORM": rcnn and model.ROI_HEADS.NAME != "Res5ROIHeads",
+        "MODEL.ROI_MASK_HEAD.NORM": rcnn and model.MASK_ON,
+        "MODEL.RETINANET.NORM": model.META_ARCHITECTURE == "RetinaNet",
+        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE not in ("GeneralizedRCNN", "RetinaNet"),
+    }
+    return known.get(key, True)

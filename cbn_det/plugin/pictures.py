@@ -1,0 +1,52 @@
+"""A few test images with what the model predicts beside what is annotated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+from torch import nn
+
+_SCORE = 0.5
+_FEW = 3  # shown where nothing reaches _SCORE
+_MIN_SIDE = 400  # pixels; smaller images are enlarged so that labels can be read
+
+
+@torch.no_grad()
+def draw_predictions(cfg: CfgNode, model: nn.Module, folder: Path, count: int = 4) -> None:
+    """Writes ``count`` images of the first test set, evenly spaced over it: predictions on the left
+    (score 0.5 and up, else the best three), annotations on the right."""
+    name = cfg.DATASETS.TEST[0]
+    records = DatasetCatalog.get(name)
+    metadata = MetadataCatalog.get(name)
+    mapper = DatasetMapper(cfg, is_train=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    training = model.training
+    model.eval()
+    try:
+        for record in records[:: max(1, len(records) // count)][:count]:
+            predicted = model([mapper(dict(record))])[0]["instances"].to("cpu")
+            image = read_image(record["file_name"], format="RGB")
+            scale = max(1.0, _MIN_SIDE / min(image.shape[:2]))
+            left = Visualizer(image, metadata, scale).draw_instance_predictions(
+                _confident(predicted)
+            )
+            right = Visualizer(image, metadata, scale).draw_dataset_dict(record)
+            pair = np.concatenate([left.get_image(), right.get_image()], axis=1)
+            Image.fromarray(pair).save(folder / f"{Path(record['file_name']).stem}.png")
+    finally:
+        model.train(training)
+
+
+def _confident(predicted: Any) -> Instances:
+    order = predicted.scores.argsort(descending=True)
+    confident = int((predicted.scores >= _SCORE).sum())
+    return predicted[order[: confident or _FEW]]

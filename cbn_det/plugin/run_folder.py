@@ -1,0 +1,113 @@
+"""The folder a run leaves behind, and its ``result.json``: all that a comparison of runs reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+import torchvision
+from detectron2.config import CfgNode
+
+from .. import __version__
+from .checkpoint import replace_file
+from .config import norms_in_use
+from .measure import machine
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+
+# of training; they stay when the same folder is evaluated again
+_TRAINING_FACTS = ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb", "machine")
+# of an earlier training run, and misleading once another one starts
+_STALE = ("last_checkpoint", "metrics.json", "coco_instances_results.json")
+
+
+def describe(cfg: CfgNode, command: str, world_size: int) -> dict[str, Any]:
+    """What is known of a run before it starts, with a place for the rest of ``result.json``."""
+    return {
+        "status": FAILED,
+        "message": None,
+        "results": {},
+        "results_precise_bn": None,
+        "norm": norms_in_use(cfg),
+        "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
+        "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,
+        "world_size": world_size,
+        "total_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "seed": cfg.SEED if cfg.SEED >= 0 else None,
+        "iterations": None,
+        "sec_per_iter": None,
+        "train_seconds": None,
+        "peak_memory_mb": None,
+        "parameters": None,
+        "flops": None,
+        "engine": "detectron2",
+        "device": cfg.MODEL.DEVICE,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "detectron2": detectron2.__version__,
+            "cbn_det": __version__,
+        },
+        "machine": machine(on_gpu=cfg.MODEL.DEVICE.startswith("cuda")),
+        "command": command,
+    }
+
+
+def clear_result(folder: Path) -> None:
+    """A run that starts has no result yet; whoever finds one later knows that this run wrote it."""
+    (folder / RESULT).unlink(missing_ok=True)
+
+
+def start_afresh(folder: Path) -> None:
+    """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay."""
+    clear_result(folder)
+    for name in _STALE:
+        if (folder / name).exists():
+            logger.warning(
+                f"{folder} holds an earlier run: {name} is removed (--resume continues one)"
+            )
+            (folder / name).unlink()
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The folder's ``result.json``, or None."""
+    try:
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes ``result.json``; numbers that are not finite become null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(folder / RESULT, lambda file: file.write(text.encode("utf-8")))
+
+
+def keep_training_facts(result: dict[str, Any], folder: Path) -> None:
+    """Before an evaluation overwrites ``result.json``: what training left there stays."""
+    earlier = read_result(folder) or {}
+    if earlier.get("iterations") is not None:
+        result.update({key: earlier.get(key) for key in _TRAINING_FACTS})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)  # numpy's numbers too
+    return number if math.isfinite(number) else None

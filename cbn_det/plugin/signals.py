@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM during training: finish the iteration, save, stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped on request after a whole iteration, on all ranks, and can be resumed."""
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop."""
+
+    requested = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Within it, a first SIGINT or a SIGTERM only sets ``requested``; a second SIGINT raises."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals reach the main thread only
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if request.requested:
+                raise KeyboardInterrupt
+            print("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr)
+        request.requested = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,261 @@
+"""detectron2's trainer with what these norms need: burn-in, pooled statistics, memory, checks."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from ..norms import (
+    check_bindings,
+    format_norm_table,
+    load_memory_state_dict,
+    memory_state_dict,
+    norm_rows,
+    resolve_burn_in,
+)
+from .checkpoint import AtomicCheckpointer
+from .hooks import (
+    EvalHook,
+    NormDiagnostics,
+    PreciseBN,
+    RunClock,
+    SettleStatistics,
+    StopOnRequest,
+)
+from .nonfinite import CheckedAMPStep, CheckedStep
+from .precise_bn import kept_statistics, recompute_statistics
+from .registry import unused_norms
+from .signals import StopRequest, stop_requests
+
+logger = logging.getLogger(__name__)
+
+_WRITE_PERIOD = 20  # iterations between two lines of metrics.json
+
+
+class Trainer(DefaultTrainer):
+    """Trains, evaluates and checkpoints a config; use it as detectron2's ``DefaultTrainer``.
+
+    Call :func:`cbn_det.register` first, then ``resume_or_load()``, then ``train()``. With several
+    processes it works on GPUs and, over gloo, on CPU. Checkpoints hold the norms' memory of rank 0;
+    every rank starts from it at resume (ranks see the same distribution of images).
+
+    Attributes:
+        results: of the last evaluation, as detectron2 returns it; empty on ranks other than 0.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        check_bindings(model)
+        for key in unused_norms(cfg, model):
+            logger.warning(f"{key}: the model has no layer of this norm")
+        resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        on_gpu = next(model.parameters()).is_cuda
+        wrapped = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        )
+        step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
+        self._trainer = step(wrapped, loader, optimizer)
+        self.bare_model = model
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.results: dict[str, Any] = {}
+        self.clock = RunClock()
+        self.register_hooks(self.build_hooks())
+        logger.info(format_norm_table(norm_rows(model)))
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        cfg = self.cfg
+        precise = cfg.TEST.PRECISE_BN
+        wanted = precise.ENABLED and get_bn_modules(self.bare_model)
+        main = comm.is_main_process()
+        return [
+            self.clock,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            (
+                PreciseBN(
+                    cfg.TEST.EVAL_PERIOD,
+                    self.bare_model,
+                    self.build_train_loader(_in_process_loading(cfg)),
+                    precise.NUM_ITER,
+                )
+                if wanted
+                else None
+            ),
+            NormDiagnostics(_WRITE_PERIOD) if main else None,
+            SettleStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD),
+            (
+                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+                if main
+                else None
+            ),
+            StopOnRequest(),
+            EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
+            hooks.PeriodicWriter(self.build_writers(), _WRITE_PERIOD) if main else None,
+        ]
+
+    @property
+    def step(self) -> CheckedStep:
+        """The object that makes single training steps."""
+        return self._trainer
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all ranks have agreed to stop after this iteration."""
+        return self._trainer.stop_agreed
+
+    def train(self) -> dict[str, Any]:
+        """Trains from ``start_iter`` and evaluates. After a complete run, evaluates only.
+
+        Returns:
+            :attr:`results`.
+
+        Raises:
+            Diverged: a loss, weight or running statistic is not finite; on all ranks.
+            Interrupted: SIGINT or SIGTERM; the last whole iteration is saved.
+        """
+        logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                with stop_requests() as self._trainer.stop_request:
+                    for iteration in range(self.start_iter, self.max_iter):
+                        self.iter = iteration
+                        self.before_step()
+                        self.run_step()
+                        self.after_step()
+                self._trainer.stop_request = StopRequest()
+                self.iter = self.max_iter  # tells after_train that training succeeded
+            finally:
+                self.after_train()
+        return self.results
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluates the model as it is on ``DATASETS.TEST``. All ranks must call it."""
+        self.results = self.test(self.cfg, self.bare_model)
+        return self.results
+
+    def evaluate_precise(self, iterations: int) -> dict[str, Any] | None:
+        """Evaluates once more with PreciseBN statistics, which are taken back afterwards."""
+        return evaluate_precise(self.cfg, self.bare_model, iterations)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "norm_memory": memory_state_dict(self.bare_model)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "norm_memory" in state_dict:
+            load_memory_state_dict(self.bare_model, state_dict["norm_memory"])
+        else:  # written by detectron2's own trainer
+            logger.warning(
+                "the checkpoint holds no norm memory: windows and step counts start anew"
+            )
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+    ) -> DatasetEvaluator:
+        """COCO evaluation of boxes, masks and keypoints, whichever the model predicts.
+
+        Raises:
+            ValueError: the data set asks for another kind of evaluation.
+        """
+        check_evaluable(dataset_name)
+        output = Path(cfg.OUTPUT_DIR, folder)
+        if len(cfg.DATASETS.TEST) > 1:
+            output /= dataset_name
+        return COCOEvaluator(dataset_name, output_dir=str(output))
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, folder: str = "inference"
+    ) -> dict[str, Any]:
+        """Evaluates on ``DATASETS.TEST``; predictions are left in ``OUTPUT_DIR/<folder>``."""
+        names = cfg.DATASETS.TEST
+        if not names:
+            return {}
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name, folder) for name in names]
+        results = super().test(cfg, model, evaluators)
+        predictions = "coco_instances_results.json"
+        if folder == "inference" and comm.is_main_process():
+            source = Path(cfg.OUTPUT_DIR, folder, names[0] if len(names) > 1 else "", predictions)
+            if source.exists():  # of the first test set; absent if there was no prediction at all
+                shutil.copyfile(source, Path(cfg.OUTPUT_DIR, predictions))
+        return results
+
+
+def check_evaluable(dataset_name: str) -> None:
+    """Refuses a test set that COCO evaluation of instances does not fit.
+
+    Raises:
+        ValueError: names the data set and what it asks for.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind != "coco":
+        raise ValueError(
+            f"DATASETS.TEST: {dataset_name} asks for '{kind}' evaluation; this trainer evaluates"
+            " COCO boxes, masks and keypoints. Subclass cbn_det.plugin.trainer.Trainer and override"
+            " build_evaluator"
+        )
+
+
+def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+    """Evaluates with running statistics recomputed over ``iterations`` training batches.
+
+    The batches are the same in every call with the same ``SEED``; the statistics are put back
+    afterwards. All ranks must call it.
+
+    Args:
+        model: the bare model.
+
+    Returns:
+        Results, or None if the model has no BatchNorm layer to recompute.
+    """
+    training = model.training
+    model.train()
+    try:
+        with kept_statistics(model):
+            seed_all_rng(max(cfg.SEED, 0) + comm.get_rank())
+            loader = Trainer.build_train_loader(_in_process_loading(cfg))
+            count = recompute_statistics(model, loader, iterations)
+            if not count:
+                return None
+            logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
+            return Trainer.test(cfg, model, folder="inference_precise_bn")
+    finally:
+        model.train(training)
+
+
+def _in_process_loading(cfg: CfgNode) -> CfgNode:
+    """For a short-lived second loader: no worker processes."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.freeze()
+    return cfg

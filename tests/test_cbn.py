@@ -1,0 +1,593 @@
+"""CBN against the paper's equations written out in oracles.py, finite differences and BatchNorm."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from oracles import MixtureEMA, PaperCBN, PaperNet, batch_norm, conv_moments, conv_patches
+from torch import nn
+
+from cbn_det.norms import CBN2d, build_norm
+
+CONVS = {
+    "3x3": lambda: nn.Conv2d(3, 5, 3, padding=1, bias=False),
+    "bias": lambda: nn.Conv2d(3, 5, 3, padding=1),
+    "stride 2": lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False),
+    "dilation": lambda: nn.Conv2d(3, 5, 3, padding=2, dilation=2, bias=False),
+    "groups, bias": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
+    "1x1": lambda: nn.Conv2d(3, 5, 1, bias=False),
+    "5x5 same": lambda: nn.Conv2d(3, 5, 5, padding="same", bias=False),
+    "circular": lambda: nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular", bias=False),
+    "asymmetric": lambda: nn.Conv2d(3, 5, (2, 3), padding="same", bias=False),
+}
+RULES = {"taylor": "max", "central": "central", "exact": "exact", "none": "none"}
+
+
+def layer(conv, dtype=torch.float64, **options):
+    options = {"burn_in": 0, "ema": "batch", **options}
+    return nn.Sequential(conv, CBN2d(conv.out_channels, **options)).to(dtype)
+
+
+def tick(model=None):
+    """An optimiser step that changes nothing."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0).step()
+
+
+def perturb(conv, size, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter += size * torch.randn_like(parameter)
+
+
+def images(conv, seed, n=2, size=(7, 8), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, conv.in_channels, *size, generator=generator, dtype=dtype) + 0.4
+
+
+def weights_of(out, parameters):
+    """Gradients of a fixed, uneven function of the output."""
+    probe = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((probe * out + (out**2) * probe.flip(0) / 3).sum(), parameters)
+
+
+# ---- one entry, one step ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("mode", RULES)
+def test_output_and_gradients_equal_the_paper_over_steps(kind, mode):
+    """Random walk of the weights; window 3, so entries of two ages and a full ring."""
+    torch.manual_seed(3)
+    model = layer(CONVS[kind](), window=3, compensation=mode)
+    conv, norm = model
+    paper = PaperCBN(3, RULES[mode])
+    leaves = [*model.parameters()]
+    for t in range(6):
+        x = images(conv, t).requires_grad_()
+        got, expected = model(x), paper(conv(x), conv, norm.weight, norm.bias)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        for g, e in zip(
+            weights_of(got, [x, *leaves]), weights_of(expected, [x, *leaves]), strict=True
+        ):
+            torch.testing.assert_close(g, e, rtol=1e-7, atol=1e-8)
+        paper.push(x, conv)
+        tick()
+        perturb(model, 0.03, seed=t)
+
+
+def test_the_max_rule_at_work():
+    """Weights that jump: where the linear second moment falls below the squared mean."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 8, 3, bias=False), window=4)
+    conv, norm = model
+    paper, clamped = PaperCBN(4, "max"), 0.0
+    for t in range(8):
+        x = images(conv, t)
+        got, expected = model(x), paper(conv(x), conv, norm.weight, norm.bias)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+        if paper.entries:
+            clamped += float(norm.diagnostics["clamped"]) * 8 * len(paper.entries)
+        paper.push(x, conv)
+        tick()
+        perturb(conv, 0.5, seed=t)
+    assert paper.affected > 10 and round(clamped) == paper.affected
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_exact_mode_equals_statistics_of_the_old_inputs_under_the_new_weight(kind):
+    """Brute force in numpy, without the reference class, and with a large change of the weight."""
+    model = layer(CONVS[kind](), window=2, compensation="exact")
+    conv, norm = model
+    old, new = images(conv, 0), images(conv, 1)
+    model(old)
+    tick()
+    perturb(conv, 0.5)
+    got = model(new)
+    weight = conv.weight.detach().numpy()
+    bias = 0.0 if conv.bias is None else conv.bias.detach().numpy()
+    moments = [conv_moments(conv_patches(x.numpy(), conv), weight) for x in (old, new)]
+    means = [mean + bias for mean, _ in moments]
+    mean = np.mean(means, 0)
+    var = np.mean([v + m**2 for m, (_, v) in zip(means, moments, strict=True)], 0) - mean**2
+    expected = batch_norm(conv(new), torch.from_numpy(mean), torch.from_numpy(var))
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_error_of_each_mode_in_the_change_of_the_weight():
+    """The mean is exact in all compensating modes; the variance is of second order, 'central' is
+    never worse than 'taylor'; 'none' is of first order."""
+    errors = {}
+    for mode in RULES:
+        for scale in (0.02, 0.01):
+            torch.manual_seed(0)
+            model = layer(nn.Conv2d(3, 16, 3, bias=False), window=2, compensation=mode)
+            conv, norm = model
+            old = images(conv, 0, n=4) + 1.0
+            model(old)
+            tick()
+            torch.manual_seed(5)
+            with torch.no_grad():
+                conv.weight += scale * torch.randn_like(conv.weight)
+            model(images(conv, 1))  # commits
+            mean, var, valid = norm._compensated()
+            true_mean, true_var = conv_moments(
+                conv_patches(old.numpy(), conv), conv.weight.detach().numpy()
+            )
+            assert valid.all()
+            if mode != "none":
+                np.testing.assert_allclose(mean[0].detach().numpy(), true_mean, atol=1e-10)
+            errors[mode, scale] = true_var - var[0].detach().numpy()
+    for mode, order in (("taylor", 2), ("central", 2), ("none", 1)):
+        ratio = np.linalg.norm(errors[mode, 0.02]) / np.linalg.norm(errors[mode, 0.01])
+        assert ratio == pytest.approx(2**order, rel=0.1)
+    assert np.abs(errors["exact", 0.02]).max() < 1e-10
+    assert (errors["central", 0.02] >= -1e-12).all()  # both linear estimates are too small
+    assert (errors["taylor", 0.02] >= errors["central", 0.02] - 1e-12).all()
+
+
+@pytest.mark.parametrize("mode", RULES)
+@pytest.mark.parametrize("kind", ["bias", "groups, bias", "1x1"])
+def test_gradcheck_with_the_memory_held_constant(mode, kind):
+    """Finite differences through conv weight, conv bias, affine parameters and input.
+
+    The compensation of remembered entries sees the weight as a constant, so the finite difference
+    may not move it: it runs on a convolution whose weight the norm is not looking at."""
+    torch.manual_seed(0)
+    model = layer(CONVS[kind](), window=3, compensation=mode)
+    conv, norm = model
+    for t in range(2):
+        model(images(conv, t))
+        tick()
+        perturb(conv, 0.05, t)
+    model(images(conv, 5))  # commits; what it staged itself is not read before another step
+    x = images(conv, 6, n=1, size=(3, 4)).requires_grad_()
+    weight = conv.weight.detach().clone().requires_grad_()
+    scale = torch.rand(conv.out_channels, dtype=torch.float64).add(0.5).requires_grad_()
+    shift = torch.randn(conv.out_channels, dtype=torch.float64).requires_grad_()
+    bias = None if conv.bias is None else conv.bias.detach().clone().requires_grad_()
+
+    def forward(x, weight, scale, shift, bias=None):
+        from cbn_det.norms.functional import moments, normalize
+
+        y = conv._conv_forward(x, weight, bias)
+        if bias is not None:
+            conv.__dict__["_parameters"]["bias"] = bias  # entries follow the present bias
+        e = norm.estimate(moments(y))
+        return normalize(y, e.mean, e.var, scale, shift, e.share, norm.eps)
+
+    leaves = [x, weight, scale, shift] + ([] if bias is None else [bias])
+    assert torch.autograd.gradcheck(forward, leaves, atol=1e-6)
+
+
+def test_the_gradient_has_its_projections_divided_by_the_number_of_entries():
+    """The closed form of the backward pass, written out (oracle 4)."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 5, 3, bias=False), window=4)
+    for t in range(3):
+        model(images(model[0], t))
+        tick()
+    y = model[0](images(model[0], 9)).detach()
+    x_hat = None
+    seen = y.clone().requires_grad_()
+    model[1].__dict__["_binding_checked"] = True
+    model[1]._keep_input(model[0], (images(model[0], 9),))
+    out = model[1](seen)
+    g = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, seen, g)
+    x_hat = out.detach()  # affine is the identity at the start
+    std = ((y[0, :, 0, 0] - y[0, :, 0, 1]) / (x_hat[0, :, 0, 0] - x_hat[0, :, 0, 1])).view(
+        1, -1, 1, 1
+    )
+    mean = lambda t: t.mean((0, 2, 3), keepdim=True)  # noqa: E731
+    expected = (g - mean(g) / 4 - x_hat * mean(g * x_hat) / 4) / std
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+# ---- degenerate settings ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", RULES)
+def test_unchanged_weights_give_the_concatenated_batches(mode):
+    """Oracle 5: statistics of BatchNorm over the batches of the window, gradient with 1/k."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 5, 3, padding=1), window=4, compensation=mode)
+    conv, norm = model
+    xs = [images(conv, t) for t in range(4)]
+    for x in xs[:3]:
+        model(x)
+        tick()
+    got = model(xs[3])
+    joined = nn.BatchNorm2d(5).double()(conv(torch.cat(xs)))
+    torch.testing.assert_close(got, joined[-2:], rtol=1e-9, atol=1e-9)
+    # d/dx of the last batch: BatchNorm over everything, the gradient at the other batches being 0
+    leaf = xs[3].clone().requires_grad_()
+    torch.manual_seed(1)
+    probe = torch.randn_like(got)
+    (ours,) = torch.autograd.grad((model(leaf) * probe).sum(), leaf)
+    leaf = xs[3].clone().requires_grad_()
+    out = nn.BatchNorm2d(5).double()(conv(torch.cat([*xs[:3], leaf])))
+    (theirs,) = torch.autograd.grad((out[-2:] * probe).sum(), leaf)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 1, "compensation": "none"},
+        {"window": 4, "burn_in": 100},
+        {"window": 4, "burn_in": 0.5},
+        {"window": 4, "burn_in": 100, "momentum": None},
+        {"window": 4, "burn_in": 100, "momentum": 0.3, "eps": 1e-3},
+        {"window": 4, "burn_in": 100, "affine": False},
+    ],
+    ids=str,
+)
+def test_degenerate_settings_are_batchnorm(options):
+    torch.manual_seed(0)
+    ours = layer(nn.Conv2d(3, 5, 3), dtype=torch.float32, **options)
+    ours[1].resolve_burn_in(100)
+    taken = {k: v for k, v in options.items() if k in ("momentum", "eps", "affine")}
+    theirs = nn.Sequential(copy.deepcopy(ours[0]), nn.BatchNorm2d(5, **taken))
+    theirs[0]._forward_pre_hooks.clear()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, theirs)]
+    for t in range(6):
+        x = images(ours[0], t, dtype=torch.float32)
+        outs = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            outs.append(model(x))
+            (outs[-1] ** 3).mean().backward()
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+    for (key, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=key)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_burn_in_counts_optimiser_steps_and_the_window_fills_from_one():
+    model = layer(nn.Conv2d(3, 5, 1), window=3, burn_in=2)
+    norm = model[1]
+    entries = []
+    for t in range(6):
+        for part in range(2):  # accumulation: two forwards an iteration
+            model(images(model[0], 2 * t + part))
+        entries.append(len(norm._window))
+        tick()
+    assert entries == [0, 0, 0, 1, 2, 2] and norm.steps == 5
+
+
+def test_burn_in_is_resolved_against_the_schedule():
+    norm = CBN2d(4, burn_in=0.25)
+    norm.resolve_burn_in(1000)
+    assert norm.burn_in_steps == 250
+    whole = CBN2d(4, burn_in=30)
+    whole.resolve_burn_in(1000)
+    assert whole.burn_in_steps == 30
+    unresolved = layer(nn.Conv2d(3, 4, 1), burn_in=0.25)
+    with pytest.warns(UserWarning, match="resolve_burn_in"):
+        unresolved(images(unresolved[0], 0))
+    assert unresolved[1].burn_in_steps == 2000
+
+
+# ---- whole trajectories ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", RULES)
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_training_trajectory_equals_the_paper(mode, burn_in):
+    """SGD on a stack of convolutions, in float64: parameters stay the same for 12 steps."""
+    torch.manual_seed(0)
+    options = {"window": 3, "burn_in": burn_in, "ema": "batch", "compensation": mode}
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        CBN2d(6, **options),
+        nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=2),
+        CBN2d(6, **options),
+        nn.Conv2d(6, 4, 1, bias=False),
+        CBN2d(4, **options),
+    ).double()
+    other = copy.deepcopy(net)
+    paper = PaperNet(other, window=3, rule=RULES[mode])
+    start = net[0].weight.detach().clone()
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-3)
+        for m in (net, other)
+    ]
+    for t in range(12):
+        x = images(net[0], t)
+        target = images(net[4], 100 + t, size=(4, 4))[:, :4]
+        h = x
+        for k in (0, 2, 4):
+            h = torch.relu(net[k + 1](net[k](h)))
+        if t == burn_in:
+            assert all(not r.entries for r in paper.norms)
+        losses = []
+        for out, optimizer in ((h, optimizers[0]), (paper(x), optimizers[1])):
+            loss = (out - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-7)
+        if t >= burn_in:
+            paper.push()  # with the weights of this iteration
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert (net[0].weight - start).norm() > 0.3 * start.norm()
+
+
+# ---- the authors' drop rule ------------------------------------------------------------------
+
+
+def drop_and_ours(size, steps=10):
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 16, 3, bias=False), window=4, momentum=0.1)
+    conv, norm = model
+    authors = PaperCBN(4, "drop", eps_outside=True)
+    running = [torch.zeros(16).double(), torch.ones(16).double()]
+    for t in range(steps):
+        x = images(conv, t)
+        y = conv(x)
+        mean, var, count = authors.statistics(y, conv)
+        for buffer, now in zip(running, (y.mean((0, 2, 3)), y.var((0, 2, 3))), strict=True):
+            buffer.mul_(0.9).add_(0.1 * now.detach())
+        out = model(x)
+        yield t, y, out, norm, mean, var, count, authors, running
+        authors.push(x, conv)
+        tick()
+        perturb(conv, size, seed=t)
+
+
+def test_parity_with_the_authors_where_nothing_is_dropped():
+    """Drop rule, eps outside the root, unbiased running variance, equal weights of entries, window
+    counted from 1 (oracle 9). Statistics are equal, and outputs up to where eps stands."""
+    for t, y, out, norm, mean, var, count, authors, running in drop_and_ours(0.02):
+        assert (count == min(t + 1, 4)).all()
+        expected = batch_norm(y, mean, var)
+        torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
+        outside = authors(y, norm_conv(norm), norm.weight, norm.bias)
+        torch.testing.assert_close(out, outside, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(norm.running_mean, running[0], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(norm.running_var, running[1], rtol=1e-9, atol=1e-10)
+    assert authors.affected == 0
+
+
+def norm_conv(norm):
+    return norm.conv
+
+
+def test_where_the_authors_drop_an_entry_the_paper_keeps_its_mean():
+    """The relation: on channels without such an entry both agree; on the others ours is the mixture
+    of all entries, in which this one counts with variance 0."""
+    dropped = 0
+    for t, y, out, norm, mean, var, count, *_ in drop_and_ours(0.25):
+        whole = count == min(t + 1, 4)
+        expected = batch_norm(y, mean, var)
+        torch.testing.assert_close(out[:, whole], expected[:, whole], rtol=1e-7, atol=1e-7)
+        dropped += int((~whole).sum())
+        if whole.all():
+            continue
+        entry_mean, entry_var, _ = norm._compensated()
+        for c in torch.nonzero(~whole).flatten():
+            keep = entry_var[:, c] > 0
+            assert int(keep.sum()) + 1 == int(count[c])
+            means = torch.cat([y[:, c].mean()[None], entry_mean[keep, c]])
+            torch.testing.assert_close(means.mean(), mean[c], rtol=1e-9, atol=1e-9)
+    assert dropped > 5
+
+
+# ---- options ---------------------------------------------------------------------------------
+
+
+def test_cutoff_drops_an_entry_of_a_channel_whose_linear_term_is_no_longer_valid():
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 8, 3, bias=False), window=2, cutoff=0.5)
+    conv, norm = model
+    model(images(conv, 0))
+    tick()
+    with torch.no_grad():
+        conv.weight[:4] *= 2.0  # the variance of the first half changes by far more than a half
+        conv.weight[4:] *= 1.02
+    y = conv(images(conv, 1))
+    got = model(images(conv, 1))
+    alone = batch_norm(y, y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False))
+    torch.testing.assert_close(got[:, :4], alone[:, :4], rtol=1e-9, atol=1e-9)
+    assert (got[:, 4:] - alone[:, 4:]).abs().amax((0, 2, 3)).min() > 1e-3
+    assert float(norm.diagnostics["dropped"]) == 0.5
+    # the gradient of a dropped channel is BatchNorm's
+    leaf = y.detach().requires_grad_()
+    norm._keep_input(conv, (images(conv, 1),))
+    g = torch.randn_like(y)
+    (ours,) = torch.autograd.grad(norm(leaf), leaf, g)
+    (theirs,) = torch.autograd.grad(nn.BatchNorm2d(8).double()(leaf), leaf, g)
+    torch.testing.assert_close(ours[:, :4], theirs[:, :4])
+
+
+@pytest.mark.parametrize("mode", ["taylor", "central", "exact"])
+def test_as_many_positions_as_there_are_equal_all(mode):
+    outs = []
+    for positions in (None, 2 * 7 * 8, 10**6):
+        torch.manual_seed(0)
+        model = layer(CONVS["3x3"](), window=3, compensation=mode, positions=positions)
+        for t in range(4):
+            out = model(images(model[0], t))
+            tick()
+            perturb(model[0], 0.05, t)
+        outs.append(out)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_noise_of_a_crop_multiplies_the_small_change_of_the_weight_only():
+    """The anchored form: at an unchanged weight a crop changes nothing, and its error shrinks with
+    the change; the means are exact throughout."""
+    errors, euler = [], []
+    for scale in (0.0, 0.02, 0.01):
+        pair = []
+        for positions in (None, 16):
+            torch.manual_seed(0)
+            model = layer(
+                nn.Conv2d(8, 16, 3, padding=1, bias=False),
+                window=2,
+                compensation="central",
+                positions=positions,
+            )
+            conv, norm = model
+            model(images(conv, 0, size=(24, 24)))
+            tick()
+            torch.manual_seed(1)
+            with torch.no_grad():
+                conv.weight += scale * torch.randn_like(conv.weight)
+            model(images(conv, 1, size=(24, 24)))
+            mean, var, _ = norm._compensated()
+            pair.append((mean.detach(), var.detach()))
+            now = (norm._window["gradient"][0] * conv.weight.detach().flatten(1)).sum(1)
+            euler.append(now - norm._window["var"][0])
+        torch.testing.assert_close(pair[0][0], pair[1][0], rtol=1e-12, atol=1e-12)
+        errors.append(float((pair[0][1] - pair[1][1]).norm() / pair[0][1].norm()))
+    assert errors[0] < 1e-14
+    assert errors[1] / errors[2] == pytest.approx(2.0, rel=0.02)
+    # the shorter Euler form, <G, W> - var, has the noise of G itself
+    assert float((euler[-1] - euler[-2]).norm() / pair[0][1].norm()) > 5 * errors[2] > 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_pooled_running_statistics_are_those_of_the_mixture(bias):
+    """During burn-in the moments of mini-batches, then those of windows, kept raw."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 5, 3, bias=bias), window=3, burn_in=4, ema="pooled")
+    conv, norm = model
+    paper, numbers = PaperCBN(3, "max"), MixtureEMA(5)
+    for t in range(10):
+        x = images(conv, t) + t / 3  # batches differ in mean
+        y = conv(x)
+        mean, var, count = (v.detach().numpy() for v in paper.statistics(y, conv))
+        numbers.update(mean, var, y.numel() / 5 * count)
+        model(x)
+        np.testing.assert_allclose(norm.running_mean, numbers.first, rtol=1e-9)
+        np.testing.assert_allclose(norm.running_var, numbers.var, rtol=1e-8)
+        if t >= 4:
+            paper.push(x, conv)
+        tick()
+        perturb(conv, 0.02, t)
+    assert norm.num_batches_tracked == 10
+
+
+def test_one_image_pooled_statistics_have_the_variance_between_images():
+    """What 'batch' lacks: images of constant value have no variance each, and much together."""
+    got = {}
+    for ema in ("pooled", "batch"):
+        norm = CBN2d(2, window=1, burn_in=0, ema=ema, momentum=0.02)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(1000):
+            norm(torch.randn(1, 2, 1, 1, generator=generator) + 0.1 * torch.randn(1, 2, 4, 4))
+        got[ema] = float(norm.running_var.mean())
+    assert got["batch"] == pytest.approx(0.01, rel=0.1)
+    assert got["pooled"] == pytest.approx(1.01, rel=0.35)
+
+
+def test_a_frozen_convolution_is_averaged_as_it_is():
+    """Its weight does not move, so plain averaging is exact; a bias that moves is followed."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 5, 3), window=3)
+    conv = model[0]
+    conv.weight.requires_grad_(False)
+    xs = [images(conv, t) for t in range(3)]
+    for x in xs:
+        out = model(x)
+        assert "gradient" not in model[1]._staged
+        tick()
+        with torch.no_grad():
+            conv.bias += 3.0
+    with torch.no_grad():
+        conv.bias -= 3.0
+    joined = nn.BatchNorm2d(5).double()(conv(torch.cat(xs)))
+    torch.testing.assert_close(out, joined[-2:], rtol=1e-9, atol=1e-9)
+
+
+def test_requires_grad_toggled_in_mid_run():
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 5, 3), window=4)
+    conv, norm = model
+    sizes = []
+    for t in range(12):
+        conv.weight.requires_grad_(not 4 <= t < 8)
+        out = model(images(conv, t))
+        assert out.isfinite().all()
+        sizes.append(len(norm._window))
+        tick()
+        if conv.weight.requires_grad:
+            perturb(conv, 0.05, t)
+    # entries of another kind start the window anew (t = 5, t = 9)
+    assert sizes == [0, 1, 2, 3, 3, 1, 2, 3, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"window": 0}, "window"),
+        ({"window": 2.5}, "window"),
+        ({"window": True}, "window"),
+        ({"burn_in": -1}, "burn_in"),
+        ({"burn_in": 1.0}, "burn_in"),
+        ({"burn_in": True}, "burn_in"),
+        ({"compensation": "drop"}, "taylor.*central.*exact.*none"),
+        ({"positions": 0}, "positions"),
+        ({"cutoff": 0.0}, "cutoff"),
+        ({"ema": "mean"}, "pooled.*batch"),
+        ({"momentum": 2.0}, "momentum"),
+        ({"eps": -1.0}, "eps"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CBN2d(4, **options)
+
+
+def test_options_build_the_same_layer_again():
+    norm = build_norm(
+        "CBN(window=6, burn_in=7, compensation='central', positions=99, cutoff=0.5, ema='batch',"
+        " momentum=0.2, eps=1e-3, affine=False)",
+        4,
+    )
+    assert CBN2d(4, **norm.options()).options() == norm.options()
+    assert norm.options() == {
+        "window": 6,
+        "burn_in": 7,
+        "compensation": "central",
+        "positions": 99,
+        "cutoff": 0.5,
+        "ema": "batch",
+        "momentum": 0.2,
+        "eps": 1e-3,
+        "affine": False,
+    }
+    assert "window=6" in repr(norm)

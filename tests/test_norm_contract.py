@@ -1,0 +1,785 @@
+"""The contract of SmallBatchNorm2d: what holds for every method. A new method joins SPECS."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from oracles import MixtureEMA
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cbn_det.norms import (
+    build_norm,
+    load_memory_state_dict,
+    memory_state_dict,
+    norm_diagnostics,
+    sync_running_stats,
+)
+
+SPECS = {
+    "CBN": "CBN(window=3, burn_in=0)",
+    "CBN batch": "CBN(window=3, burn_in=0, ema='batch')",
+    "CBN central crop": "CBN(window=3, burn_in=0, compensation='central', positions=20)",
+    "CBN exact": "CBN(window=3, burn_in=0, compensation='exact')",
+    "CBN none": "CBN(window=3, burn_in=0, compensation='none')",
+    "CBN window 1": "CBN(window=1, burn_in=0)",
+    "CBN burn-in": "CBN(window=3, burn_in=2)",
+}
+every_norm = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def block(spec, bias=True, cin=3, channels=4):
+    return nn.Sequential(
+        nn.Conv2d(cin, channels, 3, padding=1, bias=bias), build_norm(spec, channels)
+    )
+
+
+def stack(spec):
+    """Two blocks, so that one norm sees inputs that need gradient and the other does not."""
+    return nn.Sequential(*block(spec), nn.ReLU(), *block(spec, cin=4))
+
+
+def images(seed, n=2, size=9, **kwargs):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def loss_of(out):
+    return (out - torch.linspace(-1, 2, out.numel()).view(out.shape)).square().mean()
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def train(model, optimizer, seeds, forward=None):
+    outs = []
+    for seed in seeds:
+        optimizer.zero_grad()
+        outs.append((forward or model)(images(seed)))
+        loss_of(outs[-1]).backward()
+        optimizer.step()
+    return [out.detach() for out in outs]
+
+
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def memory(model):
+    """A snapshot that later training does not touch."""
+    return copy.deepcopy(memory_state_dict(model))
+
+
+def remembered(model):
+    """The memory, whether or not some optimiser has stepped since."""
+    return {name: {**state, "stepped": None} for name, state in memory(model).items()}
+
+
+def assert_same(a, b, **tolerance):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], **tolerance)
+    elif isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 0, "atol": 0}))
+    else:
+        assert a == b
+
+
+# ---- 1: evaluation and state -----------------------------------------------------------------
+
+
+@every_norm
+def test_evaluation_is_batchnorm_and_checkpoints_are_its(spec):
+    model = block(spec)
+    train(model, sgd(model), range(5))
+    assert isinstance(model[1], nn.BatchNorm2d)
+    plain = nn.BatchNorm2d(4)
+    assert model[1].state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(model[1].state_dict(), strict=True)
+    model.eval(), plain.eval()
+    y = model[0](images(7))
+    assert torch.equal(model[1](y), plain(y))
+    again = build_norm(spec, 4)
+    again.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(again.eval()(y), plain(y))
+    assert not torch.equal(plain.running_mean, torch.zeros(4))
+
+
+@every_norm
+def test_memory_is_in_no_state_dict_parameter_or_buffer(spec):
+    model = stack(spec)
+    train(model, sgd(model), range(4))
+    names = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    norm = model[1]
+    assert set(norm.state_dict()) == names
+    assert {n for n, _ in norm.named_parameters()} | {n for n, _ in norm.named_buffers()} == names
+    assert not list(norm.children()) and norm.extra_repr()
+    assert [n for n, _ in model.named_modules()] == ["", "0", "1", "2", "3", "4"]
+
+
+@every_norm
+def test_running_statistics_follow_their_rule(spec):
+    """Frozen weights, so that the window is plain pooling and numpy can follow any of these."""
+    model = block(spec, bias=False)
+    norm, (window, rule) = model[1], (model[1].window, model[1].ema)
+    start = norm.burn_in_steps
+    numbers, seen, plain = MixtureEMA(4), [], [np.zeros(4), np.ones(4)]
+    for t in range(8):
+        x = images(t) + t / 4
+        model(x)
+        y = model[0](x).detach().double().numpy()
+        norm._take_conv_input()
+        seen.append((y.mean((0, 2, 3)), (y**2).mean((0, 2, 3)), y.var((0, 2, 3))))
+        entries = seen[max(start, t - window + 1) : t] + seen[-1:] if t > start else seen[-1:]
+        mean, second = (np.mean([e[k] for e in entries], 0) for k in (0, 1))
+        count = y.size / 4
+        numbers.update(mean, second - mean**2, count * len(entries))
+        plain = [
+            0.9 * plain[0] + 0.1 * seen[-1][0],
+            0.9 * plain[1] + 0.1 * seen[-1][2] * count / (count - 1),
+        ]
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0).step()
+    expected = (numbers.first, numbers.var) if rule == "pooled" else plain
+    np.testing.assert_allclose(norm.running_mean, expected[0], rtol=1e-4)
+    np.testing.assert_allclose(norm.running_var, expected[1], rtol=1e-4)
+    assert norm.num_batches_tracked == 8
+
+
+# ---- 4: empty and odd input ------------------------------------------------------------------
+
+
+@every_norm
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3, 9, 9), (0, 3, 4, 7)])
+def test_empty_input(spec, affine, shape):
+    model = block(spec)
+    if not affine:
+        model[1] = type(model[1])(4, **{**model[1].options(), "affine": False})
+    optimizer = sgd(model)
+    train(model, optimizer, range(4))
+    model(images(4))  # commits, and stages
+    optimizer.zero_grad()
+    before, state = memory(model), copy.deepcopy(model.state_dict())
+    x = torch.zeros(shape, requires_grad=True)
+    out = model(x)
+    assert out.shape == (0, 4, *shape[2:]) and out.dtype == x.dtype
+    out.sum().backward()
+    for p in model.parameters():
+        assert p.grad is not None and not p.grad.any()
+    assert_same(memory(model), before)
+    assert_same(model.state_dict(), state)
+    assert model.eval()(x).shape == out.shape
+
+
+@every_norm
+def test_an_iteration_with_empty_input_only_is_none(spec):
+    model = block(spec)
+    optimizer = sgd(model)
+    train(model, optimizer, range(3))
+    model(images(3))
+    steps = model[1].steps
+    optimizer.step()
+    for _ in range(3):
+        model(torch.zeros(0, 3, 9, 9)).sum().backward()
+        optimizer.step()
+    model(images(4))
+    assert model[1].steps == steps + 1  # of the forward before, once
+
+
+@every_norm
+def test_one_value_per_channel(spec):
+    """A single RoI of 1x1: BatchNorm raises; here it counts, with variance 0."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), build_norm(spec, 4))
+    for t in range(5):
+        x = images(t, n=1, size=1).requires_grad_()
+        out = model(x)
+        loss_of(out).backward()
+        assert out.isfinite().all() and x.grad.isfinite().all()
+        sgd(model).step()
+    assert model[1].running_var.isfinite().all() and (model[1].running_var >= 0).all()
+
+
+@every_norm
+@pytest.mark.parametrize("value", [0.0, 1000.0])
+def test_constant_and_dead_channels(spec, value):
+    model = block(spec)
+    optimizer = sgd(model, 1e-3)
+    for t in range(5):
+        x = images(t)
+        with torch.no_grad():
+            model[0].weight[1] = 0.0  # dead: its output is the bias
+        out = model(x * 0 + value if t % 2 else x)
+        optimizer.zero_grad()
+        loss_of(out).backward()
+        assert out.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert (model[1].running_var >= 0).all()
+
+
+@every_norm
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bad_batch_that_was_skipped_poisons_nothing_remembered(spec, bad, bias):
+    """As a GradScaler does it: forward, backward, no step; another batch runs in its place."""
+    model = block(spec, bias=bias)
+    optimizer = sgd(model)
+    train(model, optimizer, range(3))
+    poisoned = images(3)
+    poisoned[0, 0, 0, 0] = bad
+    loss_of(model(poisoned)).backward()
+    for t in range(4, 10):
+        optimizer.zero_grad()
+        out = model(images(t))
+        assert out.isfinite().all()
+        loss_of(out).backward()
+        for name, p in model.named_parameters():
+            assert p.grad.isfinite().all(), name
+        optimizer.step()
+
+
+@every_norm
+def test_wrong_number_of_dimensions(spec):
+    with pytest.raises(ValueError, match="4D"):
+        build_norm(spec, 4)(torch.zeros(4, 4))
+
+
+# ---- 5: memory -------------------------------------------------------------------------------
+
+
+@every_norm
+@pytest.mark.parametrize("when", ["after the step", "before the step"])
+def test_memory_round_trip_is_bit_for_bit(spec, when):
+    """Through torch.save and a load that allows plain data only, into a model built anew."""
+    torch.manual_seed(0)
+    model = stack(spec)
+    optimizer = sgd(model)
+    train(model, optimizer, range(5))
+    if when == "before the step":
+        optimizer.zero_grad()
+        loss_of(model(images(5))).backward()
+    file = io.BytesIO()
+    saved = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "norm_memory": memory_state_dict(model),
+    }
+    torch.save(saved, file)
+    file.seek(0)
+    grads = [p.grad.clone() for p in model.parameters()]
+
+    def go_on(model, optimizer):
+        if when == "before the step":
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        return train(model, optimizer, range(6, 12))
+
+    ours = go_on(model, optimizer)
+    # only now, or the steps above would count for the loaded model, too
+    loaded = torch.load(file, weights_only=True)
+    torch.manual_seed(1)
+    other = stack(spec)
+    other_optimizer = sgd(other)
+    other.load_state_dict(loaded["model"])
+    other_optimizer.load_state_dict(loaded["optimizer"])
+    load_memory_state_dict(other, loaded["norm_memory"])
+    theirs = go_on(other, other_optimizer)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert_same(memory(model), memory(other))
+    assert_same(model.state_dict(), other.state_dict())
+
+
+def test_memory_of_another_model_is_refused():
+    model, other = stack(SPECS["CBN"]), block(SPECS["CBN"])
+    with pytest.raises(ValueError, match="another model's.* 4$"):
+        load_memory_state_dict(other, memory_state_dict(model))
+    longer = stack("CBN(window=5, burn_in=0)")
+    with pytest.raises(ValueError, match="^1: .*window=3.*5"):
+        load_memory_state_dict(longer, memory_state_dict(model))
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": lambda m: _saved(m),
+}
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_norm
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("in_mid_step", [False, True])
+def test_copies_go_on_alike_and_apart(spec, how, in_mid_step):
+    model = stack(spec)
+    optimizer = sgd(model)
+    train(model, optimizer, range(4))
+    if in_mid_step:
+        model[0](images(99))  # the norm holds an input that no copy should carry
+    other = COPIES[how](model)
+    for norm in norms(other):
+        assert norm.conv is None or any(norm.conv is m for m in other.modules())
+        assert norm.__dict__.get("_conv_input") is None
+    assert_same(memory(model), memory(other))
+    plain = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, other)]
+    ours = train(model, plain[0], range(4, 8))
+    theirs = train(other, plain[1], range(4, 8))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    before = remembered(model)
+    train(other, plain[1], range(8, 12))  # apart from here
+    assert_same(remembered(model), before)
+
+
+@every_norm
+def test_a_model_average_shares_nothing_with_its_source(spec):
+    """The usual EMA of weights: a deepcopy, updated from the state dict, evaluated."""
+    model = stack(spec)
+    optimizer = sgd(model)
+    train(model, optimizer, range(3))
+    average = copy.deepcopy(model).eval()
+    for t in range(3, 7):
+        train(model, optimizer, [t])
+        with torch.no_grad():
+            for a, b in zip(
+                average.state_dict().values(), model.state_dict().values(), strict=True
+            ):
+                a.copy_(0.9 * a + 0.1 * b if a.is_floating_point() else b)
+    before = memory(model)
+    average(images(20))
+    assert_same(memory(model), before)
+    assert not any(n.__dict__.get("_conv_input") is not None for n in norms(average))
+
+
+@every_norm
+def test_moving_dtype_and_half(spec):
+    model = stack(spec)
+    train(model, sgd(model), range(4))
+    before = memory(model)
+    double = copy.deepcopy(model).double()
+    train_out = double(images(5).double())
+    assert train_out.dtype == torch.float64
+    torch.testing.assert_close(train_out.float(), model(images(5)), rtol=1e-3, atol=1e-4)
+    model = copy.deepcopy(model).half()  # weights; statistics do not survive 16 bits
+    window = norms(model)[0]._window
+    if window is not None and "mean" in window:
+        assert window["mean"].dtype == window["var"].dtype == torch.float32
+    out = model(images(5).half())
+    assert out.dtype == torch.float16 and out.isfinite().all()
+    assert model.eval()(images(5).half()).isfinite().all()
+    assert before.keys() == memory(model).keys()
+
+
+# ---- 6: precision and memory format ----------------------------------------------------------
+
+
+@every_norm
+def test_autocast(spec):
+    torch.manual_seed(0)
+    model = stack(spec)
+    exact = copy.deepcopy(model)
+    pair = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, exact)]
+    for t in range(5):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(images(t))
+        assert out.dtype == torch.bfloat16
+        loss_of(out.float()).backward()
+        reference = exact(images(t))
+        loss_of(reference).backward()
+        assert float((out - reference).detach().norm() / reference.detach().norm()) < 0.05
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+    for norm, other in zip(norms(model), norms(exact), strict=True):
+        assert norm.running_mean.dtype == torch.float32
+        for value in norm._staged.values():
+            assert value.dtype == torch.float32
+        torch.testing.assert_close(norm.running_var, other.running_var, rtol=0.05, atol=0.05)
+
+
+@every_norm
+@pytest.mark.parametrize("ratio", [10, 1000])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_off_centre_activations_keep_their_variance(spec, ratio, channels_last):
+    """mean / std of the input 10 and 1000; a raw ``mean(x * x)`` is wrong by 18 % at 1000."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), build_norm(spec, 4))
+    exact = copy.deepcopy(model).double()
+    for t in range(4):
+        torch.manual_seed(t)
+        x = torch.randn(2, 3, 24, 24) + ratio
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        out = model(x)
+        # the convolution rounds too: the reference normalises the same activations
+        y = model[0](x).double()
+        norms(model)[0]._take_conv_input()
+        exact[1]._keep_input(exact[0], (x.double(),))
+        with torch.no_grad():
+            exact[0].weight.copy_(model[0].weight)
+        exact[1].__dict__["_binding_checked"] = True
+        reference = exact[1](y.detach())
+        error = (out.double() - reference).detach().abs().max()
+        assert float(error) < 1e-5 * ratio, "in standard deviations"
+        std = out.double().flatten(2).std(2) / reference.flatten(2).std(2)
+        assert float((std - 1).abs().max()) < 2e-3
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0).step()
+
+
+@every_norm
+def test_float16_activations_of_ten_thousand(spec):
+    norm = build_norm(spec, 4)
+    conv = nn.Conv2d(3, 4, 1, bias=False)
+    if norm.needs_conv:
+        norm.bind(conv)
+    torch.manual_seed(0)
+    for _ in range(4):
+        y = (torch.randn(2, 4, 16, 16) * 100 + 1e4).half().requires_grad_()
+        norm._keep_input(conv, ((torch.randn(2, 3, 16, 16) * 100 + 1e4).half(),))
+        norm.__dict__["_binding_checked"] = True
+        out = norm(y)
+        out.float().pow(2).mean().backward()
+        assert out.dtype == torch.float16 and out.isfinite().all() and y.grad.isfinite().all()
+        assert 0.9 < float(out.float().std()) < 1.1
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0).step()
+
+
+@every_norm
+def test_channels_last_stays_and_gives_the_same(spec):
+    torch.manual_seed(0)
+    model = stack(spec)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    pair = [sgd(m) for m in (model, other)]
+    for t in range(5):
+        x = images(t).requires_grad_()
+        z = images(t).to(memory_format=torch.channels_last).requires_grad_()
+        a, b = model(x), other(z)
+        assert b.is_contiguous(memory_format=torch.channels_last) and not b.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        loss_of(a).backward()
+        loss_of(b).backward()
+        torch.testing.assert_close(x.grad, z.grad, rtol=1e-3, atol=1e-5)
+        assert z.grad.is_contiguous(memory_format=torch.channels_last)
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+# ---- 7: the clock ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS.values() if "positions" not in s])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulated_forwards_pool_to_one_of_the_whole_batch(spec, parts):
+    """Equal sizes: the entry, its derivatives included, is that of the concatenated batch
+    (of which a crop would take other positions)."""
+    torch.manual_seed(0)
+    model = block(spec).double()
+    whole = copy.deepcopy(model)
+    for t in range(5):
+        xs = [images(10 * t + k).double() + k for k in range(parts)]
+        outs = [model(x) for x in xs]
+        again = model(xs[0])  # read-only within the step: the same, whatever was staged since
+        assert torch.equal(again, outs[0])
+        load_memory_state_dict(model, _without_last(model, xs))
+        reference = whole(torch.cat(xs))
+        assert reference.shape[0] == 2 * parts
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0).step()
+        torch.manual_seed(t)
+        delta = 0.1 * torch.randn_like(model[0].weight)
+        with torch.no_grad():
+            model[0].weight += delta
+            whole[0].weight += delta
+            model[0].bias += delta.mean()
+            whole[0].bias += delta.mean()
+    a, b = memory(model)["1"], memory(whole)["1"]
+    assert a["steps"] == b["steps"] and a["staged_forwards"] == parts and b["staged_forwards"] == 1
+    for key in ("staged", "window"):
+        assert_same(a[key], b[key], rtol=1e-9, atol=1e-11)
+
+
+def _without_last(model, xs):
+    """The memory as it is without the forward that looked whether the memory is read-only."""
+    norm, state = model[1], memory(model)
+    fresh = copy.deepcopy(model)
+    fresh[1]._staged, fresh[1]._staged_forwards = {}, 0
+    for x in xs:
+        fresh(x)
+    assert state["1"]["staged_forwards"] == norm._staged_forwards == len(xs) + 1
+    return memory(fresh)
+
+
+@every_norm
+def test_forwards_without_gradient_read_and_never_write(spec):
+    model = stack(spec)
+    optimizer = sgd(model)
+    train(model, optimizer, range(5))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for t in range(3):
+            out = model(images(50 + t))
+    assert out.isfinite().all()
+    # what follows is as if they had not been (running statistics excepted)
+    ours, theirs = (
+        train(m, torch.optim.SGD(m.parameters(), lr=0.05), range(5, 9)) for m in (model, reference)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert_same(memory(model), memory(reference))
+
+
+@every_norm
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_forwards_without_gradient_may_come_first_after_a_step(spec, mode):
+    """They commit what is due; later iterations must be able to write to it."""
+    model = stack(spec)
+    reference = copy.deepcopy(model)
+    for m in (model, reference):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.05)
+        for t in range(6):
+            train(m, optimizer, [t])
+            if m is model:
+                with mode():
+                    m(images(70 + t))
+        m(images(80))
+    assert_same(remembered(model), remembered(reference))
+
+
+@every_norm
+def test_precise_bn_computes_population_statistics(spec):
+    """fvcore's own, against the pooled moments of all images in numpy."""
+    precise_bn = pytest.importorskip("fvcore.nn.precise_bn")
+    model = nn.Sequential(*block(spec))
+    train(model, sgd(model), range(5))
+    before = memory(model)
+    batches = [images(t) + t / 10 for t in range(30)]
+    precise_bn.update_bn_stats(model, batches, len(batches))
+    y = model[0](torch.cat(batches)).detach().double().numpy()
+    norm = model[1]
+    np.testing.assert_allclose(norm.running_mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    within = np.stack([v.var((0, 2, 3), ddof=1) for v in np.split(y, 30)])
+    means = np.stack([v.mean((0, 2, 3)) for v in np.split(y, 30)])
+    population = within.mean(0) + means.var(0)
+    # fvcore averages the unbiased variances of mini-batches, with or without those of their means
+    plain = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(4))
+    plain[0]._forward_pre_hooks.clear()
+    precise_bn.update_bn_stats(plain, batches, len(batches))
+    np.testing.assert_allclose(norm.running_var, plain[1].running_var, rtol=1e-4)
+    np.testing.assert_allclose(norm.running_var, population, rtol=0.01)
+    assert norm.momentum == 0.1
+    after = memory(model)
+    assert after["1"]["steps"] == before["1"]["steps"] + 1  # the last iteration, now committed
+    assert after["1"]["staged"] == {}
+
+
+@every_norm
+@pytest.mark.parametrize("rate", [1.0, None])
+def test_momentum_of_one_keeps_the_batch_itself_in_a_forward_without_gradient(spec, rate):
+    model = block(spec)
+    train(model, sgd(model), range(4))
+    norm = model[1]
+    norm.momentum = 1.0
+    with torch.no_grad():
+        model(images(8))
+        y = model[0](images(8))
+    torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, y.var((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    if rate is None:  # a cumulative average is the mean over batches
+        norm.reset_running_stats()
+        norm.momentum = None
+        with torch.no_grad():
+            ys = [model[0](images(t)) for t in range(3)]
+            for t in range(3):
+                model(images(t))
+        expected = torch.cat(ys).mean((0, 2, 3))
+        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_norm
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_activation_checkpointing_changes_nothing(spec, reentrant, forwards):
+    torch.manual_seed(0)
+    model = stack(spec)
+    other = copy.deepcopy(model)
+    pair = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, other)]
+    for t in range(6):
+        for part in range(forwards):
+            seed = 10 * t + part
+            x, z = (images(seed).requires_grad_() for _ in range(2))
+            a, b = model(x), checkpoint(other, z, use_reentrant=reentrant)
+            assert torch.equal(a, b)
+            loss_of(a).backward()
+            loss_of(b).backward()
+            assert torch.equal(x.grad, z.grad)
+        assert_same(memory(model), memory(other))
+        for optimizer, m in zip(pair, (model, other), strict=True):
+            for p in m.parameters():
+                assert p.grad is not None
+            optimizer.step()
+            optimizer.zero_grad()
+    for norm, twin in zip(norms(model), norms(other), strict=True):
+        assert norm._staged_forwards == twin._staged_forwards == forwards
+        assert twin.__dict__.get("_conv_input") is None
+        assert norm.num_batches_tracked == twin.num_batches_tracked
+        if not reentrant or norm.ema == "batch":
+            assert torch.equal(norm.running_mean, twin.running_mean)
+            assert torch.equal(norm.running_var, twin.running_var)
+
+
+@every_norm
+def test_checkpointed_forwards_whose_backward_comes_later_are_staged_once_each(spec):
+    model = block(spec)
+    xs = [images(t).requires_grad_() for t in range(3)]
+    sum(checkpoint(model, x, use_reentrant=True).pow(3).mean() for x in xs).backward()
+    assert model[1]._staged_forwards == 3 and model[1].num_batches_tracked == 3
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, foreach=False),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.01, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.01, fused=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+@every_norm
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_one_step_of_any_optimiser_is_one_iteration(spec, kind):
+    model = stack(spec)
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    train(model, optimizer, range(4))
+    model(images(4))
+    assert [n.steps for n in norms(model)] == [4, 4]
+
+
+@every_norm
+def test_two_optimisers_stepping_together_are_one_iteration(spec):
+    model = stack(spec)
+    first = torch.optim.SGD([p for p in model.parameters() if p.dim() > 1], lr=0.01)
+    second = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], lr=0.01)
+    for t in range(5):
+        loss_of(model(images(t))).backward()
+        first.step()
+        second.step()
+    model(images(9))
+    assert norms(model)[0].steps == 5
+
+
+@every_norm
+def test_a_skipped_step_is_no_iteration(spec):
+    """GradScaler on CPU: an overflow skips the step, and the next batch belongs to the same one."""
+    model = block(spec)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for t in range(6):
+        optimizer.zero_grad()
+        loss = loss_of(model(images(t)))
+        if t in (2, 3):
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    model(images(9))
+    assert model[1].steps == 4
+
+
+@every_norm
+def test_evaluation_does_not_disturb_training(spec):
+    model = stack(spec)
+    reference = copy.deepcopy(model)
+    pair = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, reference)]
+    for t in range(5):
+        model.eval()(images(90 + t))
+        a = train(model.train(), pair[0], [t])
+        b = train(reference, pair[1], [t])
+        assert torch.equal(a[0], b[0])
+    assert_same(memory(model), memory(reference))
+
+
+@every_norm
+def test_random_state_is_untouched(spec):
+    model = stack(spec)
+    optimizer = sgd(model)
+    state, python = torch.get_rng_state(), np.random.get_state()[1].copy()
+    train(model, optimizer, range(5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == python).all()
+
+
+@every_norm
+def test_two_runs_are_the_same(spec):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = stack(spec)
+        runs.append(train(model, sgd(model), range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# ---- 8 and what concerns a whole model -------------------------------------------------------
+
+
+@every_norm
+def test_without_process_group_syncing_does_nothing(spec):
+    model = stack(spec)
+    train(model, sgd(model), range(3))
+    before = copy.deepcopy(model.state_dict())
+    sync_running_stats(model)
+    assert_same(model.state_dict(), before)
+
+
+def test_diagnostics():
+    model = stack(SPECS["CBN"])
+    assert norm_diagnostics(model) == {} and norm_diagnostics(nn.Conv2d(1, 1, 1)) == {}
+    train(model, sgd(model), range(4))
+    values = norm_diagnostics(model)
+    assert {"norm/clamped", "norm/dropped"} < values.keys()
+    assert all(isinstance(v, float) and v >= 0 for v in values.values())
+    assert values["norm/compensation_mean"] > 0
+
+
+@every_norm
+def test_nothing_is_warned_about(spec):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = stack(spec)
+        train(model, sgd(model), range(3))
+        model.eval()(images(1))
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, what",
+    [
+        (("CBN(window=3, burn_in=0)", 6), ("CBN(window=4, burn_in=0)", 6), "window"),
+        (("CBN(window=3, burn_in=0)", 6), ("CBN(window=1)", 6), "window"),
+        (("CBN(window=3, burn_in=0)", 6), ("CBN(window=3, compensation='none')", 6), "none"),
+        (("CBN(window=3, burn_in=0)", 6), ("CBN(window=3, compensation='exact')", 6), "exact"),
+        (("CBN(window=3, burn_in=0)", 6), ("CBN(window=3)", 8), "6 channels"),
+    ],
+)
+def test_memory_of_another_layer_is_refused(saved, loaded, what):
+    models = [
+        nn.Sequential(nn.Conv2d(3, width, 3), build_norm(spec, width))
+        for spec, width in (saved, loaded)
+    ]
+    optimizer = torch.optim.SGD(models[0].parameters(), 0.1)
+    for _ in range(2):
+        models[0](torch.randn(2, 3, 6, 6)).sum().backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match=what):
+        models[1][1].load_memory_state_dict(models[0][1].memory_state_dict())
+    models[1](torch.randn(2, 3, 6, 6)).sum().backward()  # untouched

@@ -1,0 +1,165 @@
+"""Several processes (gloo, CPU): running statistics are pooled, memory stays each rank's own, and
+nothing in forward waits for another rank."""
+
+import os
+import pickle
+import socket
+import traceback
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cbn_det.norms import build_norm, memory_state_dict, sync_running_stats
+
+SPEC = "CBN(window=3, burn_in=0)"
+
+
+def _process(rank, world, port, job, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=30))
+    try:
+        result = job(rank, world)
+    except Exception:
+        result = traceback.format_exc()
+    with open(os.path.join(folder, str(rank)), "wb") as file:
+        pickle.dump(result, file)
+    dist.destroy_process_group()
+
+
+def run(job, world, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_process, (world, port, job, str(folder)), world, start_method="fork")
+    results = []
+    for rank in range(world):
+        with open(os.path.join(folder, str(rank)), "rb") as file:
+            results.append(pickle.load(file))
+        assert not isinstance(results[-1], str), results[-1]
+    return results
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), build_norm(SPEC, 4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), build_norm(SPEC, 4),
+    )  # fmt: skip
+
+
+def numbers(*tensors):
+    return [t.detach().double().numpy().copy() for t in tensors]
+
+
+def batch(rank, t, n=2):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(100 * rank + t)) + rank
+
+
+# ---- pooling ---------------------------------------------------------------------------------
+
+
+def pool(rank, world):
+    model = model_of()
+    norm, unseen = model[1], model[4]
+    model[4].num_batches_tracked.zero_()
+    for t in range(4):
+        model[1](model[0](batch(rank, t)))
+    if rank == 1:  # the other ranks' second layer sees nothing, as a mask head without a RoI
+        unseen(model[3](torch.randn(2, 4, 6, 6) + 5.0))
+    model[1].num_batches_tracked += rank
+    before = numbers(norm.running_mean, norm.running_var, unseen.running_mean, unseen.running_var)
+    addresses = [b.data_ptr() for b in model.buffers()]
+    sync_running_stats(model)
+    assert addresses == [b.data_ptr() for b in model.buffers()], "in place"
+    after = numbers(norm.running_mean, norm.running_var, unseen.running_mean, unseen.running_var)
+    return before, after, int(norm.num_batches_tracked)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_running_statistics_of_ranks_are_pooled(world, tmp_path):
+    results = run(pool, world, tmp_path)
+    mean = np.stack([before[0] for before, _, _ in results])
+    var = np.stack([before[1] for before, _, _ in results])
+    pooled = mean.mean(0), var.mean(0) + mean.var(0)
+    assert mean.std(0).min() > 0.005
+    for _, after, tracked in results:
+        np.testing.assert_allclose(after[0], pooled[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(after[1], pooled[1], rtol=1e-5)
+        assert tracked in (4, 5, 6)
+    # a rank that saw no data does not count, and gets the statistics of those that did
+    for _, after, _ in results:
+        np.testing.assert_allclose(after[2], results[1][0][2], rtol=1e-6)
+        np.testing.assert_allclose(after[3], results[1][0][3], rtol=1e-6)
+        assert abs(after[2]).max() > 0.01
+
+
+def pool_nothing(rank, world):
+    model = model_of()
+    model[1].running_mean.fill_(3.0)  # as loaded from a checkpoint that counts no batches
+    sync_running_stats(model)
+    sync_running_stats(nn.Linear(2, 2))
+    return numbers(*[b for b in model.buffers() if b.dim()])
+
+
+def test_pooling_before_any_data_changes_nothing(tmp_path):
+    for buffers in run(pool_nothing, 2, tmp_path):
+        assert [b.mean() for b in buffers] == [3, 1, 0, 1]
+
+
+# ---- DistributedDataParallel -----------------------------------------------------------------
+
+
+def ddp(rank, world):
+    model = model_of()
+    alone = model_of()  # the same, without DDP: this rank's data, all ranks' gradients
+    parallel = DistributedDataParallel(model, broadcast_buffers=True)
+    pair = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, alone)]
+    for t in range(6):
+        x = batch(rank, t, n=0 if rank == 1 and t in (2, 4) else 2)
+        a, b = parallel(x), alone(x)
+        a.square().sum().div(100).backward()
+        b.square().sum().div(100).backward()
+        assert torch.equal(a, b), t  # memory is this rank's own, whatever is broadcast
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            dist.all_reduce(q.grad)
+            q.grad /= world
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+            q.grad.copy_(p.grad)
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+    parallel(batch(rank, 9))  # commits
+    memory = memory_state_dict(model)
+    assert memory.keys() == {"1", "4"}
+    return numbers(model[0].weight, memory["1"]["window"]["stacked"]["mean"]), memory["1"]["steps"]
+
+
+def test_ddp_that_broadcasts_buffers_leaves_memory_alone(tmp_path):
+    """One rank gets empty input in two iterations: no hang, zero gradients from it."""
+    (first, first_steps), (second, second_steps) = run(ddp, 2, tmp_path)
+    np.testing.assert_array_equal(first[0], second[0])  # the weights are the same
+    assert abs(first[1] - second[1]).min() > 1e-4  # what is remembered is not
+    assert (first_steps, second_steps) == (6, 4)
+
+
+def no_communication(rank, world):
+    """Rank 1 runs far fewer forwards than rank 0; any collective in forward would hang."""
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for t in range(8 if rank == 0 else 1):
+        model(batch(rank, t)).square().mean().backward()
+        optimizer.step()
+    sync_running_stats(model)
+    return numbers(model[1].running_mean)
+
+
+def test_ranks_need_not_run_alike(tmp_path):
+    first, second = run(no_communication, 2, tmp_path)
+    np.testing.assert_array_equal(first[0], second[0])
