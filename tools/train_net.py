@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Trains and evaluates a detectron2 model with the norms of cbn_det. ``--help`` shows how."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("cbn_det") is None:  # a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    try:
+        from cbn_det.plugin.launch import main
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; installing detectron2 is described in README.md")
+    sys.exit(main())
