@@ -73,7 +73,8 @@ def test_config_files_that_cannot_be_read(
 
 
 def test_sync_bn_is_replaced_in_several_cpu_processes_only(inputs: Path, tmp_path: Path) -> None:
-    from cbn_det.plugin.config import build_config, norms_in_use
+    from cbn_det.plugin.config import build_config
+    from cbn_det.plugin.registry import norms_in_use
 
     words = ("MODEL.RESNETS.NORM", "SyncBN", "MODEL.FPN.NORM", "nnSyncBN")
     cfg, notes = build_config(parsed(inputs, tmp_path, *words), 2)

@@ -13,10 +13,8 @@ from .registry import check_config_norms, norm_keys, register
 from .trainer import Trainer
 
 _SYNC_NORMS = ("SyncBN", "nnSyncBN")
-_CPU_SYNC_NORM = (
-    "naiveSyncBN_N"  # the one synchronised norm that runs on CPU and survives zero RoIs
-)
-_RCNN = ("GeneralizedRCNN", "PanopticFPN")
+# the one synchronised norm that runs on CPU and survives zero RoIs
+_CPU_SYNC_NORM = "naiveSyncBN_N"
 
 
 class ConfigError(ValueError):
@@ -51,11 +49,6 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     _check(cfg, args, world_size)
     cfg.freeze()
     return cfg, notes
-
-
-def norms_in_use(cfg: CfgNode) -> dict[str, str]:
-    """The ``*NORM`` keys that the configured model reads, with their values."""
-    return {key: norm for key, norm in norm_keys(cfg) if _applies(cfg, key)}
 
 
 def _read(args: argparse.Namespace) -> CfgNode:
@@ -128,18 +121,3 @@ def _replace_sync_norms(cfg: CfgNode, world_size: int) -> list[str]:
             )
             cfg.merge_from_list([key, _CPU_SYNC_NORM])
     return notes
-
-
-def _applies(cfg: CfgNode, key: str) -> bool:
-    model = cfg.MODEL
-    rcnn = model.META_ARCHITECTURE in _RCNN
-    backbone = model.BACKBONE.NAME.lower()
-    known = {
-        "MODEL.RESNETS.NORM": "resnet" in backbone,
-        "MODEL.FPN.NORM": "fpn" in backbone,
-        "MODEL.ROI_BOX_HEAD.NORM": rcnn and model.ROI_HEADS.NAME != "Res5ROIHeads",
-        "MODEL.ROI_MASK_HEAD.NORM": rcnn and model.MASK_ON,
-        "MODEL.RETINANET.NORM": model.META_ARCHITECTURE == "RetinaNet",
-        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE not in ("GeneralizedRCNN", "RetinaNet"),
-    }
-    return known.get(key, True)

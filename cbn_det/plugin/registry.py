@@ -160,6 +160,29 @@ def check_config_norms(cfg: CfgNode) -> None:
     _built.clear()
 
 
+_RCNN = ("GeneralizedRCNN", "PanopticFPN")
+
+
+def norms_in_use(cfg: CfgNode) -> dict[str, str]:
+    """The ``*NORM`` keys that the configured model reads, with their values."""
+    return {key: norm for key, norm in norm_keys(cfg) if _applies(cfg, key)}
+
+
+def _applies(cfg: CfgNode, key: str) -> bool:
+    model = cfg.MODEL
+    rcnn = model.META_ARCHITECTURE in _RCNN
+    backbone = model.BACKBONE.NAME.lower()
+    known = {
+        "MODEL.RESNETS.NORM": "resnet" in backbone,
+        "MODEL.FPN.NORM": "fpn" in backbone,
+        "MODEL.ROI_BOX_HEAD.NORM": rcnn and model.ROI_HEADS.NAME != "Res5ROIHeads",
+        "MODEL.ROI_MASK_HEAD.NORM": rcnn and model.MASK_ON,
+        "MODEL.RETINANET.NORM": model.META_ARCHITECTURE == "RetinaNet",
+        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE not in ("GeneralizedRCNN", "RetinaNet"),
+    }
+    return known.get(key, True)
+
+
 # where in a model the layers of a config key are, by module name
 _SITES = {
     "MODEL.RESNETS.NORM": r"backbone\.(?!fpn_)|roi_heads\.res5",

@@ -17,8 +17,8 @@ from detectron2.config import CfgNode
 
 from .. import __version__
 from .checkpoint import replace_file
-from .config import norms_in_use
 from .measure import machine
+from .registry import norms_in_use
 
 logger = logging.getLogger(__name__)
 

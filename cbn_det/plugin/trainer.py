@@ -38,7 +38,7 @@ from .hooks import (
 )
 from .nonfinite import CheckedAMPStep, CheckedStep
 from .precise_bn import kept_statistics, recompute_statistics
-from .registry import unused_norms
+from .registry import norms_in_use, unused_norms
 from .signals import StopRequest, stop_requests
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         check_bindings(model)
+        in_use = norms_in_use(cfg)
         for key in unused_norms(cfg, model):
-            logger.warning(f"{key}: the model has no layer of this norm")
+            level = logging.WARNING if key in in_use else logging.INFO
+            logger.log(level, f"{key}: the model has no layer of this norm")
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
