@@ -146,6 +146,7 @@ def test_unregister_restores_every_module_global():
 
     from cbn_det.plugin import registry
 
+    registry.unregister()  # other tests of this process may have registered
     hooks = dict(torch_module._global_module_registration_hooks)
     before = _globals_of_all_modules()
     registry.register()

@@ -1,0 +1,41 @@
+# make help says what there is. The python is chosen by tools/run_python.sh: the current one where it has
+# detectron2, otherwise .venv. Nothing is ever installed into the current one.
+PYTHON ?= python3
+DEMO_ITERS ?= 900
+DEMO_JOBS ?= 2
+DEMO_OUTPUT ?= output/demo
+TEST_JOBS ?= 2
+export PYTHON
+
+RUN := tools/run_python.sh
+SOURCES := cbn_det tools tests setup.py
+DETECTRON2 ?= $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('setup.py')['DETECTRON2'])")
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint detectron2 clean distclean
+
+help: ## show this list
+	@echo "cbn_det: normalisation layers for detectors trained at 1-2 images per GPU"
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1\t/' | expand -t 20
+	@echo "Variables: PYTHON=$(PYTHON) DEMO_ITERS=$(DEMO_ITERS) DEMO_JOBS=$(DEMO_JOBS) DEMO_OUTPUT=$(DEMO_OUTPUT) TEST_JOBS=$(TEST_JOBS)"
+
+demo: ## train and compare GN, BN and CBN at 2 images per batch on CPU (about 10 minutes on 2 cores; resumes)
+	@$(RUN) tools/demo.py --iters $(DEMO_ITERS) --jobs $(DEMO_JOBS) --output $(DEMO_OUTPUT)
+
+test: ## run all tests (under 10 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_JOBS)
+
+lint: ## check formatting and code style
+	@$(RUN) -m black --check --quiet $(SOURCES) || { echo "lint: run black on: $(SOURCES)"; exit 1; }
+	@$(RUN) -m ruff check $(SOURCES)
+
+detectron2: ## build detectron2 at the tested commit into .venv (needs git and a C++ compiler)
+	@if $(RUN) -c "import detectron2.layers" 2>/dev/null; then echo "detectron2 works already"; else \
+	  $(RUN) -m pip install "setuptools<81" wheel ninja && $(RUN) -m pip install --no-build-isolation "$(DETECTRON2)"; fi
+
+clean: ## remove caches, build files and the demo's output
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(DEMO_OUTPUT)
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv and what was remembered about the python
+	rm -rf .venv .make

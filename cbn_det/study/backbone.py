@@ -1,0 +1,44 @@
+"""Takes the backbone out of a detector's checkpoint, for the fine-tune recipe.
+
+    python -m cbn_det.study.backbone output/digits_pretrain/model_final.pth backbone.pth
+
+Loading the whole checkpoint instead would start FPN and heads from trained weights too, and from
+running statistics that only some of the compared norms have a use for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+PREFIX = "backbone.bottom_up."
+
+
+def extract_backbone(checkpoint: Path, output: Path) -> int:
+    """Write the weights below `backbone.bottom_up.` of a detectron2 checkpoint to `output`.
+
+    Returns:
+        how many tensors were written.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the checkpoint has no such weights.
+    """
+    import torch  # only needed here: everything else of the study works without it
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    weights = {name: w for name, w in state.get("model", {}).items() if name.startswith(PREFIX)}
+    if not weights:
+        raise ValueError(f"{checkpoint}: no weights below {PREFIX!r} in this checkpoint")
+    partial = output.with_name(output.name + ".partial")
+    # detectron2 otherwise matches names by their longest common suffix, which could hide a mistake.
+    torch.save({"model": weights, "matching_heuristics": False}, partial)
+    os.replace(partial, output)
+    return len(weights)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m cbn_det.study.backbone CHECKPOINT OUTPUT")
+    print(f"{extract_backbone(Path(sys.argv[1]), Path(sys.argv[2]))} tensors -> {sys.argv[2]}")

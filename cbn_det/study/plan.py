@@ -1,0 +1,207 @@
+"""What a comparison runs: the matrix norms x splits x seeds as launcher command lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+import cbn_det
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCHER = (sys.executable, str(REPOSITORY / "tools" / "train_net.py"))
+QUICKSTART = REPOSITORY / "configs" / "quickstart"
+
+HEAD_NORM_KEYS = (
+    "MODEL.FPN.NORM",
+    "MODEL.ROI_BOX_HEAD.NORM",
+    "MODEL.ROI_MASK_HEAD.NORM",
+    "MODEL.SEM_SEG_HEAD.NORM",
+    "MODEL.RETINANET.NORM",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training recipe, the same for every norm.
+
+    `norm_keys` are the config keys that the compared norm is written to; `pretrain`, if given, is
+    the config of the run that trains the backbone once, for all norms and seeds.
+    """
+
+    config: Path
+    norm_keys: tuple[str, ...]
+    pretrain: Path | None = None
+
+
+RECIPES = {
+    "scratch": Recipe(
+        QUICKSTART / "Base-RCNN-R18-FPN-digits.yaml", ("MODEL.RESNETS.NORM", *HEAD_NORM_KEYS)
+    ),
+    "finetune": Recipe(
+        QUICKSTART / "Finetune-RCNN-R18-FPN-digits.yaml",
+        HEAD_NORM_KEYS,
+        QUICKSTART / "pretrain_R_18_FPN_digits_bn8.yaml",
+    ),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Split:
+    """How a total SGD batch is divided: `ranks` processes x `images` per process (per GPU)."""
+
+    ranks: int
+    images: int
+
+    @property
+    def total(self) -> int:
+        return self.ranks * self.images
+
+    def __str__(self) -> str:
+        return f"{self.ranks}x{self.images}"
+
+    @classmethod
+    def parse(cls, text: str) -> Split:
+        """Read "RxI", e.g. "4x2": 4 ranks with 2 images each. Raises ValueError otherwise."""
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
+        if not found:
+            raise ValueError(f"split {text!r}: expected RANKSxIMAGES, e.g. 4x2")
+        return cls(int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a folder and the command that fills it, without `--resume`."""
+
+    label: str
+    folder: Path
+    command: tuple[str, ...]
+    signature: str
+    ranks: int = 1
+    norm: str | None = None  # None: the pre-training run of a recipe
+    split: Split | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Plan:
+    """A comparison. Rows of different total batch never share a table; see `report`.
+
+    Args:
+        output: folder of the comparison; runs go below `output/runs`.
+        norms: norm specs as in a config, e.g. "GN", "CBN(window=4)".
+        splits: ranks x images per GPU.
+        seeds: one run each.
+        recipe: a name of `RECIPES`.
+        config: base config in place of the recipe's own.
+        iterations: length of the compared runs; the config's schedule is scaled to it. None: as in
+            the config.
+        precise_bn: iterations over which BatchNorm statistics are recomputed for a second
+            evaluation; 0: none.
+        datasets: (name, annotations, images) triples for `--coco-dataset`.
+        overrides: KEY VALUE pairs of the config, for every compared run.
+        launcher: how the engine is started.
+    """
+
+    output: Path
+    norms: list[str]
+    splits: list[Split]
+    seeds: list[int]
+    recipe: str = "scratch"
+    config: Path | None = None
+    iterations: int | None = None
+    precise_bn: int = 50
+    datasets: list[list[str]] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    launcher: tuple[str, ...] = LAUNCHER
+
+    @property
+    def config_file(self) -> Path:
+        return self.config or RECIPES[self.recipe].config
+
+    def pretrain_run(self) -> Run | None:
+        """The run that trains the recipe's backbone, the same whatever is compared.
+
+        None where the recipe has none, or where a config of the user's own names its MODEL.WEIGHTS.
+        """
+        config = RECIPES[self.recipe].pretrain
+        if config is None or self.config is not None:
+            return None
+        return self._run("pretrain", config, 1, [])
+
+    def runs(self) -> list[Run]:
+        """The compared runs, in an order that lets every norm start early."""
+        recipe = RECIPES[self.recipe]
+        pretrain = self.pretrain_run()
+        runs = []
+        for seed in self.seeds:
+            for split in self.splits:
+                for norm in self.norms:
+                    options = [
+                        *(["--precise-bn-iters", str(self.precise_bn)] if self.precise_bn else []),
+                        *self._datasets(),
+                        *[word for key in recipe.norm_keys for word in (key, norm)],
+                        *["SOLVER.IMS_PER_BATCH", str(split.total), "SEED", str(seed)],
+                        *(schedule(self.config_file, self.iterations) if self.iterations else []),
+                        *(["MODEL.WEIGHTS", str(backbone_file(pretrain))] if pretrain else []),
+                        *self.overrides,
+                    ]
+                    label = f"{norm} {split} seed {seed}"
+                    extra = {"norm": norm, "split": split, "seed": seed}
+                    runs.append(self._run(label, self.config_file, split.ranks, options, **extra))
+        return runs
+
+    def _datasets(self) -> list[str]:
+        return [word for triple in self.datasets for word in ("--coco-dataset", *triple)]
+
+    def _run(self, label: str, config: Path, ranks: int, options: list[str], **extra) -> Run:
+        head = ["--config-file", str(config), "--num-gpus", str(ranks)]
+        # The folder's place is no part of what a run is; the configs' contents and our version are.
+        place = str(self.output)
+        identity = [*config_texts(config), cbn_det.__version__, str(ranks)]
+        identity += [option.replace(place, "") for option in options]
+        signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")
+        folder = self.output / "runs" / f"{slug}-{signature}"
+        command = (*self.launcher, *head, *options, "OUTPUT_DIR", str(folder))
+        return Run(label, folder, command, signature, ranks, **extra)
+
+
+def backbone_file(pretrain: Run) -> Path:
+    """Where the backbone of a pre-training run is kept for the runs that start from it."""
+    return pretrain.folder / "backbone.pth"
+
+
+def config_texts(config: Path) -> list[str]:
+    """The contents of a config file and of those it builds on (`_BASE_`)."""
+    text = config.read_text(encoding="utf-8")
+    base = re.search(r"^_BASE_:\s*[\"']?([^\"'#\n]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
+    return [text, *(config_texts(config.parent / base[1]) if base else [])]
+
+
+def schedule(config: Path, iterations: int) -> list[str]:
+    """Overrides that stretch or shrink the whole schedule of a config to `iterations`.
+
+    Raises:
+        ValueError: the config does not say SOLVER.MAX_ITER, so there is nothing to scale.
+    """
+    solver = CfgNode.load_yaml_with_base(str(config)).get("SOLVER", {})
+    if "MAX_ITER" not in solver:
+        raise ValueError(
+            f"{config}: --iters scales SOLVER.MAX_ITER, which this config does not set"
+        )
+    factor = iterations / solver["MAX_ITER"]
+    options = ["SOLVER.MAX_ITER", str(iterations)]
+    if "STEPS" in solver:
+        steps = solver["STEPS"]
+        steps = steps if isinstance(steps, list | tuple) else re.findall(r"\d+", str(steps))
+        scaled = [min(iterations, max(1, round(int(step) * factor))) for step in steps]
+        options += ["SOLVER.STEPS", f"({', '.join(map(str, scaled))},)" if scaled else "()"]
+    if "WARMUP_ITERS" in solver:
+        options += ["SOLVER.WARMUP_ITERS", str(round(solver["WARMUP_ITERS"] * factor))]
+    return options

@@ -1,0 +1,59 @@
+"""Packaging of cbn_det. The requirement lists below are the only ones: make reads them here."""
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+# The commit that every test and table of this project ran with.
+DETECTRON2_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
+DETECTRON2 = (
+    f"detectron2 @ git+https://github.com/facebookresearch/detectron2.git@{DETECTRON2_COMMIT}"
+)
+
+REQUIRES = ["torch>=2.1", "numpy", "fvcore", "pycocotools", "opencv-python"]
+EXTRAS = {
+    # detectron2.model_zoo imports pkg_resources, which setuptools dropped in version 81. Its build
+    # imports torch: install this extra with `pip install --no-build-isolation`.
+    "detectron2": ["setuptools<81", DETECTRON2],
+    # The built-in digits set, the comparison tool and its tables and plots.
+    "demo": ["torchvision", "scikit-learn", "matplotlib", "rich", "tabulate", "tensorboard"],
+    "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
+}
+
+
+def read_version() -> str:
+    """Return `__version__` of cbn_det/__init__.py without importing it (torch may be missing).
+
+    Raises:
+        RuntimeError: the file has no `__version__ = "..."` line.
+    """
+    text = (HERE / "cbn_det" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if not found:
+        raise RuntimeError('cbn_det/__init__.py has no line `__version__ = "..."`')
+    return found.group(1)
+
+
+def main() -> None:
+    """Call setuptools. It is imported here so that the lists above can be read without it."""
+    from setuptools import find_packages, setup
+
+    setup(
+        name="cbn-det",
+        version=read_version(),
+        description="Normalisation layers for detectors trained at 1-2 images per GPU (detectron2)",
+        long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        author="The cbn_det authors",
+        license="Apache-2.0",
+        python_requires=">=3.10",
+        packages=find_packages(include=["cbn_det", "cbn_det.*"]),
+        package_data={"cbn_det": ["py.typed"]},
+        install_requires=REQUIRES,
+        extras_require=EXTRAS,
+    )
+
+
+if __name__ == "__main__":
+    main()

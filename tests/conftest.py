@@ -1,0 +1,65 @@
+"""Shared fixtures, and the one loud line about every test that was skipped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NO_DETECTRON2 = "detectron2 is missing"
+NO_SHARED_DATA = "the example data is missing"
+
+
+def _why_no_detectron2() -> str | None:
+    try:
+        import detectron2.layers  # noqa: F401
+    except Exception as error:  # a broken build fails with more than ImportError
+        return f"{NO_DETECTRON2}: {error}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("detectron2")]
+    reason = _why_no_detectron2() if marked else None
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = [str(report.longrepr[-1] if report.longrepr else "") for report in reports]
+    counts = {
+        NO_DETECTRON2: "make detectron2 builds it",
+        NO_SHARED_DATA: "they expect ../shared/data beside the repository",
+    }
+    for reason, remedy in counts.items():
+        number = sum(reason in text for text in reasons)
+        if number:
+            terminalreporter.write_line(
+                f"*** {number} TESTS SKIPPED, {reason.upper()}: {remedy}. ***", red=True, bold=True
+            )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of example data sets beside the repository; skips where there is none."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(NO_SHARED_DATA)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source_env() -> dict[str, str]:
+    """Environment for subprocesses that run from the source tree, one thread each."""
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,152 @@
+"""The rooms of the package and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "cbn_det"
+LAYER_DEMO = "cbn_det/study/layer_demo.py"  # shows the layers; trains a classifier itself
+
+# room -> (rooms of ours it may import, packages it may not import at all)
+ENGINES = {"detectron2"}
+ROOMS = {
+    "norms": (set(), ENGINES),
+    "data": (set(), ENGINES),
+    "plugin": ({"norms", "data"}, set()),
+    "standalone": ({"norms", "data"}, ENGINES),
+    "study": (set(), ENGINES | {"torch", "torchvision"}),
+}
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports; `from . import x` is resolved."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    package = list(path.relative_to(REPOSITORY).parent.parts)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*parts, *([node.module] if node.module else [])])
+            # `from cbn_det import norms` imports cbn_det.norms
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def our_rooms(names: set[str]) -> set[str]:
+    parts = (name.split(".") for name in names if name.startswith("cbn_det."))
+    return {part[1] for part in parts if part[1] in ROOMS}
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    allowed, forbidden = ROOMS[room]
+    for path in python_files(PACKAGE / room):
+        name = path.relative_to(REPOSITORY).as_posix()
+        if name == LAYER_DEMO:
+            continue
+        imported = imports_of(path)
+        # The study may reach for torch inside one function (to cut a checkpoint), never at import.
+        seen = roots(imports_of(path, top_level_only=room == "study"))
+        assert not our_rooms(imported) - allowed - {room}, name
+        assert not seen & forbidden, name
+
+
+def test_norms_import_torch_and_the_standard_library_only() -> None:
+    files = python_files(PACKAGE / "norms")
+    assert files
+    for path in files:
+        foreign = roots(imports_of(path)) - set(sys.stdlib_module_names) - {"torch", "cbn_det"}
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_the_layer_demo_is_the_only_exception_and_imports_norms_only() -> None:
+    imported = imports_of(REPOSITORY / LAYER_DEMO)
+    assert our_rooms(imported) == {"norms"}
+    assert "detectron2" not in roots(imported)
+
+
+def test_only_the_plugin_imports_detectron2() -> None:
+    others = [*python_files(REPOSITORY / "tools"), *python_files(PACKAGE)]
+    guilty = [
+        path.relative_to(REPOSITORY).as_posix()
+        for path in others
+        if "detectron2" in roots(imports_of(path)) and "plugin" not in path.parts
+    ]
+    assert not guilty
+
+
+def test_tools_are_thin() -> None:
+    for path in python_files(REPOSITORY / "tools"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)], path.name
+        assert len(functions) <= 3, f"{path.name}: parse arguments, call one function"
+
+
+@pytest.mark.parametrize("module", ["cbn_det", "cbn_det.norms", "cbn_det.study.compare"])
+def test_imports_without_detectron2(module: str, source_env: dict[str, str]) -> None:
+    blocked = ["detectron2"] + (["fvcore", "pycocotools", "cv2"] if "norms" in module else [])
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+import {module}
+if {module!r} != "cbn_det.norms":
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=source_env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def tracked_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return [path for path in REPOSITORY.rglob("*") if path.is_file()]  # not a git checkout
+    paths = [REPOSITORY / name for name in done.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def test_no_machine_paths_or_registry_hosts() -> None:
+    # Put together here so that this file does not hold them.
+    folders = [f"/{name}/" for name in ("work", "root", "tmp", "opt", "home")]
+    hosts = [".".join(p) for p in (("pypi", "org"), ("pythonhosted", "org"), ("deb", "debian"))]
+    hosts.append(".".join(("download", "pytorch", "org")))
+    # A folder inside a longer path ("output/tmp/x", "https://site/home/") is no machine path.
+    found_in = re.compile(
+        r"(?<![\w.~-])(?:"
+        + "|".join(map(re.escape, folders))
+        + ")|"
+        + "|".join(map(re.escape, hosts))
+    )
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        match = found_in.search(text)
+        assert not match, f"{path.relative_to(REPOSITORY)}: {match.group(0)}"
