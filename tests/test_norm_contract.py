@@ -748,6 +748,7 @@ def test_diagnostics():
     train(model, sgd(model), range(4))
     values = norm_diagnostics(model)
     assert {"norm/clamped", "norm/dropped"} < values.keys()
+    assert values["norm/compensation_var_worst"] >= values["norm/compensation_var"] > 0
     assert all(isinstance(v, float) and v >= 0 for v in values.values())
     assert values["norm/compensation_mean"] > 0
 

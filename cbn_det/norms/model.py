@@ -105,18 +105,24 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def norm_diagnostics(model: nn.Module) -> dict[str, float]:
-    """Layer averages of what the norms report of their latest forward, as ``{"norm/clamped":
-    ...}``.
+    """What the norms report of their latest forward: ``{"norm/clamped": ...}`` is the average over
+    layers, ``"norm/clamped_worst"`` the largest.
 
-    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs;
-    ``compensation_mean`` in standard deviations; ``compensation_var`` relative to the variance.
-    Empty before burn-in ends.
+    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs whose compensated
+    variance was negative, or that did not count; ``compensation_mean``, the size of the
+    compensation in standard deviations; ``compensation_var``, relative to the variance. Empty
+    before burn-in ends.
     """
     values: dict[str, list[torch.Tensor]] = {}
     for layer in _layers(model).values():
         for key, value in getattr(layer, "diagnostics", {}).items():
             values.setdefault(f"norm/{key}", []).append(value)
-    return {key: float(torch.stack(v).mean()) for key, v in values.items()}
+    summary = {}
+    for key, of_layers in values.items():
+        stacked = torch.stack(of_layers)
+        summary[key] = float(stacked.mean())
+        summary[f"{key}_worst"] = float(stacked.max())
+    return summary
 
 
 _CONFIG_NAMES = {
