@@ -1,7 +1,7 @@
 # make help says what there is. The python is chosen by tools/run_python.sh: the current one where it has
 # detectron2, otherwise .venv. Nothing is ever installed into the current one.
 PYTHON ?= python3
-DEMO_ITERS ?= 900
+DEMO_ITERS ?= 600
 DEMO_JOBS ?= 2
 DEMO_OUTPUT ?= output/demo
 TEST_JOBS ?= 2

@@ -7,7 +7,7 @@ their last checkpoint.
 
 examples:
   # what the quick start does: GN, BN and CBN at 2 images per GPU, from scratch, on CPU
-  python tools/compare_norms.py --norms GN BN CBN --iters 900 --jobs 2
+  python tools/compare_norms.py --norms GN BN CBN --iters 600 --jobs 2
 
   # options of a norm are part of its name (quote it for the shell)
   python tools/compare_norms.py --norms BN "CBN(window=4)" "CBN(window=8)" --seeds 1 2 3

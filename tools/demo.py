@@ -14,7 +14,7 @@ from cbn_det.study.plan import Plan, Split  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iters", type=int, default=900, help="iterations of each run")
+    parser.add_argument("--iters", type=int, default=600, help="iterations of each run")
     parser.add_argument("--jobs", type=int, default=2, help="one-thread runs side by side")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     args = parser.parse_args()
