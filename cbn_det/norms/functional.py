@@ -201,9 +201,8 @@ def choose_crop(shape: tuple[int, ...], positions: int | None, turn: int) -> Cro
 
     Contiguous positions only: strided or scattered ones save no time in convolution kernels. The
     map is cut into tiles, and the tile walks with ``turn`` along a low-discrepancy sequence, so
-    that it is the
-    same in a repeated run, needs no random state, and visits every position equally often:
-    borders, where there is padding, count neither more nor less than the rest.
+    that it is the same in a repeated run, needs no random state, and visits every position equally
+    often: borders, where there is padding, count neither more nor less than the rest.
 
     Args:
         shape: (N, C, H, W) of the convolution's output.
@@ -255,9 +254,8 @@ def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[
 def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> Tensor:
     """Mean input patch ``E[p]`` over all output positions, the exact derivative of a mean by W.
 
-    ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mean / dW``, the same for every
-    output channel of a group (arXiv 2002.05712, the derivative in Eq. of the compensated mean, in
-    closed form).
+    ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mu / dW`` of the compensated mean
+    (arXiv 2002.05712) in closed form, the same for every output channel of a group.
 
     Args:
         x: [N, C_in, H_in, W_in], the convolution's input.

@@ -79,8 +79,8 @@ def _rebind(old: Any, new: Any) -> None:
 
 def register() -> None:
     """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever
-    detectron2
-    takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does nothing."""
+    detectron2 takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does
+    nothing."""
     global _retinanet_hook
     if home.get_norm is get_norm:
         return
