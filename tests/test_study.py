@@ -18,7 +18,7 @@ import torch
 from cbn_det.study import progress, runner
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.compare import compare
-from cbn_det.study.plan import RECIPES, Plan, Split, schedule
+from cbn_det.study.plan import RECIPES, Plan, Run, Split, schedule
 from cbn_det.study.report import by_total_batch, text_report
 from cbn_det.study.results import Row, Spread, make_rows, read_metrics
 
@@ -321,7 +321,7 @@ def test_recovered_share_reproduces_the_published_control() -> None:
     assert by_name["CBN", small].recovered_precise is None
     assert by_name["CBN", Split(4, 2)].recovered is None, "there is no BN at 4x2 to compare with"
     assert by_name["BN", large].recovered is None, "one rank has the whole batch: nothing is lost"
-    assert "73 %" in text_report(rows, "t") and "recovered" in text_report(rows, "t")
+    assert "73 %" in text_report(rows, [], "t") and "recovered" in text_report(rows, [], "t")
 
 
 def test_syncbn_is_the_reference_where_it_was_run() -> None:
@@ -351,7 +351,7 @@ def test_different_total_batches_never_share_a_table() -> None:
         + [("BN", Split(4, 2), finished(3.0))]
     )
     assert {total: len(group) for total, group in by_total_batch(rows).items()} == {2: 1, 8: 2}
-    text = text_report(rows, "t")
+    text = text_report(rows, [], "t")
     assert text.count("norm ") == 2
     assert "different total batch are not comparable" in text
 
@@ -359,10 +359,10 @@ def test_different_total_batches_never_share_a_table() -> None:
 def test_mask_ap_gets_columns_where_there_is_one() -> None:
     result = finished(10.0)
     result["results"]["segm"] = {"AP": 7.5, "AP50": 9.0}
-    text = text_report(make_rows([("GN", Split(1, 2), result)]), "t")
+    text = text_report(make_rows([("GN", Split(1, 2), result)]), [], "t")
     assert "mask AP" in text and "7.5" in text
     row = Row("GN", Split(1, 2), "finished", ap={"bbox": Spread(10.0, None, 1)})
-    assert "mask AP" not in text_report([row], "t")
+    assert "mask AP" not in text_report([row], [], "t")
 
 
 def test_metrics_of_a_resumed_run_and_a_half_written_line(tmp_path) -> None:
@@ -392,3 +392,14 @@ def test_plain_progress_lines_where_there_is_no_terminal(tmp_path, launcher, mon
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     compare(make_plan(tmp_path, launcher, ["GN"]), jobs=1)
     assert "[0/1 done] GN 1x2 seed 1: " in capsys.readouterr().out
+
+
+def test_a_report_says_what_it_was_made_with(tmp_path: Path) -> None:
+    machine = {"cpu": "Z80", "cores": 1, "threads": 1, "gpu": None}
+    results = []
+    for seed in (1, 2):
+        run = Run(f"GN {seed}", tmp_path, (), "s", norm="GN", split=Split(1, 2), seed=seed)
+        results.append((run, {"machine": machine, "versions": {"torch": "2"}}))
+    row = Row("GN", Split(1, 2), "finished", ap={"bbox": Spread(10.0, 1.0, 2)})
+    text = text_report([row], results, "t")
+    assert "Made with: seeds 1 2; Z80, 1 cores, 1 threads a process; torch 2." in text

@@ -54,8 +54,9 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False) -> int:
             return EXIT_INTERRUPTED
         rows = make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes])
         title = f"Comparison of norms, recipe '{plan.recipe}', {plan.config_file.name}"
-        print("\n" + text_report(rows, title))
-        files = write_files(plan.output, rows, [(o.run, o.result) for o in outcomes], title)
+        results = [(o.run, o.result) for o in outcomes]
+        print("\n" + text_report(rows, results, title))
+        files = write_files(plan.output, rows, results, title)
     print("Files: " + ", ".join(str(path) for path in files))
     print(f"Run folders: {plan.output / 'runs'}. Wall time {time.monotonic() - started:.0f} s.")
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0

@@ -55,7 +55,23 @@ def table(rows: list[Row], style: str) -> str:
     return tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
 
 
-def text_report(rows: list[Row], title: str, style: str = "simple") -> str:
+def provenance(results: list[tuple[Run, dict]]) -> str:
+    """One line: seeds, machine and versions of the runs, "" if none told."""
+    seeds = sorted({run.seed for run, _ in results if run.seed is not None})
+    parts = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
+    for result in (result for _, result in results):
+        machine, versions = result.get("machine"), result.get("versions")
+        if machine:
+            name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+            parts.append(f"{name}, {machine['threads']} threads a process")
+        if versions:
+            parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    return "; ".join(dict.fromkeys(parts))
+
+
+def text_report(
+    rows: list[Row], results: list[tuple[Run, dict]], title: str, style: str = "simple"
+) -> str:
     """All tables, one per total batch, with what a reader has to know to read them."""
     parts = [title]
     for total, group in by_total_batch(rows).items():
@@ -76,7 +92,8 @@ def text_report(rows: list[Row], title: str, style: str = "simple") -> str:
         )
     if len(by_total_batch(rows)) > 1:
         notes.append("Tables of different total batch are not comparable with each other.")
-    return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
+    made = provenance(results)
+    return "\n\n".join([*parts, "\n".join(notes + [f"Made with: {made}."] * bool(made))]) + "\n"
 
 
 def write_files(
@@ -84,7 +101,7 @@ def write_files(
 ) -> list[Path]:
     """Write table.md, summary.json and the plots into `output`; return their paths."""
     markdown, summary = output / "table.md", output / "summary.json"
-    markdown.write_text(text_report(rows, f"# {title}", "github"), encoding="utf-8")
+    markdown.write_text(text_report(rows, results, f"# {title}", "github"), encoding="utf-8")
     content = {
         "title": title,
         "rows": [dataclasses.asdict(row) for row in rows],
