@@ -134,7 +134,7 @@ def tracked_files() -> list[Path]:
 def test_no_machine_paths_or_registry_hosts() -> None:
     # Put together here so that this file does not hold them.
     folders = [f"/{name}/" for name in ("work", "root", "tmp", "opt", "home")]
-    hosts = [".".join(p) for p in (("pypi", "org"), ("pythonhosted", "org"), ("deb", "debian"))]
+    hosts = [".".join(p) for p in (("pypi", "org"), ("python" "hosted", "org"), ("deb", "debian"))]
     hosts.append(".".join(("download", "pytorch", "org")))
     # A folder inside a longer path ("output/tmp/x", "https://site/home/") is no machine path.
     found_in = re.compile(
