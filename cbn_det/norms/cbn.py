@@ -206,16 +206,22 @@ class CBN2d(SmallBatchNorm2d):
     def _changes(self) -> tuple[Tensor, Tensor]:
         """First-order changes of mean and variance of every entry: [E, C] each, without
         gradient."""
-        window = self._window
-        patch = window["patch"]  # [E, groups, d]
+        mean, var = self._linear_terms(self._window)
+        return mean - self._window["anchor_mean"], var - self._window["anchor_var"]
+
+    def _linear_terms(self, entries: Window | dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What each entry's derivatives give at the present weight: [E, C] each, without gradient.
+        Their value when the entry was made is its anchor."""
+        patch = entries["patch"]  # [E, groups, d]
         weight = self._flat_weight(patch.dtype)
         grouped = weight.view(patch.shape[1], -1, patch.shape[2])
         mean = torch.einsum("egd,god->ego", patch, grouped).flatten(1)
-        if "covariance" in window:
-            var = _quadratic_form(window["covariance"], grouped)
+        if "covariance" in entries:
+            covariance = entries["covariance"]  # w^T S w for every channel's w
+            var = torch.einsum("egdk,gok,god->ego", covariance, grouped, grouped).flatten(1)
         else:
-            var = torch.einsum("ecd,cd->ec", window["gradient"], weight)
-        return mean - window["anchor_mean"], var - window["anchor_var"]
+            var = torch.einsum("ecd,cd->ec", entries["gradient"], weight)
+        return mean, var
 
     def _flat_weight(self, dtype: torch.dtype) -> Tensor:
         return self.conv.weight.detach().to(dtype).flatten(1)
@@ -263,13 +269,8 @@ class CBN2d(SmallBatchNorm2d):
                 outer = step["patch"].unsqueeze(2) * step["patch"].unsqueeze(1)
                 row["covariance"] = row["covariance"] + between * outer
         if "patch" in row:
-            weight = self._flat_weight(row["patch"].dtype)
-            grouped = weight.view(row["patch"].shape[0], -1, row["patch"].shape[1])
-            row["anchor_mean"] = torch.einsum("gd,god->go", row["patch"], grouped).flatten()
-            if "covariance" in row:
-                row["anchor_var"] = _quadratic_form(row["covariance"][None], grouped)[0]
-            else:
-                row["anchor_var"] = (row["gradient"] * weight).sum(1)
+            anchors = self._linear_terms({key: value[None] for key, value in row.items()})
+            row["anchor_mean"], row["anchor_var"] = (anchor[0] for anchor in anchors)
         return row
 
     def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -293,8 +294,3 @@ class CBN2d(SmallBatchNorm2d):
     def commit(self) -> None:
         if self._staged:
             self._window.push(self._staged)
-
-
-def _quadratic_form(covariance: Tensor, weight: Tensor) -> Tensor:
-    """``w^T S w`` for covariance [E, groups, d, d] and weight [groups, C / groups, d]: [E, C]."""
-    return torch.einsum("egdk,gok,god->ego", covariance, weight, weight).flatten(1)
