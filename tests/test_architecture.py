@@ -12,15 +12,15 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "cbn_det"
-LAYER_DEMO = "cbn_det/study/layer_demo.py"  # shows the layers; trains a classifier itself
 
 # room -> (rooms of ours it may import, packages it may not import at all)
 ENGINES = {"detectron2"}
 ROOMS = {
     "norms": (set(), ENGINES),
     "data": (set(), ENGINES),
-    "plugin": ({"norms", "data"}, set()),
-    "standalone": ({"norms", "data"}, ENGINES),
+    "run": ({"norms"}, ENGINES),
+    "plugin": ({"norms", "data", "run"}, set()),
+    "standalone": ({"norms", "data", "run"}, ENGINES),
     "study": (set(), ENGINES | {"torch", "torchvision"}),
 }
 
@@ -60,8 +60,6 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     allowed, forbidden = ROOMS[room]
     for path in python_files(PACKAGE / room):
         name = path.relative_to(REPOSITORY).as_posix()
-        if name == LAYER_DEMO:
-            continue
         imported = imports_of(path)
         # The study may reach for torch inside one function (to cut a checkpoint), never at import.
         seen = roots(imports_of(path, top_level_only=room == "study"))
@@ -75,12 +73,6 @@ def test_norms_import_torch_and_the_standard_library_only() -> None:
     for path in files:
         foreign = roots(imports_of(path)) - set(sys.stdlib_module_names) - {"torch", "cbn_det"}
         assert not foreign, f"{path.name} imports {foreign}"
-
-
-def test_the_layer_demo_is_the_only_exception_and_imports_norms_only() -> None:
-    imported = imports_of(REPOSITORY / LAYER_DEMO)
-    assert our_rooms(imported) == {"norms"}
-    assert "detectron2" not in roots(imported)
 
 
 def test_only_the_plugin_imports_detectron2() -> None:

@@ -7,16 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_run import arguments, parsed, run_loggers_removed, write_inputs
+from tiny_run import arguments, parsed, run_loggers_removed, tiny_inputs
 
 pytestmark = pytest.mark.detectron2
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
+inputs = tiny_inputs
 
 
 @pytest.mark.parametrize(
@@ -49,7 +43,7 @@ def test_refusals_name_the_key_and_show_no_traceback(
     words: tuple[str, ...],
     expected: str,
 ) -> None:
-    from cbn_det.plugin.launch import main
+    from cbn_det.launch import main
 
     with run_loggers_removed():
         assert main(arguments(inputs, tmp_path, *words)) == 2
@@ -66,7 +60,7 @@ def test_refusals_name_the_key_and_show_no_traceback(
 def test_config_files_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, expected: str
 ) -> None:
-    from cbn_det.plugin.launch import main
+    from cbn_det.launch import main
 
     assert main(["--config-file", str(tmp_path / file)]) == 2
     assert expected in capsys.readouterr().err

@@ -190,7 +190,9 @@ def _assert_same(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) ->
 def test_precise_bn_leaves_memory_out_of_the_normalisation(zoo, ours):
     """The statistics are those of the same weights under plain BatchNorm. With the window in them,
     the same few remembered iterations would shift every batch (it cost a third of the AP)."""
-    from cbn_det.plugin.precise_bn import recompute_statistics
+    from detectron2.utils.events import EventStorage
+
+    from cbn_det.run.precise_bn import recompute_statistics
 
     model = zoo.build("faster_rcnn_fpn", zoo.CBN)
     zoo.train(model, 3, lr=0.01)
@@ -199,7 +201,8 @@ def test_precise_bn_leaves_memory_out_of_the_normalisation(zoo, ours):
     batches = [zoo.random_inputs(seed) for seed in (20, 21)]
     for target in (model, theirs):
         if ours:
-            recompute_statistics(target, batches, len(batches))
+            with EventStorage():
+                recompute_statistics(target, batches, len(batches))
         else:
             _precise_bn(target, batches)
     plain = dict(theirs.named_modules())
@@ -215,7 +218,7 @@ def test_precise_bn_takes_heads_without_a_roi(zoo):
     from detectron2.utils.events import EventStorage
     from fvcore.nn.precise_bn import update_bn_stats
 
-    from cbn_det.plugin.precise_bn import recompute_statistics
+    from cbn_det.run.precise_bn import recompute_statistics
 
     model = zoo.build("mask_rcnn", zoo.CBN)
     zoo.train(model, 2, lr=0.01)
@@ -230,7 +233,8 @@ def test_precise_bn_takes_heads_without_a_roi(zoo):
     with pytest.raises(ZeroDivisionError), EventStorage():
         update_bn_stats(broken, loader, 2)
 
-    assert recompute_statistics(model, loader, 2) == len(zoo.cbn_layers(model))
+    with EventStorage():
+        assert recompute_statistics(model, loader, 2) == len(zoo.cbn_layers(model))
     assert not torch.equal(body.running_var, body_kept)
     for name, layer in mask_head.items():
         assert torch.equal(layer.running_var, kept[name]), name

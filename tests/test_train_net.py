@@ -42,7 +42,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_here(inputs: Path, output: Path, *words: str) -> int:
-    from cbn_det.plugin.launch import main
+    from cbn_det.launch import main
 
     with run_loggers_removed():
         return main(arguments(inputs, output, *words))
@@ -219,7 +219,7 @@ def test_divergence_ends_both_processes_and_names_the_layer(inputs: Path, tmp_pa
 
 
 def test_help_teaches() -> None:
-    from cbn_det.plugin.launch import argument_parser
+    from cbn_det.run.arguments import argument_parser
 
     text = argument_parser().format_help()
     for word in ("--coco-dataset", "--precise-bn-iters", "torchrun", "exit codes"):

@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import parsed, write_inputs
+from tiny_run import parsed, tiny_inputs
 from torch import nn
 
 pytestmark = pytest.mark.detectron2
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
+inputs = tiny_inputs
 
 
 def make_trainer(inputs: Path, output: Path, *words: str):
@@ -95,7 +89,9 @@ def tensors_of(value) -> list:
 def test_divergence_names_the_first_bad_layer(
     inputs: Path, tmp_path: Path, layer: str, expected: str
 ) -> None:
-    from cbn_det.plugin.nonfinite import Diverged, first_bad_layer
+    from detectron2.utils.events import EventStorage
+
+    from cbn_det.run.nonfinite import Diverged, first_bad_layer
 
     trainer = make_trainer(inputs, tmp_path, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")
     tensors = {
@@ -106,12 +102,14 @@ def test_divergence_names_the_first_bad_layer(
     with pytest.raises(Diverged):
         trainer.train()
     assert trainer.iter == 1
-    found = first_bad_layer(trainer.bare_model, trainer.step.last_batch)
+    model, batch = trainer.bare_model, trainer.step.last_batch
+    with EventStorage():
+        found = first_bad_layer(model, lambda: model(batch))
     assert found.startswith(expected)
 
 
 def test_weights_that_break_in_the_last_step_are_not_saved(inputs: Path, tmp_path: Path) -> None:
-    from cbn_det.plugin.nonfinite import Diverged
+    from cbn_det.run.nonfinite import Diverged
 
     words = ("SOLVER.BASE_LR", "1e999", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
     trainer = make_trainer(inputs, tmp_path, *words)
@@ -161,7 +159,7 @@ class TwiceAndEmpty(nn.Module):
 
 
 def test_precise_statistics_are_those_of_all_inputs() -> None:
-    from cbn_det.plugin.precise_bn import recompute_statistics
+    from cbn_det.run.precise_bn import recompute_statistics
 
     batches = [torch.randn(n, 3, 4, 5) * 2 + 100 for n in (2, 1, 5)]
     batches[1] = batches[1] - 200  # nothing passes there
@@ -197,7 +195,7 @@ def test_precise_evaluation_without_batch_norm(inputs: Path, tmp_path: Path) -> 
 
 
 def test_a_second_sigint_stops_at_once() -> None:
-    from cbn_det.plugin.signals import stop_requests
+    from cbn_det.run.signals import stop_requests
 
     handler = signal.getsignal(signal.SIGINT)
     with stop_requests() as request:
@@ -210,7 +208,7 @@ def test_a_second_sigint_stops_at_once() -> None:
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    from cbn_det.plugin.checkpoint import replace_file
+    from cbn_det.run.files import replace_file
 
     path = tmp_path / "model.pth"
     path.write_bytes(b"old")
@@ -230,7 +228,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_results_are_plain_json(tmp_path: Path) -> None:
     import numpy as np
 
-    from cbn_det.plugin.run_folder import read_result, write_result
+    from cbn_det.run.folder import read_result, write_result
 
     assert read_result(tmp_path) is None
     write_result(tmp_path, {"AP": np.float64(1.5), "APl": float("nan"), "names": ("ü", None, 3)})

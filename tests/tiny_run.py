@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,6 +62,18 @@ VERSION: 2
 """
 
 
+# stem, stages and RPN head of torchvision have fixed widths, and GN has 32 groups
+STANDALONE_CONFIG = (
+    CONFIG.replace(
+        "    STEM_OUT_CHANNELS: 8\n    RES2_OUT_CHANNELS: 16\n", "    STRIDE_IN_1X1: false\n"
+    )
+    .replace("    CONV_DIMS: [16]\n", "")
+    .replace("OUT_CHANNELS: 16", "OUT_CHANNELS: 32")
+    .replace("CONV_DIM: 16", "CONV_DIM: 32")
+    .replace("MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96", "MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64")
+)
+
+
 def write_boxes(folder: Path, count: int = 6, size: int = 96) -> None:
     """Writes ``count`` images of two coloured rectangles each, with boxes and masks."""
     rng = np.random.default_rng(0)
@@ -90,10 +104,20 @@ def write_boxes(folder: Path, count: int = 6, size: int = 96) -> None:
     (folder / "boxes.json").write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="module")
+def tiny_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set and a config for each engine. A test module takes it over as ``inputs``."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
 def write_inputs(folder: Path) -> None:
-    """Writes the data set and ``tiny.yaml``."""
+    """Writes the data set, ``tiny.yaml`` and ``standalone.yaml``."""
     write_boxes(folder)
-    (folder / "tiny.yaml").write_text(CONFIG.replace("tiny_boxes", dataset_name(folder)))
+    for name, text in (("tiny", CONFIG), ("standalone", STANDALONE_CONFIG)):
+        text = text.replace("tiny_boxes", dataset_name(folder))
+        (folder / f"{name}.yaml").write_text(text)
 
 
 def dataset_name(inputs: Path) -> str:
@@ -101,12 +125,14 @@ def dataset_name(inputs: Path) -> str:
     return f"tiny_boxes_{inputs.name}"
 
 
-def arguments(inputs: Path, output: Path | str, *words: str) -> list[str]:
+def arguments(
+    inputs: Path, output: Path | str, *words: str, config: str = "tiny.yaml"
+) -> list[str]:
     """The launcher's arguments: options of ``words`` first, then KEY VALUE pairs."""
     split = next((i for i, w in enumerate(words) if w[:1].isupper()), len(words))
     return [
         "--config-file",
-        str(inputs / "tiny.yaml"),
+        str(inputs / config),
         "--coco-dataset",
         dataset_name(inputs),
         str(inputs / "boxes.json"),
@@ -119,7 +145,7 @@ def arguments(inputs: Path, output: Path | str, *words: str) -> list[str]:
 
 
 def parsed(inputs: Path, output: Path | str, *words: str) -> argparse.Namespace:
-    from cbn_det.plugin.launch import argument_parser
+    from cbn_det.run.arguments import argument_parser
 
     args = argument_parser().parse_args(arguments(inputs, output, *words))
     args.command = "a test"
@@ -133,13 +159,13 @@ def result_of(output: Path) -> dict:
 @contextmanager
 def run_loggers_removed() -> Iterator[None]:
     """A run logs to the stdout and folder of its time; afterwards both are gone."""
-    from detectron2.utils.logger import setup_logger
-
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "cbn_det")]
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     try:
         yield
     finally:
-        for logger, handlers, propagate in before:
+        for logger, handlers, propagate, level in before:
             logger.handlers[:], logger.propagate = handlers, propagate
-        setup_logger.cache_clear()
+            logger.setLevel(level)
+        if "detectron2.utils.logger" in sys.modules:
+            sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()

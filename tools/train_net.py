@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains and evaluates a detectron2 model with the norms of cbn_det. ``--help`` shows how."""
+"""Trains and evaluates a detector with the norms of cbn_det. ``--help`` shows how."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ if importlib.util.find_spec("cbn_det") is None:  # a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":
-    try:
-        from cbn_det.plugin.launch import main
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; installing detectron2 is described in README.md")
+    from cbn_det.launch import main
+
     sys.exit(main())

@@ -21,7 +21,10 @@ from PIL import ExifTags, Image
 
 from cbn_det.data.errors import DataError
 
-__all__ = ["CocoReport", "check_coco"]
+__all__ = ["BROKEN_IMAGE", "CocoReport", "check_coco"]
+
+# What Pillow raises for a file that it cannot read or decode.
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 # Annotation tools round: a box that leaves the image by less than this is not worth a warning.
 OUTSIDE_TOLERANCE = 1.0
@@ -303,7 +306,7 @@ def _check_masks(
     for a in anns:
         segm, crowd = a.get("segmentation"), a.get("iscrowd", 0)
         if not segm:
-            if not crowd:
+            if not crowd or for_evaluation:  # COCOeval looks at the mask of each annotation
                 missing.append(a["id"])
         elif isinstance(segm, list):
             if not all(isinstance(p, list) and all(map(_is_finite, p)) for p in segm):
@@ -341,8 +344,8 @@ def _check_masks(
     )
     if masks:
         findings.refuse(
-            "objects without 'segmentation' while MODEL.MASK_ON is True: add their masks, or train "
-            "boxes only with MODEL.MASK_ON False; annotations",
+            "annotations without 'segmentation' while MODEL.MASK_ON is True: add their masks, or "
+            "train boxes only with MODEL.MASK_ON False; ids",
             missing,
         )
     findings.refuse(
@@ -388,7 +391,7 @@ def _check_images(folder: Path, records: dict, findings: _Findings, decode: int)
         label = f"image {record['id']} '{record['file_name']}'"
         try:
             size = _decode(folder / record["file_name"])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        except BROKEN_IMAGE as e:
             broken.append(f"{label}: {e}")
             continue
         if size != (record["width"], record["height"]):

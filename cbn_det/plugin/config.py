@@ -9,16 +9,13 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from ..run.errors import ConfigError, one_line
 from .registry import check_config_norms, norm_keys, register
 from .trainer import Trainer
 
 _SYNC_NORMS = ("SyncBN", "nnSyncBN")
 # the one synchronised norm that runs on CPU and survives zero RoIs
 _CPU_SYNC_NORM = "naiveSyncBN_N"
-
-
-class ConfigError(ValueError):
-    """The command line or the config cannot be run; the message names the key and the fix."""
 
 
 def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, list[str]]:
@@ -75,13 +72,6 @@ def _read(args: argparse.Namespace) -> CfgNode:
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{' '.join(args.opts)}: {one_line(error)}") from error
     return cfg
-
-
-def one_line(error: Exception) -> str:
-    """An error's message on one line."""
-    # str(KeyError) is the repr of its argument, quotes included
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split())
 
 
 def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:

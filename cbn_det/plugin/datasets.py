@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,15 +16,16 @@ from cbn_det.data import (
     DIGITS_NAMES,
     CocoReport,
     DataError,
-    check_coco,
+    check_classes,
+    check_set,
     default_root,
     digits_paths,
+    log_reports,
+    names_in_use,
     write_digits,
 )
 
 __all__ = ["check_num_classes", "ensure_digits", "prepare_datasets", "register_coco"]
-
-logger = logging.getLogger(__name__)
 
 # The key that each of detectron2's own detectors reads its number of classes from. The others
 # (ProposalNetwork, SemanticSegmentor, PanopticDeepLab, a user's own) are not checked.
@@ -104,14 +104,12 @@ def prepare_datasets(
     """
     for name, json_file, image_folder in coco_datasets:
         register_coco(name, json_file, image_folder)
-    train = () if eval_only else tuple(cfg.DATASETS.TRAIN)
-    names = list(dict.fromkeys((*train, *cfg.DATASETS.TEST)))
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    known = {*DatasetCatalog.list(), *DIGITS_NAMES}
+    names = names_in_use(train, test, known, eval_only=eval_only)
     uses_digits = not set(names).isdisjoint(DIGITS_NAMES)
     if uses_digits:
         _register_digits()
-    _check_names(names)
-    if not (train or eval_only):
-        raise DataError("DATASETS.TRAIN is empty: name a data set to train on")
 
     reports: dict[str, CocoReport] = {}
     problem = None
@@ -121,30 +119,16 @@ def prepare_datasets(
                 ensure_digits()
             for name in names:
                 if _is_coco(name):
-                    reports[name] = _check_files(cfg, name, name in train)
+                    reports[name] = _check_files(cfg, name, not eval_only and name in train)
         except DataError as e:
             problem = str(e)
     # Also the barrier behind which the other processes may read the files.
     for found in comm.all_gather(problem):
         if found is not None:
             raise DataError(found)
-    for report in reports.values():
-        logger.info(str(report))
-        for warning in report.warnings:
-            logger.warning(warning)
+    log_reports(reports.values())
     check_num_classes(cfg, eval_only=eval_only)
     return reports
-
-
-def _check_names(names: list[str]) -> None:
-    unknown = [name for name in names if name not in DatasetCatalog]
-    if unknown:
-        known = sorted({*DatasetCatalog.list(), *DIGITS_NAMES})
-        raise DataError(
-            f"unknown data set '{unknown[0]}' in DATASETS. For a set in COCO format add "
-            f"`--coco-dataset {unknown[0]} ANNOTATIONS.json IMAGE_FOLDER`. Known are: "
-            + ", ".join(known)
-        )
 
 
 def _is_coco(name: str) -> bool:
@@ -157,26 +141,17 @@ def _is_coco(name: str) -> bool:
 def _check_files(cfg: CfgNode, name: str, for_training: bool) -> CocoReport:
     meta = MetadataCatalog.get(name)
     try:
-        report = check_coco(
+        return check_set(
+            name,
             meta.json_file,
             meta.image_root,
             masks=cfg.MODEL.MASK_ON,
+            mask_format=cfg.INPUT.MASK_FORMAT,
             for_training=for_training,
             for_evaluation=name in cfg.DATASETS.TEST,
         )
     except DataError as e:
-        raise DataError(f"data set '{name}': {e}{_layout_hint(name)}") from e
-    if (
-        for_training
-        and cfg.MODEL.MASK_ON
-        and report.has_rle_masks
-        and cfg.INPUT.MASK_FORMAT == "polygon"
-    ):
-        raise DataError(
-            f"data set '{name}': its masks are run-length encoded, but INPUT.MASK_FORMAT is "
-            "'polygon': add `INPUT.MASK_FORMAT bitmask` to the command line or the config"
-        )
-    return report
+        raise DataError(f"{e}{_layout_hint(name)}") from e
 
 
 def _layout_hint(name: str) -> str:
@@ -208,27 +183,9 @@ def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
     num_classes = cfg
     for part in key.split("."):
         num_classes = num_classes[part]
-    first: tuple[str, list[str]] | None = None
-    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
-        classes = _class_names(name)
-        if classes is None:
-            continue
-        if len(classes) != num_classes:
-            raise DataError(
-                f"{key} is {num_classes}, but data set '{name}' has {len(classes)} classes: add "
-                f"`{key} {len(classes)}` to the command line or the config"
-            )
-        if first is None:
-            first = name, classes
-        elif classes != first[1]:
-            index = next(
-                i for i, (a, b) in enumerate(zip(first[1], classes, strict=True)) if a != b
-            )
-            raise DataError(
-                f"data sets '{first[0]}' and '{name}' must have the same classes in the same order "
-                f"of ids, but class {index} is '{first[1][index]}' in one and '{classes[index]}' "
-                "in the other: make the 'categories' of their annotation files equal"
-            )
+    names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
+    classes = {name: _class_names(name) for name in names}
+    check_classes(key, num_classes, {n: c for n, c in classes.items() if c is not None})
 
 
 def _class_names(name: str) -> list[str] | None:

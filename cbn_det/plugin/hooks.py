@@ -2,65 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventStorage
 
 from ..norms import norm_diagnostics, sync_running_stats
-from .measure import peak_memory_mb
-from .nonfinite import check_state
-from .precise_bn import recompute_statistics
-from .signals import Interrupted
-
-_WARM_UP = 3  # iterations that are not timed, as in detectron2's IterationTimer
+from ..run.clock import RunClock
+from ..run.nonfinite import check_state
+from ..run.precise_bn import recompute_statistics
+from ..run.signals import Interrupted
 
 
-class RunClock(HookBase):
-    """Seconds of training, summed over resumed parts, and the peak memory of this part.
+class ClockHook(HookBase):
+    """Keeps the run's clock. Stands first, so that a step's time is its own."""
 
-    Stands first, so that a step's time is its own.
-    """
-
-    train_seconds = 0.0
-    timed_seconds = 0.0
-    timed_iterations = 0
-    peak_memory_mb: float | None = None
-    _started: float | None = None
-
-    def before_train(self) -> None:
-        self._started = time.perf_counter()
-
-    def before_step(self) -> None:
-        self._step_started = time.perf_counter()
-
-    def after_step(self) -> None:
-        if self.trainer.iter >= self.trainer.start_iter + _WARM_UP:
-            self.timed_seconds += time.perf_counter() - self._step_started
-            self.timed_iterations += 1
-
-    def after_train(self) -> None:
-        self._add_elapsed()
-        self.peak_memory_mb = peak_memory_mb()  # before the final evaluation adds its own
-
-    @property
-    def sec_per_iter(self) -> float | None:
-        return self.timed_seconds / self.timed_iterations if self.timed_iterations else None
+    def __init__(self, clock: RunClock) -> None:
+        self._clock = clock
+        self.before_train = clock.start
+        self.before_step = clock.start_step
+        self.after_step = clock.end_step
+        self.after_train = clock.stop
 
     def state_dict(self) -> dict[str, Any]:
-        if self._started is not None:
-            self._add_elapsed()
-        names = ("train_seconds", "timed_seconds", "timed_iterations")
-        return {name: getattr(self, name) for name in names}
+        return self._clock.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    def _add_elapsed(self) -> None:
-        now = time.perf_counter()
-        self.train_seconds += now - self._started
-        self._started = now
+        self._clock.load_state_dict(state)
 
 
 class PreciseBN(hooks.PreciseBN):
@@ -71,7 +39,8 @@ class PreciseBN(hooks.PreciseBN):
             return
         if self._data_iter is None:
             self._data_iter = iter(self._data_loader)
-        count = recompute_statistics(self._model, self._data_iter, self._num_iter)
+        with EventStorage():  # what heads log of these forwards is dropped
+            count = recompute_statistics(self._model, self._data_iter, self._num_iter)
         self._logger.info(f"PreciseBN: {count} layers over {self._num_iter} iterations")
 
 

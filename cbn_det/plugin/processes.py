@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from .measure import usable_cores
+from ..run.job import STOPPED as INTERRUPTED
+from ..run.measure import usable_cores
 
 _GRACE_SECONDS = 20  # for the other processes to end by themselves after one has failed
 
-INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
 Job = Callable[..., int]
 

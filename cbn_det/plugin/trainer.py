@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
@@ -27,23 +28,28 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from .checkpoint import AtomicCheckpointer
+from ..run.checkpoint import AtomicSave
+from ..run.clock import RunClock
+from ..run.precise_bn import kept_statistics, recompute_statistics
+from ..run.signals import StopRequest, stop_requests
 from .hooks import (
+    ClockHook,
     EvalHook,
     NormDiagnostics,
     PreciseBN,
-    RunClock,
     SettleStatistics,
     StopOnRequest,
 )
-from .nonfinite import CheckedAMPStep, CheckedStep
-from .precise_bn import kept_statistics, recompute_statistics
 from .registry import norms_in_use, unused_norms
-from .signals import StopRequest, stop_requests
+from .step import CheckedAMPStep, CheckedStep
 
 logger = logging.getLogger(__name__)
 
 _WRITE_PERIOD = 20  # iterations between two lines of metrics.json
+
+
+class AtomicCheckpointer(AtomicSave, DetectionCheckpointer):
+    """detectron2's checkpointer, whose files are either whole or not there."""
 
 
 class Trainer(DefaultTrainer):
@@ -95,7 +101,7 @@ class Trainer(DefaultTrainer):
         wanted = precise.ENABLED and get_bn_modules(self.bare_model)
         main = comm.is_main_process()
         return [
-            self.clock,
+            ClockHook(self.clock),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             (
@@ -245,7 +251,8 @@ def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[st
         with kept_statistics(model):
             seed_all_rng(max(cfg.SEED, 0) + comm.get_rank())
             loader = Trainer.build_train_loader(_in_process_loading(cfg))
-            count = recompute_statistics(model, loader, iterations)
+            with EventStorage():  # what heads log of these forwards is dropped
+                count = recompute_statistics(model, loader, iterations)
             if not count:
                 return None
             logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
+
+from .files import replace_file
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name and moves it into place, so that a killed process never
-    leaves half a file."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class AtomicCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, writing through :func:`replace_file` into a local folder."""
+class AtomicSave:
+    """Mixin of fvcore's ``Checkpointer``: writes through :func:`replace_file` into a local
+    folder."""
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:

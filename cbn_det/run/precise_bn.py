@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
@@ -46,7 +44,12 @@ class _Moments:
 
 
 @torch.no_grad()
-def recompute_statistics(model: nn.Module, batches: Iterable[Any], iterations: int) -> int:
+def recompute_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    iterations: int,
+    forward: Callable[[Any], Any] | None = None,
+) -> int:
     """Sets the running statistics of all BatchNorm layers in training mode to mean and variance
     of its inputs over ``iterations`` batches, exactly, of all ranks together.
 
@@ -57,6 +60,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], iterations: i
         model: the bare model; layers in evaluation mode are left alone. Every rank must call this.
         batches: what the training loader yields.
         iterations: how many batches, on each rank.
+        forward: runs the model on a batch; the model itself by default.
 
     Returns:
         The number of layers recomputed.
@@ -74,9 +78,9 @@ def recompute_statistics(model: nn.Module, batches: Iterable[Any], iterations: i
         layer.momentum = 1.0  # as fvcore does; it tells a norm with memory to leave it out
     seen = 0
     try:
-        with kept_statistics(model), EventStorage():  # heads log to a storage; this one is dropped
+        with kept_statistics(model):
             for batch in itertools.islice(batches, iterations):
-                model(batch)
+                (forward or model)(batch)
                 seen += 1
     finally:
         for hook in hooks:
@@ -111,10 +115,10 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _pool(moments: list[_Moments]) -> None:
-    if comm.get_world_size() == 1:
+    if not dist.is_available() or not dist.is_initialized():
         return
     mine = torch.cat([torch.cat([m.count.reshape(1), m.mean, m.deviation]) for m in moments])
-    everyone = [torch.empty_like(mine) for _ in range(comm.get_world_size())]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     sizes = [size for m in moments for size in (1, m.mean.numel(), m.mean.numel())]
     # added up anew in the order of ranks, so that all ranks get the same bits

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import AMPTrainer, SimpleTrainer
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from torch import nn
-
-from .signals import StopRequest
 
 
 class Diverged(FloatingPointError):
@@ -36,71 +29,6 @@ class PeerFailed(RuntimeError):
     """Another rank's forward pass failed; that rank reports why."""
 
 
-class CheckedStep(SimpleTrainer):
-    """A training step whose losses are checked between forward and backward.
-
-    One all-reduce of three numbers tells every rank whether any of them has a loss that is not
-    finite, failed in forward, or was asked to stop, so that all leave at the same iteration.
-    """
-
-    last_batch: Any = None
-    bad_losses: tuple[str, ...] = ()
-    stop_request: StopRequest = StopRequest()
-    stop_agreed = False
-
-    def run_step(self) -> None:
-        # also called when forward raises, which is how other ranks learn of it
-        handle = self.model.register_forward_hook(self._after_forward, always_call=True)
-        try:
-            super().run_step()
-        except Diverged:
-            raise
-        except (
-            FloatingPointError
-        ) as error:  # detectron2's RPN refuses proposals that are not finite
-            agreed = comm.get_world_size() == 1 or not has_sync_norm(self.model)
-            raise Diverged(str(error), agreed) from error
-        finally:
-            handle.remove()
-
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], losses: Any) -> None:
-        self.last_batch = args[0]
-        error = sys.exc_info()[1] if losses is None else None  # what forward is raising
-        refused = isinstance(error, FloatingPointError)
-        failed = losses is None and not refused
-        if isinstance(losses, torch.Tensor):
-            losses = {"total_loss": losses}
-        values = {name: float(loss.detach()) for name, loss in (losses or {}).items()}
-        self.bad_losses = tuple(name for name, value in values.items() if not math.isfinite(value))
-        bad = refused or bool(self.bad_losses)
-        flags = [float(bad), float(failed), float(self.stop_request.requested)]
-        if comm.get_world_size() > 1:
-            if losses is None and has_sync_norm(model):
-                return  # the others wait inside a norm: this rank cannot tell them, it ends
-            shared = torch.tensor(flags, device=next(model.parameters()).device)
-            dist.all_reduce(shared)
-            flags = shared.tolist()
-        self.stop_agreed = flags[2] > 0
-        if losses is None:
-            return  # what forward raised goes on
-        if flags[1]:
-            raise PeerFailed("the forward pass of another rank failed")
-        if flags[0]:
-            raise Diverged(f"losses not finite: {', '.join(self.bad_losses)}" if bad else "")
-
-
-class CheckedAMPStep(CheckedStep, AMPTrainer):
-    """:class:`CheckedStep` in mixed precision; the gradient scaler works as in detectron2."""
-
-
-def has_sync_norm(model: nn.Module) -> bool:
-    """Whether the model's forward communicates with other ranks."""
-    return any(
-        isinstance(m, nn.SyncBatchNorm) or type(m).__name__ == "NaiveSyncBatchNorm"
-        for m in model.modules()
-    )
-
-
 def check_state(model: nn.Module) -> None:
     """Raises on every rank if a parameter or running statistic of any rank is not finite.
 
@@ -108,7 +36,7 @@ def check_state(model: nn.Module) -> None:
         Diverged: one is not; :func:`first_bad_state` tells which.
     """
     bad = first_bad_state(model) is not None
-    if comm.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         flag = torch.tensor([float(bad)], device=next(model.parameters()).device)
         dist.all_reduce(flag)
         bad = flag.item() > 0
@@ -126,14 +54,13 @@ def first_bad_state(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def first_bad_layer(model: nn.Module, batch: Any, autocast: bool = False) -> str | None:
+def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> str | None:
     """Runs one training forward pass and names the first layer, in forward order, whose output or
     running statistics are not finite.
 
     Args:
         model: the bare model (no DDP), in training mode. Its running statistics move.
-        batch: what the training loader yields.
-        autocast: run as mixed-precision training does.
+        forward: runs it on a training batch.
 
     Returns:
         Such as ``"fpn.lateral (Conv2d): output not finite (its weight not finite)"``; None if all
@@ -160,12 +87,10 @@ def first_bad_layer(model: nn.Module, batch: Any, autocast: bool = False) -> str
             found.append(f"{_layer(name, module)}: {', '.join(statistics)} not finite")
 
     handles = [m.register_forward_hook(look) for m in names if m is not model]
-    device = next(model.parameters()).device.type
     try:
         # the pass may itself refuse the numbers; what the hooks saw until then is what counts
-        with contextlib.suppress(FloatingPointError), EventStorage():
-            with torch.autocast(device, enabled=autocast):
-                model(batch)
+        with contextlib.suppress(FloatingPointError):
+            forward()
     finally:
         for handle in handles:
             handle.remove()

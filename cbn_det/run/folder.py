@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import torch
 import torchvision
-from detectron2.config import CfgNode
+from fvcore.common.config import CfgNode
 
 from .. import __version__
-from .checkpoint import replace_file
+from .files import replace_file
 from .measure import machine
-from .registry import norms_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +29,26 @@ _TRAINING_FACTS = ("iterations", "sec_per_iter", "train_seconds", "peak_memory_m
 _STALE = ("last_checkpoint", "metrics.json", "coco_instances_results.json")
 
 
-def describe(cfg: CfgNode, command: str, world_size: int) -> dict[str, Any]:
-    """What is known of a run before it starts, with a place for the rest of ``result.json``."""
+def describe(
+    cfg: CfgNode,
+    command: str,
+    world_size: int,
+    engine: str,
+    norms: Mapping[str, str],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """What is known of a run before it starts, with a place for the rest of ``result.json``.
+
+    Args:
+        norms: the config's norm keys that the model reads, with their values.
+        versions: of what the engine adds to torch and torchvision.
+    """
     return {
         "status": FAILED,
         "message": None,
         "results": {},
         "results_precise_bn": None,
-        "norm": norms_in_use(cfg),
+        "norm": dict(norms),
         "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
         "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,
         "world_size": world_size,
@@ -50,13 +60,13 @@ def describe(cfg: CfgNode, command: str, world_size: int) -> dict[str, Any]:
         "peak_memory_mb": None,
         "parameters": None,
         "flops": None,
-        "engine": "detectron2",
+        "engine": engine,
         "device": cfg.MODEL.DEVICE,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-            "detectron2": detectron2.__version__,
+            **versions,
             "cbn_det": __version__,
         },
         "machine": machine(on_gpu=cfg.MODEL.DEVICE.startswith("cuda")),

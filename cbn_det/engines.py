@@ -1,0 +1,52 @@
+"""Which engine trains: detectron2 where it is installed, else torchvision's parts.
+
+``python -m cbn_det.engines`` prints what ``auto`` means here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from .run.errors import one_line
+
+ENGINES = ("auto", "detectron2", "standalone")
+
+
+def resolve_engine(name: str = "auto") -> str:
+    """The engine that a name of :data:`ENGINES` stands for in this python.
+
+    ``auto`` is ``detectron2`` where that imports, else ``standalone``; a detectron2 that is there
+    but does not import is told on stderr.
+
+    Raises:
+        ImportError: the engine does not work here; says what to install.
+    """
+    if name == "auto":
+        try:
+            return resolve_engine("detectron2")
+        except ImportError as error:
+            if getattr(error.__cause__, "name", None) != "detectron2":  # it is there, but broken
+                print(f"{error}; going on with the standalone engine", file=sys.stderr, flush=True)
+            return resolve_engine("standalone")
+    module, remedy = {
+        "detectron2": ("detectron2.layers", "installing detectron2 is described in README.md"),
+        "standalone": (
+            "torchvision.ops",
+            "install a matching pair of torch and torchvision, such as make demo does",
+        ),
+    }[name]
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken build fails with more than ImportError
+        raise ImportError(
+            f"the {name} engine does not work here ({one_line(error)}): {remedy}"
+        ) from error
+    return name
+
+
+if __name__ == "__main__":
+    try:
+        print(resolve_engine())
+    except ImportError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""The launcher's command line, the same for every engine."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..engines import ENGINES
+
+_EXAMPLES = """
+examples
+
+  The built-in digits set with Cross-Iteration Batch Normalization, on the CPU, a few minutes:
+    python tools/train_net.py \\
+        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn
+
+  The same with other options of the norm, and another norm in the box head:
+    python tools/train_net.py \\
+        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn8 \\
+        MODEL.FPN.NORM "CBN(window=8)" MODEL.ROI_BOX_HEAD.NORM GN
+
+  The same without detectron2, on torchvision's parts (one process, CPU or one GPU):
+    python tools/train_net.py --engine standalone \\
+        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn
+
+  Your own images, with annotations in COCO format (also wants MODEL.ROI_HEADS.NUM_CLASSES):
+    python tools/train_net.py --config-file my.yaml \\
+        --coco-dataset shapes_train shapes/train.json shapes/images \\
+        --coco-dataset shapes_val shapes/val.json shapes/images \\
+        DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)"
+
+  Eight images a step as 4 processes of 2 images; without so many GPUs they share one, or the CPU:
+    python tools/train_net.py --num-gpus 4 --config-file my.yaml SOLVER.IMS_PER_BATCH 8
+    torchrun --nproc-per-node 4 tools/train_net.py --config-file my.yaml SOLVER.IMS_PER_BATCH 8
+
+  Go on after Ctrl-C or a crash; evaluate a checkpoint, also with PreciseBN statistics:
+    python tools/train_net.py --config-file my.yaml --resume OUTPUT_DIR out/cbn
+    python tools/train_net.py --config-file my.yaml --eval-only --precise-bn-iters 200 \\
+        OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
+
+exit codes
+  0 finished   1 crashed, or TEST.EXPECTED_RESULTS missed   2 refused: command line, config or data
+  3 diverged (a loss, weight or statistic is not finite)    130 stopped by Ctrl-C or SIGTERM
+  The run folder's result.json says the same in words. torchrun itself returns 1 for all but 0.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's launcher arguments and three more."""
+    parser = argparse.ArgumentParser(
+        prog="train_net.py",
+        description="Trains and evaluates a detector whose norms may be those of cbn_det.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML config")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="detectron2; or standalone: torchvision's Faster and Mask R-CNN from the same config,"
+        " one process. auto (the default) is detectron2 where it is installed",
+    )
+    parser.add_argument(
+        "--coco-dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
+        help="make a COCO-format data set (annotation file, image folder) known as NAME to"
+        " DATASETS.TRAIN and DATASETS.TEST; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUTPUT_DIR; starts anew if there is none",
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training"
+    )
+    parser.add_argument(
+        "--precise-bn-iters",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after the final evaluation, evaluate once more with BatchNorm statistics recomputed"
+        " over N iterations (default: 0, not at all)",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine, each with SOLVER.IMS_PER_BATCH / N images; on CPU, or with"
+        " fewer GPUs than N, they communicate over gloo (default: 1)",
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="I", help="of this machine, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        metavar="URL",
+        help="where machines meet, such as tcp://HOST:PORT; needed for several machines only",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="config options, after everything else",
+    )
+    return parser

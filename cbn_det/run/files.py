@@ -1,0 +1,23 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file under a temporary name and moves it into place, so that a killed process never
+    leaves half a file."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

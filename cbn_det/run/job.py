@@ -1,0 +1,275 @@
+"""What every process of a run does: prepare the data, train or evaluate, leave the run folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from . import folder as run_folder
+from .clock import RunClock
+from .errors import ConfigError, one_line
+from .folder import DIVERGED, FAILED, FINISHED
+from .measure import count_parameters, peak_memory_mb
+from .nonfinite import Diverged, PeerFailed, first_bad_state
+from .signals import Interrupted
+
+logger = logging.getLogger(__name__)
+
+#: exit codes of a run; 130 is what shells give to Ctrl-C
+OK, CRASHED, USAGE, NOT_FINITE, STOPPED = 0, 1, 2, 3, 130
+
+T = TypeVar("T")
+
+
+class Trainer(Protocol):
+    """What a job needs of an engine's training loop."""
+
+    iter: int
+    clock: RunClock
+    bare_model: nn.Module
+
+
+class Job(ABC):
+    """One process of a training or an evaluation. An engine's subclass says how each step is done;
+    the order of the steps, and how a run ends that goes wrong, are the same for all.
+
+    Args:
+        cfg: checked by the engine's configuration code; not changed any more.
+        args: the command line, with ``command``, its text.
+        result: what :func:`~cbn_det.run.folder.describe` knows of the run.
+
+    Attributes:
+        trainer: set by :meth:`train` as soon as it exists.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, cfg: CfgNode, args: argparse.Namespace, result: dict[str, Any]) -> None:
+        self.cfg = cfg
+        self.args = args
+        self.folder = Path(cfg.OUTPUT_DIR)
+        self.result = result
+        self.trainer: Trainer | None = None
+
+    @abstractmethod
+    def prepare(self, eval_only: bool) -> None:
+        """Makes the data sets known and checks them.
+
+        Args:
+            eval_only: no training image is needed.
+
+        Raises:
+            ValueError: they cannot be used.
+        """
+
+    @abstractmethod
+    def train(self) -> dict[str, Any]:
+        """Builds :attr:`trainer`, trains, and returns the results of the last evaluation."""
+
+    @abstractmethod
+    def build_trained(self) -> nn.Module:
+        """The model with the weights to evaluate."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """Results on ``DATASETS.TEST`` by task: ``{"bbox": {"AP": ...}}``."""
+
+    @abstractmethod
+    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+        """The same with PreciseBN statistics, which are taken back; None without BatchNorm."""
+
+    @abstractmethod
+    def find_bad_layer(self) -> str | None:
+        """After a divergence, the layer that the last batch's forward pass went bad in."""
+
+    @abstractmethod
+    def count_flops(self, model: nn.Module) -> int | None:
+        """Multiply-adds of one test image, if they can be counted."""
+
+    @abstractmethod
+    def draw(self, model: nn.Module, folder: Path) -> None:
+        """Writes pictures of predictions beside annotations into ``folder``."""
+
+    def verify(self, results: dict[str, Any]) -> bool:
+        """Whether the results are what the config expects."""
+        return True
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank. All ranks must call it."""
+        return [value]
+
+    def execute(self) -> int:
+        """Runs the job and returns the exit code."""
+        with _sigterm_interrupts():
+            try:
+                return self._execute()
+            except PeerFailed:
+                return CRASHED  # the rank that failed says why
+            except Exception as error:
+                self._log_traceback()
+                rank = f"rank {self.rank}: " if self.world_size > 1 else ""
+                message = f"{rank}{type(error).__name__}: {one_line(error)}"
+                code = self._end_alone(FAILED, message, CRASHED)
+                traceback.print_exc()
+                return code
+
+    def _execute(self) -> int:
+        try:
+            self._begin()
+            if self.args.eval_only:
+                model = built(self.build_trained)
+                results = self.evaluate(model)
+            else:
+                results = self.train()
+                model = self.trainer.bare_model
+            iterations = self.args.precise_bn_iters if self.cfg.DATASETS.TEST else 0
+            precise = self.evaluate_precise(model, iterations) if iterations else None
+            return self._finish(model, results, precise)
+        except ConfigError as error:
+            self._log_traceback()
+            return self._refuse(one_line(error))
+        except Diverged as error:
+            return self._end_together(DIVERGED, self._explain(error), NOT_FINITE, error.agreed)
+        except Interrupted as error:
+            return self._end_together(FAILED, str(error), STOPPED)
+        except KeyboardInterrupt:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            return self._end_alone(FAILED, f"interrupted at iteration {self._iteration()}", STOPPED)
+
+    def _begin(self) -> None:
+        if self.rank == 0 and not self.args.eval_only:
+            if self.args.resume:
+                run_folder.clear_result(self.folder)
+            else:
+                run_folder.start_afresh(self.folder)
+        # PreciseBN statistics come from training images
+        without_training = self.args.eval_only and not self.args.precise_bn_iters
+        built(lambda: self.prepare(without_training))
+
+    def _finish(self, model: nn.Module, results: Any, precise: Any) -> int:
+        code, message = OK, None
+        if self.rank == 0:
+            self._measure(model)
+            self._add_results(results, precise)
+            if self.args.eval_only:
+                run_folder.keep_training_facts(self.result, self.folder)
+            if not self.verify(results):
+                code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
+            if self.cfg.DATASETS.TEST:
+                self.result["flops"] = self.count_flops(model)
+                try:
+                    self.draw(model, self.folder / "pictures")
+                except Exception:  # a model without instances, a broken font: not the run's failure
+                    logger.exception("no pictures of predictions")
+            self.result.update(status=FAILED if code else FINISHED, message=message)
+            run_folder.write_result(self.folder, self.result)
+            logger.info(f"{self.result['status']}: {self.folder / run_folder.RESULT}")
+        return self.gather(code)[0]  # the others wait here
+
+    def _add_results(self, results: Any, precise: Any) -> None:
+        names = self.cfg.DATASETS.TEST
+        if len(names) > 1:  # one table a data set; the first one's stands for the run
+            self.result["results_by_dataset"] = results
+            results, precise = results[names[0]], precise and precise[names[0]]
+        self.result.update(results=results, results_precise_bn=precise)
+
+    def _measure(self, model: nn.Module) -> None:
+        self.result.update(parameters=count_parameters(model), peak_memory_mb=peak_memory_mb())
+        if self.trainer is not None:
+            clock = self.trainer.clock
+            self.result.update(
+                iterations=self.trainer.iter,
+                sec_per_iter=clock.sec_per_iter,
+                train_seconds=clock.train_seconds,
+                peak_memory_mb=clock.peak_memory_mb,
+            )
+
+    def _iteration(self) -> int:
+        return self.trainer.iter if self.trainer is not None else 0
+
+    def _explain(self, error: Diverged) -> str:
+        where = None
+        try:
+            where = self.find_bad_layer()
+        except RuntimeError:  # out of memory, most likely
+            logger.exception("the forward pass could not be repeated")
+        finding = (where or first_bad_state(self.trainer.bare_model), one_line(error))
+        findings = self.gather(finding) if error.agreed else [finding]
+        unknown = "no layer's output is bad when the forward pass is repeated"
+        where = next((where for where, _ in findings if where), unknown)
+        why = next((why for _, why in findings if why), "")
+        return f"diverged at iteration {self.trainer.iter}: {where}; {why}"
+
+    def _end_together(self, status: str, message: str, code: int, agreed: bool = True) -> int:
+        """Ends a run whose ranks all are here: rank 0 writes, the others wait for it."""
+        if not agreed:
+            return self._end_alone(status, message, code)
+        if self.rank == 0:
+            self._write_failure(status, message, stopped=code == STOPPED)
+        self.gather(code)
+        return code
+
+    def _end_alone(self, status: str, message: str, code: int) -> int:
+        """Ends a rank that cannot count on the others. Whoever ends first knows why, and writes."""
+        earlier = None if self.args.eval_only else run_folder.read_result(self.folder)
+        if earlier is not None:
+            return NOT_FINITE if earlier["status"] == DIVERGED else code
+        self._write_failure(status, message)
+        return code
+
+    def _refuse(self, message: str) -> int:
+        if self.rank == 0:
+            self._write_failure(FAILED, message, prefix="error: ")
+        return USAGE
+
+    def _write_failure(
+        self, status: str, message: str, stopped: bool = False, prefix: str = ""
+    ) -> None:
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+        if self.args.eval_only:
+            return  # what training left in the folder stays valid
+        if self.trainer is not None:
+            self._measure(self.trainer.bare_model)
+            self.result["iterations"] += stopped  # the one that was finished before stopping
+        self.result.update(status=status, message=message)
+        run_folder.write_result(self.folder, self.result)
+
+    def _log_traceback(self) -> None:
+        name = f"log.txt.rank{self.rank}" if self.rank else "log.txt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+
+
+def built(make: Callable[[], T]) -> T:
+    """While things are built from the config, their complaints are about the config."""
+    try:
+        return make()
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread, where signals do not arrive anyway
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
