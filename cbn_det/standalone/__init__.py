@@ -1,0 +1,10 @@
+"""The engine for machines without detectron2: the same config files on torchvision's parts.
+
+Faster R-CNN and Mask R-CNN with ResNet-FPN, one process, CPU or one GPU. Needs torchvision, fvcore
+and pycocotools. Its config is the part of detectron2's that it honours; every other key is an
+error.
+"""
+
+from .config import get_cfg, read_config
+
+__all__ = ["get_cfg", "read_config"]

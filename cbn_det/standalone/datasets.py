@@ -1,0 +1,225 @@
+"""COCO-format data sets for torchvision's detectors: checks before a run, images with targets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from ..data import (
+    DIGITS_NAMES,
+    DataError,
+    check_classes,
+    check_set,
+    digits_paths,
+    log_reports,
+    names_in_use,
+    write_digits,
+)
+from ..data.coco_check import BROKEN_IMAGE
+
+_SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
+
+
+@dataclass(frozen=True)
+class CocoFiles:
+    """The files that a name in ``DATASETS`` stands for."""
+
+    name: str
+    annotations: Path
+    images: Path
+
+
+def prepare_datasets(
+    cfg: CfgNode, coco_datasets: Iterable[Sequence[str]] = (), *, eval_only: bool = False
+) -> dict[str, CocoFiles]:
+    """
+    Finds and checks the data sets of a run before any time is spent on training; writes the digits
+    set where it is used and missing.
+
+    Args:
+        cfg: ``DATASETS.TEST`` and (unless ``eval_only``) ``DATASETS.TRAIN`` are checked.
+        coco_datasets: ``(name, annotations, images)`` of each set beside the digits.
+        eval_only: no training follows.
+
+    Returns:
+        the files of each set that the run reads, by name.
+
+    Raises:
+        DataError: a name is unknown or given twice, files are missing or broken, or the config does
+            not fit them.
+    """
+    known = {name: CocoFiles(name, *map(_absolute, p)) for name, p in digits_paths().items()}
+    for name, json_file, image_folder in coco_datasets:
+        files = CocoFiles(name, _absolute(json_file), _absolute(image_folder))
+        if known.setdefault(name, files) != files:
+            raise DataError(
+                f"data set '{name}' is known already, with annotations "
+                f"'{known[name].annotations}' and images '{known[name].images}', not with "
+                f"'{files.annotations}' and '{files.images}': choose another name"
+            )
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    names = names_in_use(train, test, known, eval_only=eval_only)
+    if not set(names).isdisjoint(DIGITS_NAMES):
+        write_digits()
+    reports = {
+        name: check_set(
+            name,
+            known[name].annotations,
+            known[name].images,
+            masks=cfg.MODEL.MASK_ON,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+            for_training=not eval_only and name in train,
+            for_evaluation=name in test,
+        )
+        for name in names
+    }
+    log_reports(reports.values())
+    check_classes(
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        {name: report.class_names for name, report in reports.items()},
+    )
+    return {name: known[name] for name in names}
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(path).absolute()
+
+
+class DetectionDataset(Dataset):
+    """
+    The images of a COCO-format set, in the order of their ids, each with its target.
+
+    An image is a float tensor ``[3, H, W]`` in 0..255, in the channel order of ``INPUT.FORMAT``.
+    In training it is augmented and its target is ``{"boxes": float [n, 4], "labels": int64 [n]}``
+    and, with ``MODEL.MASK_ON``, ``"masks": uint8 [n, H, W]``: boxes in pixels of that image as
+    corners ``x1, y1, x2, y2``, labels from 1 in the order of the sorted category ids; n may be 0.
+    Crowd regions and objects without area are left out, and images without an object as well where
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so. Otherwise the image is as stored (its EXIF
+    rotation applied) and its target is ``{"image_id": id}``.
+
+    Augmentation draws from torch's global random numbers; :func:`.loading.batches` seeds them.
+
+    Attributes:
+        coco: the annotation file.
+        image_ids: COCO's id of each image.
+        category_ids: COCO's category id of each label; that of label 1 comes first.
+        class_names: likewise.
+    """
+
+    def __init__(self, files: CocoFiles, cfg: CfgNode, training: bool) -> None:
+        self.files = files
+        self.training = training
+        self.masks = cfg.MODEL.MASK_ON
+        self.channels = cfg.INPUT.FORMAT
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco = COCO(str(files.annotations))
+        self.category_ids: list[int] = sorted(self.coco.cats)
+        self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
+        self.image_ids = sorted(self.coco.imgs)
+        if training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            self.image_ids = [i for i in self.image_ids if self._objects(i)]
+        self._label = {category: k for k, category in enumerate(self.category_ids, start=1)}
+        self._augment = _augmentation(cfg)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """
+        Raises:
+            DataError: the image file is missing, broken, or of another size than listed.
+        """
+        image_id = self.image_ids[index]
+        image = self._read(image_id)
+        if not self.training:
+            return image.float(), {"image_id": image_id}
+        sample = self._augment({"image": image, **self._target(image_id)})
+        image = sample.pop("image").float()
+        boxes = sample["boxes"]
+        keep = (boxes[:, 2:] - boxes[:, :2] > _SMALLEST_SIDE).all(dim=1)
+        if self.masks:
+            keep &= sample["masks"].flatten(1).any(dim=1).bool()
+        return image, {key: value[keep].as_subclass(Tensor) for key, value in sample.items()}
+
+    def mask(self, annotation: dict[str, Any]) -> np.ndarray:
+        """The mask of an annotation as uint8 ``[H, W]``, in pixels of the stored image."""
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list):
+            # pycocotools would take a polygon of four numbers for a box
+            segmentation = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+        return self.coco.annToMask({**annotation, "segmentation": segmentation})
+
+    def _objects(self, image_id: Any) -> list[dict[str, Any]]:
+        return [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+
+    def _read(self, image_id: Any) -> tv_tensors.Image:
+        record = self.coco.imgs[image_id]
+        path = self.files.images / record["file_name"]
+        label = f"data set '{self.files.name}': image {image_id} '{path}'"
+        try:
+            with Image.open(path) as stored:
+                pixels = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
+        except FileNotFoundError as e:
+            raise DataError(f"{label} does not exist: copy it there") from e
+        except BROKEN_IMAGE as e:
+            raise DataError(f"{label} is cut off or cannot be decoded ({e}): copy it again") from e
+        if pixels.shape[:2] != (record["height"], record["width"]):
+            raise DataError(
+                f"{label} is {pixels.shape[1]} x {pixels.shape[0]}, listed as {record['width']} x "
+                f"{record['height']}: correct 'width' and 'height' in '{self.files.annotations}'"
+            )
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self.channels == "BGR":
+            image = image.flip(0)
+        return tv_tensors.Image(image.contiguous())
+
+    def _target(self, image_id: Any) -> dict[str, Any]:
+        record = self.coco.imgs[image_id]
+        size = record["height"], record["width"]
+        objects = self._objects(image_id)
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size),
+            "labels": torch.tensor(
+                [self._label[a["category_id"]] for a in objects], dtype=torch.int64
+            ),
+        }
+        if self.masks:
+            masks = np.zeros((len(objects), *size), dtype=np.uint8)
+            for mask, annotation in zip(masks, objects, strict=True):
+                mask[:] = self.mask(annotation)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        return target
+
+
+def _augmentation(cfg: CfgNode) -> v2.Transform:
+    """Resizing of the shorter side to one of ``INPUT.MIN_SIZE_TRAIN``, and mirroring."""
+    flips = {
+        "none": [],
+        "horizontal": [v2.RandomHorizontalFlip()],
+        "vertical": [v2.RandomVerticalFlip()],
+    }
+    return v2.Compose(
+        [
+            v2.RandomShortestSize(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN),
+            *flips[cfg.INPUT.RANDOM_FLIP],
+            v2.ClampBoundingBoxes(),
+        ]
+    )

@@ -1,0 +1,171 @@
+"""COCO evaluation by pycocotools, with the numbers that detectron2 reports."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import time
+from datetime import timedelta
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from fvcore.common.config import CfgNode
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from ..run.files import replace_file
+from .datasets import DetectionDataset
+from .loading import in_order
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "coco_instances_results.json"
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_LOG_SECONDS = 5.0
+_MASK_THRESHOLD = 0.5
+
+
+def evaluate(
+    model: nn.Module, dataset: DetectionDataset, cfg: CfgNode, folder: Path
+) -> dict[str, dict[str, float]]:
+    """
+    Predicts every image of a set and scores the predictions.
+
+    They are written to ``<folder>/coco_instances_results.json`` in COCO's result format.
+
+    Args:
+        model: a detector of torchvision's on ``MODEL.DEVICE``; its mode is put back afterwards.
+        dataset: not for training.
+
+    Returns:
+        ``{"bbox": {"AP": ..., "AP50": ..., "AP75": ..., "APs": ..., "APm": ..., "APl": ...,
+        "AP-<class>": ...}}``, and likewise ``"segm"`` with ``MODEL.MASK_ON``: on the scale 0 to
+        100, NaN where undefined. The AP of each class is there if there are several classes and
+        anything was predicted; without any prediction all is NaN, as in detectron2. Empty for a set
+        without annotations.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    predictions = _predict(model, dataset, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / PREDICTIONS, lambda f: f.write(json.dumps(predictions).encode()))
+    if "annotations" not in dataset.coco.dataset:
+        logger.warning("The data set has no annotations: predictions are written, no AP computed")
+        return {}
+    results = {}
+    for task in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
+        results[task] = _score(dataset, predictions, task)
+        _log_table(task, results[task])
+    return results
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, dataset: DetectionDataset, cfg: CfgNode) -> list[dict[str, Any]]:
+    """The predictions for all images, in COCO's result format."""
+    predictions = []
+    progress = _Progress(len(dataset))
+    training = model.training
+    model.eval()
+    try:
+        for image, target in in_order(dataset, cfg):
+            (output,) = model([image.to(cfg.MODEL.DEVICE)])
+            predictions += _coco_results(output, target["image_id"], dataset.category_ids)
+            progress.advance()
+    finally:
+        model.train(training)
+    return predictions
+
+
+def _coco_results(
+    output: dict[str, Tensor], image_id: Any, category_ids: list[int]
+) -> list[dict[str, Any]]:
+    boxes = box_convert(output["boxes"], "xyxy", "xywh").tolist()
+    labels, scores = output["labels"].tolist(), output["scores"].tolist()
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, labels, scores, strict=True)
+    ]
+    if "masks" in output:  # [n, 1, H, W], probabilities
+        for result, (mask,) in zip(results, output["masks"], strict=True):
+            pixels = (mask >= _MASK_THRESHOLD).to("cpu", torch.uint8).numpy()
+            rle = mask_util.encode(np.asfortranarray(pixels))
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return results
+
+
+def _score(
+    dataset: DetectionDataset, predictions: list[dict[str, Any]], task: str
+) -> dict[str, float]:
+    if not predictions:  # pycocotools fails on an empty list
+        logger.warning(f"The model predicted nothing on this data set: {task} AP is NaN")
+        return dict.fromkeys(_METRICS, float("nan"))
+    # With "bbox" in a result, pycocotools would sort masks into small, medium and large by its area
+    left_out = "bbox" if task == "segm" else "segmentation"
+    copies = [{k: v for k, v in p.items() if k != left_out} for p in predictions]
+    with contextlib.redirect_stdout(io.StringIO()):
+        scores = COCOeval(dataset.coco, dataset.coco.loadRes(copies), task)
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    results = {
+        metric: float(value * 100) if value >= 0 else float("nan")
+        for metric, value in zip(_METRICS, scores.stats, strict=False)
+    }
+    if len(dataset.class_names) > 1:
+        # [IoU, recall, class, area range, detections per image]: all areas, most detections
+        precisions = scores.eval["precision"][:, :, :, 0, -1]
+        for index, name in enumerate(dataset.class_names):
+            defined = precisions[:, :, index]
+            defined = defined[defined > -1]
+            results[f"AP-{name}"] = float(defined.mean() * 100) if defined.size else float("nan")
+    return results
+
+
+def _log_table(task: str, results: dict[str, float]) -> None:
+    main = {key: value for key, value in results.items() if key in _METRICS}
+    classes = [
+        (key.removeprefix("AP-"), f"{value:.3f}")
+        for key, value in results.items()
+        if key not in _METRICS
+    ]
+    text = tabulate([main.values()], headers=list(main), tablefmt="pipe", floatfmt=".3f")
+    logger.info(f"Evaluation results for {task}:\n{text}")
+    if classes:
+        columns = min(3, len(classes))
+        rows = zip_longest(*[classes[i::columns] for i in range(columns)], fillvalue=("", ""))
+        text = tabulate(
+            [list(chain.from_iterable(row)) for row in rows],
+            headers=["class", "AP"] * columns,
+            tablefmt="pipe",
+            disable_numparse=True,  # a class may be named 007
+        )
+        logger.info(f"AP of each class for {task}:\n{text}")
+
+
+class _Progress:
+    """Logs about every five seconds how far a pass over ``total`` images is."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.start = self.logged = time.perf_counter()
+        logger.info(f"Evaluating {total} images")
+
+    def advance(self) -> None:
+        self.done += 1
+        now = time.perf_counter()
+        if now - self.logged < _LOG_SECONDS and self.done < self.total:
+            return
+        self.logged = now
+        each = (now - self.start) / self.done
+        left = timedelta(seconds=round(each * (self.total - self.done)))
+        logger.info(f"Evaluated {self.done}/{self.total} images, {each:.3f} s/img, ETA {left}")

@@ -1,0 +1,136 @@
+"""A run on torchvision's parts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer
+from fvcore.common.config import CfgNode
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.data import ConcatDataset
+
+from ..run.errors import ConfigError
+from ..run.folder import describe
+from ..run.job import Job, built
+from ..run.nonfinite import first_bad_layer
+from ..run.precise_bn import kept_statistics, recompute_statistics
+from .config_values import norms_in_use
+from .datasets import CocoFiles, DetectionDataset, prepare_datasets
+from .evaluation import evaluate
+from .loading import batches
+from .model import build_model
+from .pictures import draw_predictions
+from .trainer import Trainer, losses_of
+from .weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+class StandaloneJob(Job):
+    """See :class:`~cbn_det.run.job.Job`."""
+
+    trainer: Trainer | None
+
+    def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
+        result = describe(cfg, args.command, 1, "standalone", norms_in_use(cfg), {})
+        super().__init__(cfg, args, result)
+        self.files: dict[str, CocoFiles] = {}
+
+    def prepare(self, eval_only: bool) -> None:
+        self.files = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+
+    def train(self) -> dict[str, Any]:
+        torch.manual_seed(self.cfg.SEED)
+        model = built(lambda: build_model(self.cfg)).to(self.cfg.MODEL.DEVICE)
+        trainer = self.trainer = built(
+            lambda: Trainer(self.cfg, model, self._training_set(), lambda: self.evaluate(model))
+        )
+        if self.args.resume:
+            trainer.resume()
+        if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:
+            logger.info(load_weights(model, self.cfg.MODEL.WEIGHTS))
+        return trainer.train()
+
+    def build_trained(self) -> nn.Module:
+        path = self.cfg.MODEL.WEIGHTS
+        if self.args.resume:
+            checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
+            if checkpointer.has_checkpoint():
+                path = checkpointer.get_checkpoint_file()
+            elif not path:
+                raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
+        model = build_model(self.cfg).to(self.cfg.MODEL.DEVICE)
+        logger.info(load_weights(model, path, complete=True))
+        return model
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        return self._evaluate(model, self.folder)
+
+    def _evaluate(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        """Results by task; with several test sets by set and task. The first set's predictions are
+        left in ``folder``, the others' below it."""
+        names = self.cfg.DATASETS.TEST
+        results = {
+            name: evaluate(
+                model,
+                DetectionDataset(self.files[name], self.cfg, training=False),
+                self.cfg,
+                folder / name if i else folder,
+            )
+            for i, name in enumerate(names)
+        }
+        return results if len(names) > 1 else next(iter(results.values()), {})
+
+    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+        training = model.training
+        model.train()
+        try:
+            with kept_statistics(model):
+                torch.manual_seed(self.cfg.SEED)
+                loader = batches(self._training_set(), self.cfg)
+                forward = partial(losses_of, model)
+                if not recompute_statistics(model, loader, iterations, forward):
+                    return None
+                logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
+                return self._evaluate(model, self.folder / "inference_precise_bn")
+        finally:
+            model.train(training)
+
+    def find_bad_layer(self) -> str | None:
+        trainer = self.trainer
+        if trainer.last_batch is None:
+            return None
+        model = trainer.bare_model
+        return first_bad_layer(model, lambda: losses_of(model, trainer.last_batch))
+
+    def count_flops(self, model: nn.Module) -> int | None:
+        training = model.training
+        model.eval()
+        try:
+            image, _ = self._test_set()[0]
+            analysis = FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            return int(analysis.tracer_warnings("none").total())
+        except Exception as error:  # tracing is not sure to work; no run fails over a statistic
+            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
+            return None
+        finally:
+            model.train(training)
+
+    def draw(self, model: nn.Module, folder: Path) -> None:
+        draw_predictions(model, self._test_set(), self.cfg, folder)
+
+    def _training_set(self) -> ConcatDataset:
+        return ConcatDataset(
+            DetectionDataset(self.files[name], self.cfg, training=True)
+            for name in self.cfg.DATASETS.TRAIN
+        )
+
+    def _test_set(self) -> DetectionDataset:
+        return DetectionDataset(self.files[self.cfg.DATASETS.TEST[0]], self.cfg, training=False)

@@ -1,0 +1,114 @@
+"""Starts a run of the standalone engine in this process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+
+from ..run.errors import ConfigError, one_line
+from ..run.files import replace_file
+from ..run.job import USAGE
+from .config import read_config
+from .job import StandaloneJob
+
+_ELSEWHERE = "the standalone engine is one process: several need --engine detectron2"
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Runs what the command line asks for and returns the exit code (see ``--help``).
+
+    Args:
+        args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
+    """
+    try:
+        _check_processes(args)
+        cfg, notes = build_config(args)
+    except ConfigError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return USAGE
+    folder = Path(cfg.OUTPUT_DIR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _log_to(folder / "log.txt")
+    except OSError as error:
+        print(f"error: OUTPUT_DIR: {one_line(error)}: name another folder", file=sys.stderr)
+        return USAGE
+    logger = logging.getLogger(__name__)
+    logger.info(f"engine: standalone (torchvision's parts); command: {args.command}")
+    for note in notes:
+        logger.warning(note)
+    if not args.eval_only:
+        replace_file(folder / "config.yaml", lambda file: file.write(cfg.dump().encode("utf-8")))
+    return StandaloneJob(cfg, args).execute()
+
+
+def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+    """Reads, adapts and checks the config of a run.
+
+    Returns:
+        The frozen config, and one line for everything that was replaced because this machine lacks
+        it.
+
+    Raises:
+        ConfigError: a file, key or value that cannot be run.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    notes = []
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SEED < 0:
+        cfg.SEED = random.SystemRandom().randrange(2**31)
+        notes.append(f"SEED: chosen at random, {cfg.SEED}")
+    if args.precise_bn_iters < 0:
+        raise ConfigError("--precise-bn-iters must be 0 or more")
+    if not cfg.OUTPUT_DIR:
+        raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("--eval-only: DATASETS.TEST is empty")
+    if args.eval_only and not cfg.MODEL.WEIGHTS and not args.resume:
+        raise ConfigError(
+            "--eval-only: name the checkpoint with MODEL.WEIGHTS, or add --resume for the last one"
+            " in OUTPUT_DIR"
+        )
+    weights = cfg.MODEL.WEIGHTS
+    if "://" in weights:
+        raise ConfigError(
+            f"MODEL.WEIGHTS {weights}: the standalone engine reads files only; download it first"
+        )
+    if weights and not os.path.isfile(weights):
+        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")
+    cfg.freeze()
+    return cfg, notes
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    if args.num_gpus != 1 or args.num_machines != 1 or args.machine_rank or args.dist_url:
+        raise ConfigError(f"--num-gpus, --num-machines, --dist-url: {_ELSEWHERE}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"torchrun started {os.environ['WORLD_SIZE']} processes: {_ELSEWHERE}")
+
+
+def _log_to(path: Path) -> None:
+    """Lines of this package go to stdout and, with those of earlier parts, to a file."""
+    logger = logging.getLogger("cbn_det")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    line = logging.Formatter("[%(asctime)s] %(levelname).1s %(message)s", "%m/%d %H:%M:%S")
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
+    for handler in (
+        logging.StreamHandler(sys.stdout),
+        logging.FileHandler(path, encoding="utf-8"),
+    ):
+        handler.setFormatter(line)
+        logger.addHandler(handler)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)

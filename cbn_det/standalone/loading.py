@@ -1,0 +1,107 @@
+"""Reading ahead: training batches that depend on the iteration alone, and test images in order."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import DataError
+
+# What a random number is for: the order of an epoch, or the augmentation of an image.
+_ORDER, _AUGMENTATION = 0, 1
+
+Sample = tuple[Tensor, dict[str, Any]]  # image and target, as DetectionDataset gives them
+
+
+def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sample]]:
+    """
+    Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its own.
+
+    Which images make up iteration i and how they are augmented depends on ``SEED`` and i alone: a
+    run resumed at i sees what an unbroken one sees, with any number of ``DATALOADER.NUM_WORKERS``.
+    The global random numbers of this process are left as they are.
+
+    Args:
+        dataset: of :class:`.datasets.DetectionDataset`, or several concatenated; not empty.
+        start: the iteration that the first batch is for.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    keys = _training_keys(len(dataset), cfg.SEED, cfg.SOLVER.IMS_PER_BATCH, start)
+    return _load(dataset, keys, cfg.DATALOADER.NUM_WORKERS)
+
+
+def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
+    """Each image of the set once, read ahead by ``DATALOADER.NUM_WORKERS`` processes.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    keys = [[(index, 0)] for index in range(len(dataset))]
+    for (sample,) in _load(dataset, keys, cfg.DATALOADER.NUM_WORKERS):
+        yield sample
+
+
+def _training_keys(
+    size: int, seed: int, images_per_batch: int, start: int
+) -> Iterator[list[tuple[int, int]]]:
+    """For each iteration from ``start`` on: index and augmentation seed of each of its images."""
+    position, epoch, order = start * images_per_batch, -1, np.empty(0, dtype=int)
+    while True:
+        keys = []
+        for _ in range(images_per_batch):
+            if position // size != epoch:
+                epoch = position // size
+                order = np.random.default_rng([seed, _ORDER, epoch]).permutation(size)
+            state = np.random.SeedSequence([seed, _AUGMENTATION, position]).generate_state(1)
+            keys.append((int(order[position % size]), int(state[0])))
+            position += 1
+        yield keys
+
+
+class _Seeded(Dataset):
+    """A data set whose keys are pairs of index and random seed."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the GPU's random numbers too
+            torch.random.default_generator.manual_seed(seed)
+            try:
+                return self.dataset[index]
+            except DataError as e:
+                return e  # raised in a worker, it would reach the user as that worker's traceback
+
+
+def _load(
+    dataset: Dataset, keys: Iterable[list[tuple[int, int]]], workers: int
+) -> Iterator[list[Sample]]:
+    loader = DataLoader(
+        _Seeded(dataset),
+        batch_sampler=keys,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
+    for batch in loader:
+        for sample in batch:
+            if isinstance(sample, DataError):
+                raise sample
+        yield batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the main process decides when loading ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
