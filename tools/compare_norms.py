@@ -1,9 +1,9 @@
 """Compare normalisation layers on one detector, one data set and one recipe.
 
 Every combination of norm, split and seed is trained as a process of its own and evaluated; a table
-shows mean and spread over seeds. A run that crashes or diverges is counted in its row and stops
-nothing. Started again with the same arguments, finished runs are kept and broken-off ones go on at
-their last checkpoint.
+shows mean and spread over seeds, and report.html beside it curves and pictures as well. A run that
+crashes or diverges is counted in its row and stops nothing. Started again with the same arguments,
+finished runs are kept and broken-off ones go on at their last checkpoint.
 
 examples:
   # what the quick start does: GN, BN and CBN at 2 images per GPU, from scratch, on CPU
@@ -24,6 +24,12 @@ examples:
   # your own COCO-format data and config
   python tools/compare_norms.py --config-file my.yaml --norms GN CBN \\
       --coco-dataset cells_train train.json images/ --coco-dataset cells_val val.json images/
+
+  # your own data with the quick start's small detector, evaluated every 200 iterations on the way
+  python tools/compare_norms.py --norms GN CBN \\
+      --coco-dataset cells_train train.json images/ --coco-dataset cells_val val.json images/ \\
+      --opts DATASETS.TRAIN "('cells_train',)" DATASETS.TEST "('cells_val',)" \\
+      MODEL.ROI_HEADS.NUM_CLASSES 3 TEST.EVAL_PERIOD 200
 """
 
 import argparse
@@ -33,8 +39,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cbn_det.study.compare import compare  # noqa: E402
-from cbn_det.study.plan import RECIPES, Plan, Split  # noqa: E402
+from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.study.compare import compare, guarded  # noqa: E402
+from cbn_det.study.engine import resolve_engine  # noqa: E402
+from cbn_det.study.plan import Plan, Split  # noqa: E402
+from cbn_det.study.recipes import RECIPES  # noqa: E402
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,6 +107,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar=("NAME", "ANNOTATIONS", "IMAGES"),
     )
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what trains: detectron2, or torchvision's parts where there is none (default auto)",
+    )
     cores = os.cpu_count() or 1
     add(
         "--jobs", type=int, default=cores, help=f"ranks side by side (default: cores, here {cores})"
@@ -108,16 +123,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if len(args.opts) % 2:
-        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+def run(args: argparse.Namespace) -> int:
     plan = Plan(
         output=args.output,
         norms=args.norms,
         splits=args.split or [Split(1, images) for images in args.images],
         seeds=args.seeds,
+        engine=resolve_engine(args.engine),
         recipe=args.recipe,
         config=args.config_file,
         iterations=args.iters,
@@ -125,11 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
         datasets=args.coco_dataset,
         overrides=args.opts,
     )
-    try:
-        return compare(plan, jobs=args.jobs, dry_run=args.dry_run)
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
-        print(f"compare_norms: {error}", file=sys.stderr)
-        return 2
+    return compare(plan, jobs=args.jobs, dry_run=args.dry_run)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if len(args.opts) % 2:
+        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+    return guarded("compare_norms", lambda: run(args))
 
 
 if __name__ == "__main__":

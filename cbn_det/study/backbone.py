@@ -12,11 +12,12 @@ import os
 import sys
 from pathlib import Path
 
-PREFIX = "backbone.bottom_up."
+# Where detectron2's and the standalone engine's FPN keep the network below it.
+PREFIXES = ("backbone.bottom_up.", "backbone.body.")
 
 
 def extract_backbone(checkpoint: Path, output: Path) -> int:
-    """Write the weights below `backbone.bottom_up.` of a detectron2 checkpoint to `output`.
+    """Write the weights of the network below the FPN, from either engine's checkpoint, to `output`.
 
     Returns:
         how many tensors were written.
@@ -28,9 +29,9 @@ def extract_backbone(checkpoint: Path, output: Path) -> int:
     import torch  # only needed here: everything else of the study works without it
 
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    weights = {name: w for name, w in state.get("model", {}).items() if name.startswith(PREFIX)}
+    weights = {name: w for name, w in state.get("model", {}).items() if name.startswith(PREFIXES)}
     if not weights:
-        raise ValueError(f"{checkpoint}: no weights below {PREFIX!r} in this checkpoint")
+        raise ValueError(f"{checkpoint}: no weights below {' or '.join(PREFIXES)} in it")
     partial = output.with_name(output.name + ".partial")
     # detectron2 otherwise matches names by their longest common suffix, which could hide a mistake.
     torch.save({"model": weights, "matching_heuristics": False}, partial)

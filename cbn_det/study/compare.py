@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
+from collections.abc import Callable
 
 from cbn_det.study.backbone import extract_backbone
+from cbn_det.study.disk import advice
+from cbn_det.study.files import write_files
 from cbn_det.study.plan import Plan, Run, backbone_file
 from cbn_det.study.progress import console
-from cbn_det.study.report import text_report, write_files
+from cbn_det.study.recipes import config_iterations
+from cbn_det.study.report import Comparison
 from cbn_det.study.results import make_rows
 from cbn_det.study.runner import Outcome, interruptible, locked, run_all
+from cbn_det.study.tables import text_report
 
 EXIT_FAILED = 1
+EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
+STOPPED = (
+    "\nStopped; every started run was ended. The same command goes on from here: finished runs are "
+    "kept, the others continue at their last checkpoint."
+)
 
-def compare(plan: Plan, jobs: int, dry_run: bool = False) -> int:
+
+def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0) -> int:
     """Run everything in the plan that is not finished yet, then print and write the report.
 
     Args:
         plan: what to compare.
         jobs: single-rank runs side by side.
         dry_run: only print the commands.
+        steps_before: steps that the caller has shown already, for the numbers of those to come.
 
     Returns:
-        an exit code: 0, also when a run diverged (that is a result), 1 when a run failed,
-        130 when stopped by Ctrl-C.
+        an exit code: 0, also when a run diverged (that is a result), 1 when a run failed.
 
     Raises:
+        KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGHUP; every started run was ended.
+        OSError: the disk is full, or a file cannot be read or written.
         RuntimeError: another comparison is running in the same output folder.
         ValueError: the schedule of the config cannot be scaled.
     """
@@ -38,28 +52,69 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False) -> int:
             print(shlex.join(run.command))
         return 0
     started = time.monotonic()
+    steps = steps_before + 2 + bool(pretrain)
     with locked(plan.output), interruptible():
-        try:
-            broken = _train_backbone(pretrain, jobs) if pretrain else None
-            if broken:
-                outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
-            else:
-                outcomes = run_all(runs, jobs, _announce)
-        except KeyboardInterrupt:
-            console.print(
-                "\nStopped; every started run was ended. The same command goes on from here: "
-                "finished runs are kept, the others continue at their last checkpoint.",
-                soft_wrap=True,
+        broken = None
+        if pretrain:
+            _say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
+            broken = _train_backbone(pretrain)
+        if broken:
+            outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
+        else:
+            names = ", ".join(dict.fromkeys(plan.norms))
+            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {jobs} at a time"
+            _say(
+                f"[{steps - 1}/{steps}] training {names} with the {plan.engine} engine: {amount}, "
+                f"in {plan.output / 'runs'}"
             )
-            return EXIT_INTERRUPTED
-        rows = make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes])
-        title = f"Comparison of norms, recipe '{plan.recipe}', {plan.config_file.name}"
-        results = [(o.run, o.result) for o in outcomes]
-        print("\n" + text_report(rows, results, title))
-        files = write_files(plan.output, rows, results, title)
-    print("Files: " + ", ".join(str(path) for path in files))
-    print(f"Run folders: {plan.output / 'runs'}. Wall time {time.monotonic() - started:.0f} s.")
+            outcomes = run_all(runs, jobs, _announce)
+        _say(f"[{steps}/{steps}] report")
+        comparison = Comparison(
+            plan,
+            results=[(o.run, o.result) for o in outcomes],
+            rows=make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes]),
+            command=shlex.join(["python", *sys.argv]),
+            seconds=time.monotonic() - started,
+            reused=sum(o.reused for o in outcomes),
+            config_iterations=config_iterations(plan.config_file),
+        )
+        *others, page = write_files(comparison)
+    rows, results = comparison.rows, comparison.results
+    length = comparison.config_iterations
+    print("\n" + text_report(rows, results, comparison.title, config_iterations=length))
+    print(
+        f"Files: {', '.join(str(path) for path in others)}. Wall time {comparison.seconds:.0f} s."
+    )
+    print(f"Report with curves and pictures: {page}", flush=True)
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
+
+
+def guarded(tool: str, action: Callable[[], int]) -> int:
+    """Call `action`; what a user can mend becomes one line on stderr and an exit code.
+
+    Returns:
+        what `action` returns; 1 for a full disk and other trouble with files, 2 for settings that
+        cannot be followed, 130 after Ctrl-C.
+    """
+    try:
+        return action()
+    except KeyboardInterrupt:
+        print(STOPPED, flush=True)
+        return EXIT_INTERRUPTED
+    except FileNotFoundError as error:
+        print(f"{tool}: there is no file {error.filename}", file=sys.stderr)
+        return EXIT_REFUSED
+    except OSError as error:
+        print(f"{tool}: {advice(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    except (RuntimeError, ValueError) as error:
+        print(f"{tool}: {error}", file=sys.stderr)
+        # The data room wraps an OSError into words of its own.
+        return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _announce(outcome: Outcome) -> None:
@@ -70,10 +125,10 @@ def _announce(outcome: Outcome) -> None:
     line = f"{outcome.run.label}: {result.get('status')}{kept} {text}"
     if result.get("status") != "finished":
         line += f"; see {outcome.run.folder / 'console.log'}"
-    console.print(line, markup=False, soft_wrap=True)
+    _say(line)
 
 
-def _train_backbone(pretrain: Run, jobs: int) -> str | None:
+def _train_backbone(pretrain: Run) -> str | None:
     """Train the recipe's backbone once; None, or why the comparison cannot go on."""
     outcome = run_all([pretrain], jobs=1, done=_announce)[0]
     if outcome.result.get("status") != "finished":

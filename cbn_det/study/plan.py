@@ -5,50 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fvcore.common.config import CfgNode
-
 import cbn_det
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-LAUNCHER = (sys.executable, str(REPOSITORY / "tools" / "train_net.py"))
-QUICKSTART = REPOSITORY / "configs" / "quickstart"
-
-HEAD_NORM_KEYS = (
-    "MODEL.FPN.NORM",
-    "MODEL.ROI_BOX_HEAD.NORM",
-    "MODEL.ROI_MASK_HEAD.NORM",
-    "MODEL.SEM_SEG_HEAD.NORM",
-    "MODEL.RETINANET.NORM",
-)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training recipe, the same for every norm.
-
-    `norm_keys` are the config keys that the compared norm is written to; `pretrain`, if given, is
-    the config of the run that trains the backbone once, for all norms and seeds.
-    """
-
-    config: Path
-    norm_keys: tuple[str, ...]
-    pretrain: Path | None = None
-
-
-RECIPES = {
-    "scratch": Recipe(
-        QUICKSTART / "Base-RCNN-R18-FPN-digits.yaml", ("MODEL.RESNETS.NORM", *HEAD_NORM_KEYS)
-    ),
-    "finetune": Recipe(
-        QUICKSTART / "Finetune-RCNN-R18-FPN-digits.yaml",
-        HEAD_NORM_KEYS,
-        QUICKSTART / "pretrain_R_18_FPN_digits_bn8.yaml",
-    ),
-}
+from cbn_det.engines import ENGINES
+from cbn_det.study.engine import LAUNCHER
+from cbn_det.study.recipes import DETECTRON2_NORM_KEYS, RECIPES, config_texts, schedule
 
 
 @dataclass(frozen=True, order=True)
@@ -90,13 +53,14 @@ class Run:
 
 @dataclass
 class Plan:
-    """A comparison. Rows of different total batch never share a table; see `report`.
+    """A comparison on one engine. Rows of different total batch never share a table.
 
     Args:
         output: folder of the comparison; runs go below `output/runs`.
         norms: norm specs as in a config, e.g. "GN", "CBN(window=4)".
         splits: ranks x images per GPU.
         seeds: one run each.
+        engine: detectron2 or standalone; part of what a run is, so that two engines never mix.
         recipe: a name of `RECIPES`.
         config: base config in place of the recipe's own.
         iterations: length of the compared runs; the config's schedule is scaled to it. None: as in
@@ -105,13 +69,17 @@ class Plan:
             evaluation; 0: none.
         datasets: (name, annotations, images) triples for `--coco-dataset`.
         overrides: KEY VALUE pairs of the config, for every compared run.
-        launcher: how the engine is started.
+        launcher: how a run is started.
+
+    Raises:
+        ValueError: an unknown engine, or one that cannot run a split.
     """
 
     output: Path
     norms: list[str]
     splits: list[Split]
     seeds: list[int]
+    engine: str
     recipe: str = "scratch"
     config: Path | None = None
     iterations: int | None = None
@@ -119,6 +87,17 @@ class Plan:
     datasets: list[list[str]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     launcher: tuple[str, ...] = LAUNCHER
+
+    def __post_init__(self) -> None:
+        known = [name for name in ENGINES if name != "auto"]
+        if self.engine not in known:
+            raise ValueError(f"engine {self.engine!r}: known are {', '.join(known)}")
+        wide = [str(split) for split in self.splits if split.ranks > 1]
+        if wide and self.engine == "standalone":
+            raise ValueError(
+                f"split {' '.join(wide)}: the standalone engine runs one process only; splits with "
+                "more than one rank need --engine detectron2"
+            )
 
     @property
     def config_file(self) -> Path:
@@ -136,7 +115,7 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """The compared runs, in an order that lets every norm start early."""
-        recipe = RECIPES[self.recipe]
+        norm_keys = self._norm_keys()
         pretrain = self.pretrain_run()
         runs = []
         for seed in self.seeds:
@@ -145,7 +124,7 @@ class Plan:
                     options = [
                         *(["--precise-bn-iters", str(self.precise_bn)] if self.precise_bn else []),
                         *self._datasets(),
-                        *[word for key in recipe.norm_keys for word in (key, norm)],
+                        *[word for key in norm_keys for word in (key, norm)],
                         *["SOLVER.IMS_PER_BATCH", str(split.total), "SEED", str(seed)],
                         *(schedule(self.config_file, self.iterations) if self.iterations else []),
                         *(["MODEL.WEIGHTS", str(backbone_file(pretrain))] if pretrain else []),
@@ -156,14 +135,20 @@ class Plan:
                     runs.append(self._run(label, self.config_file, split.ranks, options, **extra))
         return runs
 
+    def _norm_keys(self) -> tuple[str, ...]:
+        keys = RECIPES[self.recipe].norm_keys
+        if self.config is not None and self.engine == "detectron2":
+            return (*keys, *DETECTRON2_NORM_KEYS)
+        return keys
+
     def _datasets(self) -> list[str]:
         return [word for triple in self.datasets for word in ("--coco-dataset", *triple)]
 
     def _run(self, label: str, config: Path, ranks: int, options: list[str], **extra) -> Run:
-        head = ["--config-file", str(config), "--num-gpus", str(ranks)]
+        head = ["--config-file", str(config), "--engine", self.engine, "--num-gpus", str(ranks)]
         # The folder's place is no part of what a run is; the configs' contents and our version are.
         place = str(self.output)
-        identity = [*config_texts(config), cbn_det.__version__, str(ranks)]
+        identity = [*config_texts(config), cbn_det.__version__, self.engine, str(ranks)]
         identity += [option.replace(place, "") for option in options]
         signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")
@@ -175,33 +160,3 @@ class Plan:
 def backbone_file(pretrain: Run) -> Path:
     """Where the backbone of a pre-training run is kept for the runs that start from it."""
     return pretrain.folder / "backbone.pth"
-
-
-def config_texts(config: Path) -> list[str]:
-    """The contents of a config file and of those it builds on (`_BASE_`)."""
-    text = config.read_text(encoding="utf-8")
-    base = re.search(r"^_BASE_:\s*[\"']?([^\"'#\n]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
-    return [text, *(config_texts(config.parent / base[1]) if base else [])]
-
-
-def schedule(config: Path, iterations: int) -> list[str]:
-    """Overrides that stretch or shrink the whole schedule of a config to `iterations`.
-
-    Raises:
-        ValueError: the config does not say SOLVER.MAX_ITER, so there is nothing to scale.
-    """
-    solver = CfgNode.load_yaml_with_base(str(config)).get("SOLVER", {})
-    if "MAX_ITER" not in solver:
-        raise ValueError(
-            f"{config}: --iters scales SOLVER.MAX_ITER, which this config does not set"
-        )
-    factor = iterations / solver["MAX_ITER"]
-    options = ["SOLVER.MAX_ITER", str(iterations)]
-    if "STEPS" in solver:
-        steps = solver["STEPS"]
-        steps = steps if isinstance(steps, list | tuple) else re.findall(r"\d+", str(steps))
-        scaled = [min(iterations, max(1, round(int(step) * factor))) for step in steps]
-        options += ["SOLVER.STEPS", f"({', '.join(map(str, scaled))},)" if scaled else "()"]
-    if "WARMUP_ITERS" in solver:
-        options += ["SOLVER.WARMUP_ITERS", str(round(solver["WARMUP_ITERS"] * factor))]
-    return options

@@ -34,13 +34,15 @@ class Spread:
 class Row:
     """One line of a table: a norm at one split, over seeds.
 
-    AP values are on the 0-100 scale. `recovered` and `recovered_precise` are shares (1.0 = all) of
-    the small-batch loss; see `fill_recovered`.
+    AP values are on the 0-100 scale. `reasons` are those of the runs that did not finish.
+    `recovered` and `recovered_precise` are shares (1.0 = all) of the small-batch loss; see
+    `fill_recovered`.
     """
 
     norm: str
     split: Split
     status: str
+    reasons: list[str] = field(default_factory=list)
     ap: dict[str, Spread | None] = field(default_factory=dict)
     ap50: dict[str, Spread | None] = field(default_factory=dict)
     ap_precise: dict[str, Spread | None] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     rows = []
     for (norm, split), group in groups.items():
         good = [result for result in group if result.get("status") == "finished"]
-        row = Row(norm, split, status=_status(group))
+        row = Row(norm, split, status=_status(len(good), len(group)), reasons=_reasons(group))
         for task in TASKS:
             for values, source, metric in (
                 (row.ap, "results", "AP"),
@@ -130,10 +132,12 @@ def fill_recovered(rows: list[Row], task: str = "bbox") -> None:
                 setattr(row, name, (own[task].mean - small.mean) / loss)
 
 
-def _status(group: list[dict]) -> str:
-    finished = sum(result.get("status") == "finished" for result in group)
+def _status(finished: int, runs: int) -> str:
+    if finished < runs:
+        return f"{finished} of {runs} finished"
+    return "finished" if runs == 1 else f"{finished} finished"
+
+
+def _reasons(group: list[dict]) -> list[str]:
     bad = [result for result in group if result.get("status") != "finished"]
-    if not bad:
-        return "finished" if len(group) == 1 else f"{finished} finished"
-    reasons = "; ".join(f"{r.get('status')}: {r.get('message') or 'no message'}" for r in bad)
-    return f"{finished} of {len(group)} finished; {reasons}"
+    return [f"{r.get('status')}: {r.get('message') or 'no message'}" for r in bad]

@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbn_det.study.plan import REPOSITORY, Run
+from cbn_det.study.disk import full_disk_note
+from cbn_det.study.engine import source_environment
+from cbn_det.study.plan import Run
 from cbn_det.study.progress import Display
 from cbn_det.study.results import read_result
 
 # What the launcher's exit codes mean where it left no result.json.
 EXIT_USAGE = 2
+# Where a run that failed says why: a traceback fits in.
+LAST_LINES = 60
 
 
 @dataclass
@@ -157,12 +161,7 @@ def _start(run: Run, jobs: int) -> subprocess.Popen:
     (run.folder / "study.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = str(max(1, (cores or 1) // max(jobs, run.ranks)))
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    env = source_environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     with open(run.folder / "console.log", "ab") as console:
         return subprocess.Popen(
             command,
@@ -175,17 +174,18 @@ def _start(run: Run, jobs: int) -> subprocess.Popen:
 
 
 def _result_of(run: Run, code: int) -> dict:
+    log = (run.folder / "console.log").read_text("utf-8", "replace")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     result = read_result(run.folder)
-    if result:
-        return result
-    if code < 0:
-        kind = f"killed by {signal.Signals(-code).name}"
-    else:
-        kind = f"{'refused' if code == EXIT_USAGE else 'crashed'} (exit code {code})"
-    message = f"{kind}: {_last_line(run.folder / 'console.log')}"
-    return {"status": "failed", "message": message}
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output")
+    if not result:
+        if code < 0:
+            kind = f"killed by {signal.Signals(-code).name}"
+        else:
+            kind = f"{'refused' if code == EXIT_USAGE else 'crashed'} (exit code {code})"
+        result = {"status": "failed", "message": f"{kind}: {lines[-1] if lines else 'no output'}"}
+    if result.get("status") == "failed":
+        said = "\n".join([str(result.get("message")), *lines[-LAST_LINES:]])
+        note = full_disk_note(said, run.folder)
+        if note:
+            result["message"] = f"{note}; {result.get('message')}"
+    return result

@@ -1,0 +1,238 @@
+"""report.html: what is in it, and that it needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from cbn_det.study import files
+from cbn_det.study.figures import COLOURS, colours, to_svg
+from cbn_det.study.final_ap import final_ap
+from cbn_det.study.pictures import MAX_WIDTH, picture_strip
+from cbn_det.study.plan import Plan, Run, Split
+from cbn_det.study.report import Comparison
+from cbn_det.study.results import Row, Spread, make_rows
+
+ODD = """<b>"X"&'$a$_1"""
+
+
+class Page(HTMLParser):
+    """The visible text of a page, its elements, and everything that points somewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.in_cell = False
+        self.rows: list[tuple[str, list[str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        known = dict(attributes)
+        self.links += [v for k, v in known.items() if k in ("src", "href", "xlink:href")]
+        if tag == "tr":
+            self.rows.append((known.get("class") or "", []))
+        if tag in ("td", "th"):
+            self.rows[-1][1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.in_cell:
+            self.rows[-1][1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        return next(cells for _, cells in self.rows if cells and cells[0] == first)
+
+
+def write_run(folder: Path, ap: float | None = None, size: tuple[int, int] = (40, 80)) -> None:
+    (folder / "pictures").mkdir(parents=True)
+    for name in ("000002", "000001"):
+        picture = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+        cv2.imwrite(str(folder / "pictures" / f"{name}.png"), picture)
+    lines = [{"iteration": i, "total_loss": 2.0 - i / 100} for i in range(19, 100, 20)]
+    if ap is not None:
+        lines += [{"iteration": i, "bbox/AP": ap * i / 99} for i in (49, 99)]
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "metrics.json").write_text(text)
+
+
+def finished(ap: float, **more) -> dict:
+    return {
+        "status": "finished",
+        "message": None,
+        "results": {"bbox": {"AP": ap, "AP50": 2 * ap}},
+        "dataset": {"train": ["shapes_train"], "test": ["shapes_val"]},
+        "iterations": 100,
+        "sec_per_iter": 0.25,
+        "train_seconds": 185.2,
+        "peak_memory_mb": 512.0,
+        "parameters": 13_955_202,
+        "flops": 3_195_312_384,
+        "device": "cpu",
+        "machine": {"cpu": "Z80 <8 bit>", "cores": 2, "threads": 1, "gpu": None},
+        "versions": {"python": "3.11", "torch": "2.14"},
+    } | more
+
+
+def compared(tmp_path: Path, entries: list[tuple[str, int, dict]], **changes) -> Comparison:
+    """A comparison of (norm, seed, result); every run has a folder as a launcher leaves it."""
+    norms = list(dict.fromkeys(norm for norm, _, _ in entries))
+    settings = {"splits": [Split(1, 2)], "seeds": [1, 2], "engine": "standalone"}
+    plan = Plan(tmp_path, norms, **settings | changes)
+    results = []
+    for place, (norm, seed, result) in enumerate(entries):
+        label, folder = f"{norm} 1x2 seed {seed}", tmp_path / "runs" / str(place)
+        if result["status"] == "finished":
+            write_run(folder, result["results"]["bbox"]["AP"])
+        command = ("python", "train_net.py", norm)
+        run = Run(label, folder, command, "s", norm=norm, split=Split(1, 2), seed=seed)
+        results.append((run, result))
+    rows = make_rows([(run.norm, run.split, result) for run, result in results])
+    command = "python tools/compare_norms.py --norms GN"
+    return Comparison(plan, results, rows, command, seconds=3723.0, config_iterations=2400)
+
+
+def page_of(comparison: Comparison) -> Page:
+    written = files.write_files(comparison)
+    assert written[-1].name == "report.html"
+    return Page(written[-1].read_text(encoding="utf-8"))
+
+
+def test_the_page_says_what_was_compared_and_what_came_out(tmp_path) -> None:
+    entries = [("GN", 1, finished(20.0)), ("GN", 2, finished(22.0)), ("CBN", 1, finished(9.0))]
+    page = page_of(compared(tmp_path, entries))
+    text = " ".join(page.text.split())
+    assert "GN and CBN at 2 images per GPU" in text
+    assert "with the standalone engine: recipe “scratch”" in text
+    assert "100 iterations, images per GPU: 2, seeds: 1 2." in text
+    assert "Trained on shapes_train, evaluated on shapes_val." in text
+    assert page.row("GN")[:4] == ["GN", "2", "21.0 ± 1.4", "42.0 ± 2.8"]
+    assert "mean ± sample standard deviation" in text
+    assert "Short runs, 100 of the config's 2400 iterations" in text
+    assert "Z80 <8 bit>, 2 cores" in text and "python 3.11, torch 2.14" in text
+    assert "1 h 2 min" in text
+    facts = next(c for _, c in page.rows if c[:3] == ["GN", "1x2", "2"])
+    assert facts == "GN,1x2,2,22.0,0.250,512,3 min 5 s,13.96 M,3.20 G,cpu,finished".split(",")
+    assert text.count("python tools/compare_norms.py --norms GN") == 2
+    assert "python train_net.py CBN" in text
+
+
+def test_the_page_needs_no_script_no_network_and_no_other_file(tmp_path) -> None:
+    page = page_of(compared(tmp_path, [("GN", 1, finished(20.0))]))
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.links
+    assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in page.links)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in source
+    assert not re.findall(r"url\((?!#)", source)
+
+
+def test_names_and_messages_are_escaped(tmp_path) -> None:
+    message = """loss of <Conv2d> & "others" is 'nan'"""
+    entries = [(ODD, 1, finished(20.0)), ("GN", 1, {"status": "diverged", "message": message})]
+    page = page_of(compared(tmp_path, entries))
+    assert "conv2d" not in page.tags and page.tags.count("b") == 1  # the engine's name
+    assert page.row(ODD)[0] == ODD
+    assert f"{ODD} and GN at 2 images" in page.text
+    assert page.row(message) == [message]
+
+
+def test_runs_that_did_not_finish_are_shown_with_their_message(tmp_path) -> None:
+    bad = {"status": "diverged", "message": "loss is nan"}
+    entries = [("GN", 1, finished(20.0)), ("BN", 1, bad), ("GN", 2, {"status": "failed"})]
+    page = page_of(compared(tmp_path, entries))
+    table = [(kind, cells) for kind, cells in page.rows if cells]
+    assert ("bad why", ["diverged: loss is nan"]) in table
+    assert next(k for k, c in table if c[0] == "BN") == "bad"
+    assert page.row("GN")[-1] == "1 of 2 finished"
+    assert ("bad why", ["failed: no message"]) in table
+
+
+def test_nothing_finished_is_a_page_too(tmp_path) -> None:
+    page = page_of(compared(tmp_path, [("GN", 1, {"status": "failed", "message": "x"})]))
+    assert "svg" not in page.tags and "img" not in page.tags
+    assert "0 of 1 finished" in page.text
+
+
+def test_one_colour_a_norm_everywhere(tmp_path) -> None:
+    entries = [("BN", 1, finished(9.0)), ("GN", 1, finished(20.0))]
+    page_of(compared(tmp_path, entries))
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert colours(["BN", "GN", "BN"]) == {"BN": COLOURS[0], "GN": COLOURS[1]}
+    swatches = re.findall(r'background:(#\w+)"></span>(\w+)', source)
+    assert set(swatches) == {(COLOURS[0], "BN"), (COLOURS[1], "GN")}
+    for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        assert COLOURS[0].lower() in svg and COLOURS[1].lower() in svg
+
+
+def test_curves_of_ap_want_evaluations_during_training(tmp_path) -> None:
+    comparison = compared(tmp_path, [("GN", 1, finished(20.0))])
+    assert "ap_curves.png" in {path.name for path in files.write_files(comparison)}
+    metrics = comparison.results[0][0].folder / "metrics.json"
+    metrics.write_text('{"iteration": 49, "bbox/AP": NaN}\n{"iteration": 99, "bbox/AP": 3.0}\n')
+    names = {path.name for path in files.write_files(comparison)}
+    assert "ap_curves.png" not in names and "ap.png" in names
+
+
+def test_figures_take_the_colour_of_the_page(tmp_path) -> None:
+    row = Row(r"$\frac$", Split(1, 2), "finished", ap={"bbox": Spread(10.0, 1.0, 2)})
+    svg = to_svg(final_ap([row]))
+    assert svg.startswith('<svg role="img" fill="currentColor"')
+    assert "#000000" not in svg and "#ffffff" not in svg
+    assert r"<!-- $\frac$ -->" in svg  # drawn as it is; as a formula it would be an error
+
+
+def test_figures_keep_total_batches_apart(tmp_path) -> None:
+    spread = {"bbox": Spread(10.0, None, 1)}
+    small = Row("GN", Split(1, 2), "finished", ap=spread)
+    rows = [small, dataclasses.replace(small, split=Split(1, 8))]
+    assert len(final_ap(rows).axes) == 2
+    rows.append(dataclasses.replace(small, split=Split(4, 2)))
+    assert len(final_ap(rows).axes) == 2
+
+
+def test_pictures_are_sorted_shrunk_and_whole(tmp_path) -> None:
+    write_run(tmp_path / "run", size=(300, 3 * MAX_WIDTH))
+    (tmp_path / "run" / "pictures" / "000000.png").write_bytes(b"\x89PNG cut off")
+    strip = picture_strip(tmp_path / "run")
+    assert [name for name, _ in strip] == ["000001", "000002"]
+    data = base64.b64decode(strip[0][1].split(",")[1])
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert image.shape == (100, MAX_WIDTH, 3)
+
+
+def test_a_strip_is_of_a_run_that_left_pictures(tmp_path) -> None:
+    entries = [("GN", 1, {"status": "failed", "message": "x"}), ("GN", 2, finished(20.0))]
+    page = page_of(compared(tmp_path, entries))
+    assert page.tags.count("img") == 2
+    assert "GN, 2 images per GPU, seed 2" in page.text
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
+    comparison = compared(tmp_path, [("GN", 1, finished(20.0))])
+    files.write_files(comparison)
+    before = (tmp_path / "report.html").read_text()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    comparison.seconds = 1.0
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_files(comparison)
+    assert (tmp_path / "report.html").read_text() == before
+    assert not list(tmp_path.glob("*.partial"))
