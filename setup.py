@@ -16,8 +16,16 @@ EXTRAS = {
     # detectron2.model_zoo imports pkg_resources, which setuptools dropped in version 81. Its build
     # imports torch: install this extra with `pip install --no-build-isolation`.
     "detectron2": ["setuptools<81", DETECTRON2],
-    # The built-in digits set, the comparison tool and its tables and plots.
-    "demo": ["torchvision", "scikit-learn", "matplotlib", "rich", "tabulate", "tensorboard"],
+    # The standalone engine, the built-in digits set, the comparison tool and its report.
+    "demo": [
+        "torchvision",
+        "scikit-learn",
+        "matplotlib",
+        "rich",
+        "tabulate",
+        "tensorboard",
+        "jinja2",
+    ],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
 }
 
@@ -42,14 +50,14 @@ def main() -> None:
     setup(
         name="cbn-det",
         version=read_version(),
-        description="Normalisation layers for detectors trained at 1-2 images per GPU (detectron2)",
+        description="Normalisation layers for detectors trained at 1-2 images per GPU",
         long_description=(HERE / "README.md").read_text(encoding="utf-8"),
         long_description_content_type="text/markdown",
         author="The cbn_det authors",
         license="Apache-2.0",
         python_requires=">=3.10",
         packages=find_packages(include=["cbn_det", "cbn_det.*"]),
-        package_data={"cbn_det": ["py.typed"]},
+        package_data={"cbn_det": ["py.typed"], "cbn_det.study": ["*.jinja"]},
         install_requires=REQUIRES,
         extras_require=EXTRAS,
     )

@@ -1,8 +1,17 @@
 """Small-batch detection for detectron2: ``NORM: "CBN"`` in any config.
 
 ``cbn_det.register()`` makes the norms of :mod:`cbn_det.norms` valid wherever detectron2 takes a
-norm.
+norm; ``cbn_det.convert_norm(model, "CBN")`` swaps the BatchNorms of any torch model.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing torch takes seconds, and not everything here needs it
+    from torch import nn
+
+    from .norms.convert import Conversion
 
 __version__ = "0.1.0"
 
@@ -25,3 +34,11 @@ def unregister() -> None:
     from .plugin.registry import unregister as _unregister
 
     _unregister()
+
+
+def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) -> Conversion:
+    """Swaps the BatchNorms of a model for the norm that ``spec`` names, in place; see
+    :func:`cbn_det.norms.convert_norm`."""
+    from .norms.convert import convert_norm as _convert_norm
+
+    return _convert_norm(model, spec, max_iter=max_iter)

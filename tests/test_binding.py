@@ -118,6 +118,21 @@ def test_what_needs_no_convolution_is_bound_to_none():
         train(cbn(spec=spec), channels=4)  # without any convolution
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """Computes with a weight that is made from its own, as weight standardisation does."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), True), self.bias)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_made_from_the_convolutions_own_is_refused(autocast):
+    model = nn.Sequential(StandardisedConv2d(3, 8, 3), build_norm("CBN", 8))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(RuntimeError, match="weight standardisation.*compensation='none'"):
+            model(torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     "weight_norm", [parametrizations.weight_norm, parametrizations.spectral_norm]
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,19 +20,29 @@ import cbn_det
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run_script(tmp_path: Path, python: str, *arguments: str, **env: str):
+def start_script(tmp_path: Path, python: str, *arguments: str) -> subprocess.Popen:
     """run_python.sh of a small copy of the repository, so that .venv and .make are not touched."""
     copy = tmp_path / "copy"
     (copy / "tools").mkdir(parents=True, exist_ok=True)
     for name in ("tools/run_python.sh", "setup.py"):
         shutil.copy(REPOSITORY / name, copy / name)
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", str(copy / "tools" / "run_python.sh"), *arguments],
-        env=os.environ | {"PYTHON": python} | env,
-        capture_output=True,
-        text=True,
+        env=os.environ | {"PYTHON": python},
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A background job ignores Ctrl-C, and so would everything that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def run_script(tmp_path: Path, python: str, *arguments: str) -> subprocess.CompletedProcess:
+    process = start_script(tmp_path, python, *arguments)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def stub_python(tmp_path: Path, body: str) -> str:
@@ -37,6 +50,29 @@ def stub_python(tmp_path: Path, body: str) -> str:
     path.write_text(f'#!/usr/bin/env bash\nreal="{sys.executable}"\n{body}\n')
     path.chmod(0o755)
     return str(path)
+
+
+def bare_python(tmp_path: Path, pip: str, other: str = "") -> str:
+    """A python without detectron2. Its virtual environments are stubs, in which everything imports
+    and `-m pip` runs the lines ``pip``; ``other`` are further cases of the python itself."""
+    venv_python = tmp_path / "venv_python"
+    venv_python.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in\n'
+        f'  "-m pip"*) {pip};;\n'
+        '  "-c import torchvision"*|"-c import numpy"*) exit 0;;\n'
+        f'  *) exec "{sys.executable}" "$@";;\n'
+        "esac\n"
+    )
+    venv_python.chmod(0o755)
+    body = f"""
+case "$*" in
+  {other}
+  "-c import detectron2"*) exit 1;;
+  "-m venv"*) mkdir -p "${{@: -1}}/bin"; ln -s "{venv_python}" "${{@: -1}}/bin/python";;
+  *) exec "$real" "$@";;
+esac"""
+    return stub_python(tmp_path, body)
 
 
 def blocked_detectron2(tmp_path: Path) -> str:
@@ -74,6 +110,29 @@ def test_setup_py_lists_every_room_and_the_typing_marker(source_env) -> None:
     assert (REPOSITORY / "cbn_det" / "py.typed").exists()
 
 
+def test_setup_py_packs_every_file_that_is_no_python(monkeypatch) -> None:
+    import setuptools
+
+    packed = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: packed.update(given))
+    runpy.run_path(str(REPOSITORY / "setup.py"), run_name="__main__")
+    for path in (REPOSITORY / "cbn_det").rglob("*"):
+        if path.is_dir() or path.suffix in (".py", ".pyc"):
+            continue
+        package = ".".join(path.parent.relative_to(REPOSITORY).parts)
+        patterns = packed["package_data"].get(package, [])
+        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns), path
+
+
+def test_the_script_tries_every_requirement() -> None:
+    """One module for each requirement, besides torch and torchvision, which it tries first."""
+    setup = runpy.run_path(str(REPOSITORY / "setup.py"))
+    script = (REPOSITORY / "tools" / "run_python.sh").read_text("utf-8")
+    modules = re.search(r'^MODULES="(.*)"$', script, re.MULTILINE).group(1).split()
+    required = setup["REQUIRES"] + setup["EXTRAS"]["demo"] + setup["EXTRAS"]["test"]
+    assert len(modules) + 2 == len(required)
+
+
 def test_missing_python_is_one_line(tmp_path) -> None:
     done = run_script(tmp_path, str(tmp_path / "nothing-here"), "-c", "pass")
     assert done.returncode == 1
@@ -87,30 +146,122 @@ def test_old_python_is_one_line(tmp_path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "Python 3.8.1 is too old" in done.stderr
+    assert re.search(r"make PYTHON=\S*python3", done.stderr)
 
 
 @pytest.mark.parametrize(
     ("printed", "said"),
     [
-        ("ERROR: Could not install: [Errno 28] No space left on device", "the disk is full"),
-        ("ERROR: No matching distribution found for torch==2.14.1", "check the network"),
-        ("error: something else", "read .make/install.log"),
+        ("ERROR: Could not install: [Errno 28] No space left on device", "the disk is full: free"),
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by NewConnectionError\n"
+            "ERROR: No matching distribution found for torch==2.14.1",
+            "check the network and pip's index",
+        ),
+        (
+            "ERROR: No matching distribution found for torch==2.14.1",
+            "pip's index has no torch==2.14.1 for Python 3",
+        ),
+        ("ERROR: something else", "pip failed: ERROR: something else Read .make/install.log"),
     ],
 )
-def test_a_failing_pip_ends_with_what_to_do(tmp_path, printed: str, said: str) -> None:
-    venv_python = f"#!/usr/bin/env bash\\necho '{printed}'; exit 1\\n"
-    # No detectron2; `-m venv DIR` makes a python whose pip fails.
-    body = f"""
-case "$*" in
-  "-c import detectron2"*) exit 1;;
-  "-m venv"*) mkdir -p "${{@: -1}}/bin"; printf "{venv_python}" >"${{@: -1}}/bin/python"
-              chmod +x "${{@: -1}}/bin/python";;
-  *) exec "$real" "$@";;
-esac"""
-    done = run_script(tmp_path, stub_python(tmp_path, body), "-c", "pass")
+def test_a_failing_pip_ends_with_one_line(tmp_path, printed: str, said: str) -> None:
+    (tmp_path / "printed").write_text(printed + "\n")
+    python = bare_python(tmp_path, f'echo Collecting; cat "{tmp_path}/printed" >&2; exit 1')
+    done = run_script(tmp_path, python, "-c", "pass")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert said in lines[-1]
+    assert "Collecting" in lines, "progress is shown"
+    assert all(line.startswith("cbn_det: ") for line in lines if line != "Collecting")
+    make = tmp_path / "copy" / ".make"
+    assert printed in (make / "install.log").read_text()
+    assert not (make / "python").exists(), "a failed install was remembered"
+
+
+@pytest.mark.parametrize("step", ["pip", "venv"])
+def test_a_full_disk_that_nobody_names(tmp_path, step: str) -> None:
+    """`python -m venv` hides the reason; what is left on the disk tells."""
+    full = (
+        '*disk_usage*) exit 1;; "-m venv"*) exit 1;;'
+        if step == "venv"
+        else "*disk_usage*) exit 1;;"
+    )
+    done = run_script(tmp_path, bare_python(tmp_path, "exit 1", full), "-c", "pass")
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("python3: No module named venv", "install its venv module"),
+        (
+            "not created because ensurepip is not\\navailable.\\n\\nFailing command: x",
+            "install its venv module",
+        ),
+        ("Error: something else", "-m venv .venv failed: Error: something else"),
+    ],
+)
+def test_no_venv_module_is_one_line_and_the_next_run_goes_on(tmp_path, printed, said) -> None:
+    broken = f'"-m venv"*) printf "{printed}\n"; exit 1;;'
+    done = run_script(tmp_path, bare_python(tmp_path, "exit 0", broken), "-c", "pass")
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "copy" / ".make" / "python").exists(), "a failed install was remembered"
+    assert done.stderr.count("\n") == 2  # and the line that says where it installs
+    done = run_script(tmp_path, bare_python(tmp_path, "exit 0"), "-c", "print('runs')")
+    assert (done.returncode, done.stdout) == (0, "runs\n"), done.stderr
+
+
+def test_ctrl_c_during_the_installation_and_a_second_run(tmp_path) -> None:
+    """pip was stopped between a package's files: the second run does not take it for whole."""
+    site = tmp_path / "copy" / ".venv" / "lib" / "python3" / "site-packages"
+    interrupted = tmp_path / "interrupted.py"  # what pip does: cleans up, exits with 1
+    interrupted.write_text(
+        "import sys, time\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    sys.exit(1)\n"
+    )
+    stopped = (
+        f'mkdir -p "{site}"/{{whole,half}}-1.dist-info; touch "{site}"/whole-1.dist-info/INSTALLER;'
+        f' exec "{sys.executable}" "{interrupted}"'
+    )
+    process = start_script(tmp_path, bare_python(tmp_path, stopped), "-c", "pass")
+    for _ in range(200):
+        if (site / "half-1.dist-info").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    stderr = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "cbn_det: stopped: the same command goes on from here."
+    assert not (tmp_path / "copy" / ".make" / "python").exists()
+    python = bare_python(tmp_path, "exit 0")
+    done = run_script(tmp_path, python, "-c", "print('runs')")
+    assert done.stdout == "runs\n", done.stderr
+    assert [path.name for path in site.iterdir()] == ["whole-1.dist-info"]
+
+
+def test_two_makes_at_once_install_once(tmp_path) -> None:
+    pip = f'echo Collecting; echo begin >>"{tmp_path}/log"; sleep 1; echo end >>"{tmp_path}/log"'
+    python = bare_python(tmp_path, pip)
+    both = [start_script(tmp_path, python, "-c", "print('runs')") for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [out for out, _ in outputs] == ["runs\n", "runs\n"]
+    assert (tmp_path / "log").read_text() == "begin\nend\n"
+    assert sorted("waiting for it" in err for _, err in outputs) == [False, True]
+
+
+def test_what_does_not_import_after_the_installation_says_why(tmp_path) -> None:
+    python = bare_python(tmp_path, "exit 0")
+    venv_python = tmp_path / "venv_python"
+    missing = "echo ImportError: libGL.so.1 >&2; exit 1"
+    text = venv_python.read_text().replace(
+        '"-c import numpy"*) exit 0', f'x) ;; "-c import numpy"*) {missing}'
+    )
+    venv_python.write_text(text)
+    done = run_script(tmp_path, python, "-c", "pass")
+    assert done.returncode == 1
+    assert "(ImportError: libGL.so.1): run make distclean" in done.stderr.splitlines()[-1]
 
 
 def test_a_venv_of_the_users_own_is_left_alone(tmp_path) -> None:
@@ -165,19 +316,3 @@ def test_skipped_tests_are_counted_in_one_loud_line(tmp_path, source_env) -> Non
         "*** 2 TESTS SKIPPED, DETECTRON2 IS MISSING: make detectron2 builds it. ***" in done.stdout
     )
     assert "*** 1 TESTS SKIPPED, THE EXAMPLE DATA IS MISSING" in done.stdout
-
-
-def test_demo_without_detectron2_says_so_and_shows_the_layers(
-    tmp_path, source_env, monkeypatch, capsys
-) -> None:
-    demo = runpy.run_path(str(REPOSITORY / "tools" / "demo.py"))
-    path = os.pathsep.join([blocked_detectron2(tmp_path), source_env["PYTHONPATH"]])
-    monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--iters", "5"])
-    written = []
-    monkeypatch.setitem(demo["main"].__globals__, "write_digits", lambda: written.append(True))
-    assert demo["main"]() == 0
-    printed = capsys.readouterr().out
-    assert written == [True]
-    assert printed.startswith("*** NO DETECTION TRAINING: detectron2 is missing")
-    assert all(f"\n{norm} " in printed for norm in ("BN", "GN", "CBN"))

@@ -211,7 +211,7 @@ def test_values_out_of_range(key: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("norm", "expected"),
     [
-        ("Nope", "Known: CBN (cbn_det), BN, SyncBN, FrozenBN, GN, '' for none"),
+        ("Nope", "(cbn_det), BN, SyncBN, FrozenBN, GN, '' for none"),
         ("LN", "--engine detectron2 takes more"),
         ("CBN(windw=3)", "window=4"),
         ("CBN(window=0)", "window"),

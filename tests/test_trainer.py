@@ -225,6 +225,17 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    from cbn_det.run.files import remove_parts
+
+    left = [".model_0000199.pth.4711", ".result.json.12", ".last_checkpoint.12"]
+    kept = [".lock", "model_final.pth", ".notes.txt.1", ".hidden.pth"]
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
 def test_results_are_plain_json(tmp_path: Path) -> None:
     import numpy as np
 

@@ -135,7 +135,11 @@ def _mismatch(conv: nn.Conv2d, y: Tensor) -> str | None:
     if source is None:
         frozen = "the convolution before it is frozen, so it is another one"
         return frozen if conv.weight.requires_grad else None
-    weight = getattr(source, "variable", None)  # None: a parametrised weight, which is not a leaf
+    weight = getattr(source, "variable", None)  # None: not a leaf
+    if (
+        weight is None and "weight" in conv._parameters
+    ):  # else it is parametrised: conv.weight is it
+        return "that computes with another weight than its own (weight standardisation?)"
     if weight is not None and weight is not conv.weight:
         return "another convolution's output reaches it"
     return None

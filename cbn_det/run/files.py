@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -21,3 +22,10 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed inside :func:`replace_file` left in a folder."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.(pth|json|yaml)\.\d+|\.last_checkpoint\.\d+", path.name):
+            path.unlink(missing_ok=True)

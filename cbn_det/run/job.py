@@ -19,6 +19,7 @@ from torch import nn
 from . import folder as run_folder
 from .clock import RunClock
 from .errors import ConfigError, one_line
+from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
 from .measure import count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_state
@@ -151,6 +152,7 @@ class Job(ABC):
 
     def _begin(self) -> None:
         if self.rank == 0 and not self.args.eval_only:
+            remove_parts(self.folder)
             if self.args.resume:
                 run_folder.clear_result(self.folder)
             else:

@@ -103,5 +103,7 @@ def _load(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process decides when loading ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and so may SIGTERM: the main process decides when
+    # loading ends
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -11,7 +11,6 @@ from the same config. What torchvision's parts do otherwise than detectron2's:
 - anchors are rounded to whole pixels, and their spacing is the padded image's size divided by the
   feature's: on p6 that is less than 64 pixels where p5 has an odd number of rows or columns;
 - the targets of masks are averages of the ground truth over a cell, not 0 or 1;
-- images to be evaluated are resized without antialiasing (detectron2: with it);
 - proposals thinner than 0.001 pixels and detections thinner than 0.01 are dropped (detectron2: 0);
 - proposals that are not finite are dropped in training too, where detectron2 raises.
 """
@@ -21,7 +20,7 @@ from __future__ import annotations
 import torch
 import torchvision
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -31,6 +30,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.transforms.v2.functional import resize
 
 from ..norms import check_bindings
 from ..run.errors import ConfigError
@@ -58,12 +58,11 @@ def build_model(cfg: CfgNode) -> GeneralizedRCNN:
         ConfigError: a norm that cannot have a layer's number of channels, or that is bound to no
             convolution; names the config key.
     """
-    transform = GeneralizedRCNNTransform(
+    transform = _Transform(
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         image_mean=cfg.MODEL.PIXEL_MEAN,
         image_std=cfg.MODEL.PIXEL_STD,
-        _skip_resize=True,  # in training, where the data loader has done it
     )
     model = GeneralizedRCNN(_backbone(cfg), _rpn(cfg), _roi_heads(cfg), transform)
     try:
@@ -71,6 +70,18 @@ def build_model(cfg: CfgNode) -> GeneralizedRCNN:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return model
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """Resizes as the training data are resized, with antialiasing; torchvision's own does without,
+    and a detector loses AP on images that look otherwise than those it has learned from."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        if self.training:  # the data loader has done it
+            return image, target
+        return resize(image, [self.min_size[-1]], max_size=self.max_size, antialias=True), target
 
 
 def _norm(cfg: CfgNode, section: str) -> NormLayer:

@@ -39,7 +39,7 @@ def learning_rate(cfg: CfgNode, iteration: int) -> float:
     if iteration < warmup:
         decayed = _decay(cfg, warmup)  # what the warm-up ends at
         done = iteration / warmup
-        start = solver.WARMUP_FACTOR * _decay(cfg, 0)
+        start = solver.WARMUP_FACTOR
         return solver.BASE_LR * (start + (decayed - start) * done)
     return solver.BASE_LR * _decay(cfg, iteration)
 
