@@ -4,8 +4,16 @@
 """
 
 from .base import Estimate, SmallBatchNorm2d
+from .bgn import BGN2d
+from .brn import BRN2d
 from .cbn import CBN2d
+from .chain import ChainRow, find_chain, format_chain, kn_chain
+from .convert import Conversion, ConvertedNorm, LeftNorm, convert_norm
+from .double_forward import DoubleForward
 from .functional import Moments
+from .gkn import GKN2d
+from .kn import KN2d
+from .mbn import MBN2d
 from .model import (
     NormRow,
     check_bindings,
@@ -20,14 +28,28 @@ from .model import (
 from .spec import build_norm, known_norms, norm_class, options_of, parse_spec, register_norm
 
 __all__ = [
+    "BGN2d",
+    "BRN2d",
     "CBN2d",
+    "ChainRow",
+    "Conversion",
+    "ConvertedNorm",
+    "DoubleForward",
     "Estimate",
+    "GKN2d",
+    "KN2d",
+    "LeftNorm",
+    "MBN2d",
     "Moments",
     "NormRow",
     "SmallBatchNorm2d",
     "build_norm",
     "check_bindings",
+    "convert_norm",
+    "find_chain",
+    "format_chain",
     "format_norm_table",
+    "kn_chain",
     "known_norms",
     "load_memory_state_dict",
     "memory_state_dict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,18 @@ class Estimate:
         var: [C], biased, not negative; likewise.
         share: number or [C]: the weight of the current mini-batch in the first and the second
             moment.
+        groups: number of groups of neighbouring channels that have their statistics in common;
+            None: every channel has its own.
+        scale, shift: [C] each, or None: what the normalised values are multiplied by, and what is
+            then added, before the affine parameters; constants for the gradient.
     """
 
     mean: Tensor
     var: Tensor
     share: Tensor | float
+    groups: int | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def is_number(value: Any) -> bool:
@@ -36,7 +44,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread (activation checkpointing
     recomputes forwards there)."""
     return torch._C._current_graph_task_id() != -1
@@ -76,6 +84,10 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         ValueError: an option out of range; names the option and what it takes.
     """
 
+    #: whether what an iteration staged is staged anew, with the updated weights, in the second pass
+    #: of :class:`cbn_det.norms.DoubleForward`
+    double_forward = False
+
     def __init__(
         self,
         num_features: int,
@@ -99,6 +111,10 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._unrecorded = 0  # no-grad forwards that a recomputation may still record
         self._window: Window | None = None
         self._staged: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # constant within an iteration, taken at its start
+        # Double Forward's second pass: layers stand still, but those it refreshes stage anew
+        self._in_second_pass = False
+        self._after_refresh: Callable[[], None] | None = None
         clock.install()
         binding.install()
 
@@ -107,9 +123,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         """Whether this forward belongs to PreciseBN (it sets the momentum to 1 and runs without
         gradient). Memory is then ignored: the same few iterations would take part in the
         normalisation of every batch that the population's statistics are gathered from."""
-        return self.momentum == 1.0 and not torch.is_grad_enabled()
+        without_grad = not torch.is_grad_enabled() and not self._in_second_pass
+        return self.momentum == 1.0 and without_grad
 
     # ---- what a method defines ----
+
+    def batch_moments(self, y: Tensor) -> Moments:
+        """Moments of one mini-batch as this method takes them, expanded to [C]."""
+        return moments(y)
 
     def estimate(self, batch: Moments) -> Estimate:
         """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
@@ -121,12 +142,21 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     def commit(self) -> None:
         """Turns what the forwards of the finished iteration staged into memory."""
 
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Sets the running statistics, for evaluation, from mean and variance [C] of this layer's
+        input over many mini-batches (PreciseBN)."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+
     def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuses a saved entry, given by its tensors' shapes, that this layer could not use.
 
         Raises:
             ValueError: says what differs.
         """
+        width = shapes.get("mean", (self.num_features,))
+        if width != (self.num_features,):
+            raise ValueError(f"the saved memory has {width[0]} channels, not {self.num_features}")
 
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
@@ -139,7 +169,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        self._advance()
+        if not self._in_second_pass:
+            self._advance()
         conv_input = self._take_conv_input()
         if input.numel() == 0:
             return self._pass_empty(input)
@@ -147,13 +178,31 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             self._check_binding(input, conv_input)
         # without autocast, which would run the matrix products of the compensation in 16 bits
         with torch.autocast(input.device.type, enabled=False):
-            batch = moments(input)
+            batch = self.batch_moments(input)
             estimate = self.estimate(batch)
+            weight, bias = self._affine(estimate)
             output = normalize(
-                input, estimate.mean, estimate.var, self.weight, self.bias, estimate.share, self.eps
+                input,
+                estimate.mean,
+                estimate.var,
+                weight,
+                bias,
+                estimate.share,
+                self.eps,
+                estimate.groups,
             )
             self._record(batch, estimate, input, conv_input, torch.is_grad_enabled())
         return output
+
+    def _affine(self, estimate: Estimate) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, with the estimate's scale and shift taken into them."""
+        weight, bias = self.weight, self.bias
+        if estimate.shift is not None:
+            shift = estimate.shift if weight is None else weight * estimate.shift
+            bias = shift if bias is None else bias + shift
+        if estimate.scale is not None:
+            weight = estimate.scale if weight is None else weight * estimate.scale
+        return weight, bias
 
     def _pass_empty(self, input: Tensor) -> Tensor:
         if self.affine:  # an empty sum connects the affine parameters, with zero gradients
@@ -167,6 +216,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             return
         self._seen = clock.now()
         self._unrecorded = 0
+        self._held = {}
         if self._staged_forwards:
             self.steps += 1
             # not in a caller's inference mode: its tensors could not be written to later
@@ -183,7 +233,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         conv_input: Tensor | None,
         with_grad: bool,
     ) -> None:
-        recomputing = _in_backward()
+        if self._in_second_pass:
+            if self._after_refresh is not None:
+                self.stage(batch, y.detach(), conv_input)
+                self._staged_forwards += 1
+                self._after_refresh()
+            return
+        recomputing = in_backward()
         if not recomputing:
             # fvcore's PreciseBN reads the moments of the mini-batch itself from the buffers
             self._update_running(batch, estimate if with_grad else None)
@@ -223,6 +279,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             "steps": self.steps,
             "staged": dict(self._staged),
             "staged_forwards": self._staged_forwards,
+            "held": dict(self._held),
             # whether an optimiser has stepped since: what was staged is then ready to be committed
             "stepped": self._seen != clock.now(),
             "window": None if self._window is None else self._window.state_dict(),
@@ -238,13 +295,16 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if (state["window"] is None) != (self._window is None):
             raise ValueError("the saved memory comes from a norm of another kind or window")
         stacked = {} if state["window"] is None else state["window"]["stacked"]
-        for rows in (state["staged"], {key: value[0] for key, value in stacked.items()}):
+        oldest = {key: value[0] for key, value in stacked.items()}
+        held = state.get("held", {})  # checkpoints of version 0.1 have none
+        for rows in (state["staged"], held, oldest):
             self.check_memory({key: tuple(value.shape) for key, value in rows.items()})
         if self._window is not None:
             self._window.load_state_dict(state["window"], device)
         self.steps = state["steps"]
         self._staged = {key: value.to(device) for key, value in state["staged"].items()}
         self._staged_forwards = state["staged_forwards"]
+        self._held = {key: value.to(device) for key, value in held.items()}
         self._seen = clock.now() - int(state["stepped"])
         self._unrecorded = 0
 
@@ -261,6 +321,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     def _apply(self, fn: Any, recurse: bool = True) -> SmallBatchNorm2d:
         super()._apply(fn, recurse)
         self._staged = {key: moved(value, fn) for key, value in self._staged.items()}
+        self._held = {key: moved(value, fn) for key, value in self._held.items()}
         if self._window is not None:
             self._window.apply(fn)
         return self

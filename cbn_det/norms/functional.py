@@ -52,6 +52,31 @@ def moments(x: Tensor) -> Moments:
     return Moments(mean, var, x.numel() // x.shape[1])
 
 
+def mixture(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture: the variance within its parts plus that between them.
+
+    Args:
+        mean, var: [parts, ...], of each part.
+        weights: broadcastable to them; they sum to 1 over the first dimension.
+    """
+    mixed = (weights * mean).sum(0)
+    return mixed, (weights * (var + (mean - mixed).square())).sum(0)
+
+
+def group_mean(values: Tensor, groups: int) -> Tensor:
+    """Means over ``groups`` equal groups of neighbouring channels, [C] expanded to [C]."""
+    return values.view(groups, -1).mean(1).repeat_interleave(len(values) // groups)
+
+
+def group_moments(batch: Moments, groups: int) -> Moments:
+    """Moments of groups of neighbouring channels, expanded to [C], from those of the channels."""
+    if groups == len(batch.mean):
+        return batch
+    mean = group_mean(batch.mean, groups)
+    var = group_mean(batch.var + (batch.mean - mean).square(), groups)
+    return Moments(mean, var, batch.count * (len(mean) // groups))
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,12 +88,16 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor | None,
         share: Tensor | float,
         eps: float,
+        groups: int | None,
     ) -> Tensor:
         dtype = mean.dtype
+        mean, var = mean.contiguous(), var.contiguous()  # the kernels do not look at strides
         w = None if weight is None else weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         out = F.batch_norm(x, mean, var, w, b, training=False, eps=eps)
-        ctx.share_is_one = not isinstance(share, Tensor) and share == 1.0
+        ctx.groups = None if groups == len(mean) else groups
+        share_is_one = not isinstance(share, Tensor) and share == 1.0
+        ctx.is_batchnorm = share_is_one and ctx.groups is None
         ctx.save_for_backward(x, mean, (var + eps).rsqrt(), w, torch.as_tensor(share, dtype=dtype))
         ctx.affine_dtypes = (
             None if weight is None else weight.dtype,
@@ -84,18 +113,21 @@ class _Normalize(torch.autograd.Function):
         w = torch.ones_like(mean) if w is None else w
         share = share.to(mean.device)
         grad = grad.contiguous(memory_format=torch.channels_last) if _is_nhwc(x) else grad
-        # BatchNorm's own backward kernel with our statistics: the gradient for share 1, and the
-        # sums of grad and grad * x_hat that every other gradient below is made of, in fused passes.
+        # BatchNorm's own backward kernel with our statistics: the gradient for share 1 and no
+        # groups, and the sums of grad and grad * x_hat that every other gradient below is made of,
+        # in fused passes.
         dx, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
             grad, x, w, None, None, mean, invstd, True, ctx.eps, [True, True, True]
         )
         scale = w * invstd
-        if not ctx.share_is_one and ctx.needs_input_grad[0]:
-            # add back (1 - share) of both projection terms, which are affine in x_hat: a batch
-            # norm of their own, whose kernel is fused and computes in float32 also for 16-bit x
-            rest = (1.0 - share) * scale * (x.shape[1] / x.numel())
+        if not ctx.is_batchnorm and ctx.needs_input_grad[0]:
+            # exchange the kernel's projection terms for ours; both are affine in x_hat, so their
+            # difference is a batch norm of its own, whose kernel is fused and computes in float32
+            # also for 16-bit x
+            gain, offset = (_surplus(w * total, share, ctx.groups) for total in (sum_gx, sum_g))
+            unit = invstd * (x.shape[1] / x.numel())
             var = invstd.square().reciprocal()
-            dx = dx.add_(F.batch_norm(x, mean, var, rest * sum_gx, rest * sum_g, eps=0.0))
+            dx = dx.add_(F.batch_norm(x, mean, var, unit * gain, unit * offset, eps=0.0))
         d_mean = -scale * sum_g if ctx.needs_input_grad[1] else None
         d_var = -0.5 * scale * invstd * sum_gx if ctx.needs_input_grad[2] else None
         weight_dtype, bias_dtype = ctx.affine_dtypes
@@ -109,7 +141,14 @@ class _Normalize(torch.autograd.Function):
             d_bias,
             None,
             None,
+            None,
         )
+
+
+def _surplus(total: Tensor, share: Tensor, groups: int | None) -> Tensor:
+    """By how much a sum over a channel, as BatchNorm projects it out, exceeds what an estimate of
+    this share over groups of channels projects out."""
+    return total - share * (total if groups is None else group_mean(total, groups))
 
 
 def _is_nhwc(x: Tensor) -> bool:
@@ -124,6 +163,7 @@ def normalize(
     bias: Tensor | None,
     share: Tensor | float,
     eps: float,
+    groups: int | None = None,
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the exact gradient of an estimate.
 
@@ -132,7 +172,8 @@ def normalize(
     the gradient at the normalised value, ``dL/dx = (g - share * E[g] - share * x_hat * E[g *
     x_hat]) / std``: BatchNorm's backward pass with both projection terms multiplied by ``share``
     (1 gives BatchNorm, 0 a frozen norm). ``a`` and ``b`` receive their gradient through ``mean``
-    and ``var`` where those require one.
+    and ``var`` where those require one. With ``groups`` the expectations are over groups of
+    neighbouring channels.
 
     Args:
         x: [N, C, H, W], non-empty; the output has its dtype and memory format.
@@ -142,8 +183,10 @@ def normalize(
         bias: [C] or None.
         share: number, or [C], in [0, 1]; a constant for the gradient.
         eps: added to ``var``.
+        groups: number of groups of neighbouring channels that have their statistics in common;
+            None: every channel has its own.
     """
-    return _Normalize.apply(x, mean, var, weight, bias, share, eps)
+    return _Normalize.apply(x, mean, var, weight, bias, share, eps, groups)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
 
 def resolve_burn_in(model: nn.Module, max_iter: int) -> None:
     """Tells every layer the length of the schedule, in optimiser steps, that a fractional burn-in
-    is a fraction of."""
+    or ramp is a fraction of."""
     for layer in _layers(model).values():
         if hasattr(layer, "resolve_burn_in"):
             layer.resolve_burn_in(max_iter)
@@ -110,12 +110,14 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
 
     For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs whose compensated
     variance was negative, or that did not count; ``compensation_mean``, the size of the
-    compensation in standard deviations; ``compensation_var``, relative to the variance. Empty
+    compensation in standard deviations; ``compensation_var``, relative to the variance. For BRN:
+    ``r_at_limit`` and ``d_at_limit``, the shares of channels whose correction is cut off. Empty
     before burn-in ends.
     """
     values: dict[str, list[torch.Tensor]] = {}
-    for layer in _layers(model).values():
-        for key, value in getattr(layer, "diagnostics", {}).items():
+    for layer in model.modules():
+        ours = name_of(type(layer)) is not None
+        for key, value in (getattr(layer, "diagnostics", {}) if ours else {}).items():
             values.setdefault(f"norm/{key}", []).append(value)
     summary = {}
     for key, of_layers in values.items():
@@ -142,7 +144,8 @@ class NormRow:
     Attributes:
         name: of the layer in the model.
         norm: as a config names it where it has a name there, else the class.
-        options: of a layer of ours, as a config spells them; a burn-in is in optimiser steps.
+        options: of a layer of ours, as a config spells them, with what they have come to at this
+            layer: a burn-in in optimiser steps, the number of groups that its channels allow.
         channels: of its input.
         conv: name of the convolution it is bound to, "" if none.
         trainable: whether it has a parameter that is trained, or statistics that move.
@@ -166,15 +169,15 @@ def norm_rows(model: nn.Module) -> list[NormRow]:
     rows = []
     for name, module in model.named_modules():
         cls = type(module).__name__
-        ours = isinstance(module, SmallBatchNorm2d)
-        if not (ours or "Norm" in cls) or list(module.children()):
+        registered = name_of(type(module))
+        if not (registered or "Norm" in cls) or list(module.children()):
             continue
-        conv = module.conv if ours else None
+        conv = getattr(module, "conv", None) if registered else None
         rows.append(
             NormRow(
                 name=name,
-                norm=name_of(type(module)) or _CONFIG_NAMES.get(cls, cls),
-                options=_shown_options(module) if ours else "",
+                norm=registered or _CONFIG_NAMES.get(cls, cls),
+                options=_shown_options(module) if hasattr(module, "options") else "",
                 channels=getattr(module, "num_features", getattr(module, "num_channels", 0)),
                 conv="" if conv is None else names.get(id(conv), "(outside this model)"),
                 trainable=any(p.requires_grad for p in module.parameters())
@@ -184,11 +187,13 @@ def norm_rows(model: nn.Module) -> list[NormRow]:
     return rows
 
 
-def _shown_options(layer: SmallBatchNorm2d) -> str:
-    options = {k: repr(v) for k, v in layer.options().items() if k != "affine"}
-    if getattr(layer, "burn_in_steps", None) is not None:
-        options["burn_in"] = str(layer.burn_in_steps)
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+def _shown_options(layer: nn.Module) -> str:
+    options = {key: value for key, value in layer.options().items() if key != "affine"}
+    for key in options:  # what an option has come to at this layer
+        for come_to in (f"{key}_steps", f"{key}_used"):
+            if getattr(layer, come_to, None) is not None:
+                options[key] = getattr(layer, come_to)
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 def format_norm_table(rows: list[NormRow]) -> str:

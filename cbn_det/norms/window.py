@@ -40,6 +40,12 @@ class Window:
         """[len(self), ...]: the entries' tensors under ``key``."""
         return self._stacked[key][: len(self)]
 
+    def ages(self) -> Tensor:
+        """[len(self)]: how many iterations ago each entry was pushed; the newest has age 0."""
+        device = next(iter(self._stacked.values())).device
+        slots = torch.arange(len(self), device=device)
+        return (self._pushed - 1 - slots) % self.capacity
+
     def push(self, entry: dict[str, Tensor]) -> None:
         """Adds an entry in place of the oldest. Entries of other keys than those before (a
         convolution was frozen, say) are not comparable and empty the window first."""

@@ -21,6 +21,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..norms import (
+    DoubleForward,
     check_bindings,
     format_norm_table,
     load_memory_state_dict,
@@ -85,6 +86,7 @@ class Trainer(DefaultTrainer):
         step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
         self._trainer = step(wrapped, loader, optimizer)
         self.bare_model = model
+        self.double_forward = DoubleForward(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -162,6 +164,12 @@ class Trainer(DefaultTrainer):
             finally:
                 self.after_train()
         return self.results
+
+    def run_step(self) -> None:
+        """One optimiser step, and the second pass over its images where an MBN layer wants it."""
+        super().run_step()
+        with EventStorage():  # what heads log of the second pass is dropped
+            self.double_forward.refresh()
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the model as it is on ``DATASETS.TEST``. All ranks must call it."""

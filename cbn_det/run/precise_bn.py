@@ -12,6 +12,8 @@ import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from ..norms import SmallBatchNorm2d
+
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -92,8 +94,11 @@ def recompute_statistics(
     _pool(moments)
     for layer, found in zip(layers, moments, strict=True):
         if found.count > 0:
-            layer.running_mean.copy_(found.mean)
-            layer.running_var.copy_(found.deviation / found.count)
+            if isinstance(layer, SmallBatchNorm2d):
+                layer.set_statistics(found.mean, found.deviation / found.count)
+            else:
+                layer.running_mean.copy_(found.mean)
+                layer.running_var.copy_(found.deviation / found.count)
     return len(layers)
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from ..norms import (
+    DoubleForward,
     format_norm_table,
     load_memory_state_dict,
     memory_state_dict,
@@ -76,6 +77,7 @@ class Trainer:
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
+        self.double_forward = DoubleForward(model)
         self.checkpointer = _Checkpointer(
             model, cfg.OUTPUT_DIR, optimizer=self.optimizer, training=self
         )
@@ -188,6 +190,7 @@ class Trainer:
         sum(losses.values()).backward()
         clip_gradients(self.cfg, self.bare_model)
         self.optimizer.step()
+        self.double_forward.refresh()
         self.metrics.put_losses(values)
         self.metrics.put({"lr": rate, "time": time.perf_counter() - started})
 

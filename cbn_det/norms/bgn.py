@@ -1,0 +1,84 @@
+"""Batch Group Normalization (Zhou, Sun, Ye, Lan, Luo, Lai, Esperanca, Yang, Li; arXiv 2012.02782).
+
+Statistics are taken over the mini-batch *and* over groups of channels, so that few images still
+give many values. With ``G`` groups of ``C / G`` neighbouring channels, ``c`` in group ``g``::
+
+    mu_g  = E[x]             over n, the channels of g, h, w
+    var_g = E[(x - mu_g)**2]
+    y_c   = gamma_c (x_c - mu_g) / sqrt(var_g + eps) + beta_c
+
+``G = C`` is BatchNorm, ``G = 1`` takes one mean and one variance of the whole mini-batch. Nothing
+is remembered, and no parameter is added. Running statistics are those of the groups, kept a channel
+each, so that evaluation is BatchNorm's and folds into the convolution.
+
+The paper merges channels, height and width into one axis and cuts that into G pieces. Where G does
+not divide C, its pieces would end in the middle of a channel; here the layer takes ``gcd(G, C)``
+groups. Where G exceeds C, its pieces are horizontal slabs of one channel, whose statistics depend
+on the place in the image and on its size; such a G is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .base import Estimate, SmallBatchNorm2d
+from .functional import Moments, group_mean, group_moments, moments
+from .spec import register_norm
+
+
+@register_norm("BGN")
+class BGN2d(SmallBatchNorm2d):
+    """Batch Group Normalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and
+    evaluation.
+
+    Args:
+        num_features: channels C.
+        groups: G, the number of groups of channels; fewer groups pool more values. A layer whose C
+            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. For
+            the measured default see the README.
+        ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
+
+    Raises:
+        ValueError: an option out of range; more groups than channels.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        groups: int = 8,
+        ema: str = "pooled",
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
+        if type(groups) is not int or groups < 1:
+            raise ValueError(f"groups={groups!r}: expected an int, 1 or more")
+        if groups > num_features:
+            raise ValueError(
+                f"groups={groups} at a layer of {num_features} channels: every group would be a"
+                f" slab of a feature map; expected at most {num_features} (which is BatchNorm)"
+            )
+        self.groups = groups
+        self.groups_used = math.gcd(groups, num_features)
+
+    def options(self) -> dict[str, Any]:
+        return {"groups": self.groups, **super().options()}
+
+    def batch_moments(self, y: Tensor) -> Moments:
+        return group_moments(moments(y), self.groups_used)
+
+    def estimate(self, batch: Moments) -> Estimate:
+        return Estimate(batch.mean, batch.var, 1.0, groups=self.groups_used)
+
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        pooled = group_mean(mean, self.groups_used)
+        super().set_statistics(pooled, group_mean(var + (mean - pooled).square(), self.groups_used))
+
+    def extra_repr(self) -> str:
+        used = "" if self.groups_used == self.groups else f", groups_used={self.groups_used}"
+        return super().extra_repr() + used

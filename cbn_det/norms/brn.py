@@ -1,0 +1,123 @@
+"""Batch Renormalization (Ioffe; NeurIPS 2017, arXiv 1702.03275).
+
+The mini-batch normalises, and a correction towards the running statistics is applied to what comes
+out, so that training sees nearly what evaluation will::
+
+    y = gamma ((x - mu_B) / sigma_B * r + d) + beta
+    r = clip(sigma_B / sigma, 1 / r_max, r_max)
+    d = clip((mu_B - mu) / sigma, -d_max, d_max)
+
+``sigma_B = sqrt(var_B + eps)`` is the mini-batch's, ``mu`` and ``sigma = sqrt(var + eps)`` are the
+running statistics. ``r`` and ``d`` are constants for the gradient, which is therefore BatchNorm's,
+times r. Within the limits, y is x normalised by the running statistics; at ``r_max = 1`` and
+``d_max = 0`` it is BatchNorm, where training starts. Three things are our choice:
+
+- The running variance is averaged, as BatchNorm does it, and not its root.
+- Both limits grow along one linear ramp.
+- ``mu`` and ``sigma`` are held for the length of an iteration: all forwards of an accumulated
+  batch, and the recomputation of an activation checkpoint, see the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Estimate, SmallBatchNorm2d, is_number
+from .functional import Moments
+from .schedule import Scheduled
+from .spec import register_norm
+
+
+@register_norm("BRN")
+class BRN2d(Scheduled, SmallBatchNorm2d):
+    """Batch Renormalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
+
+    The running statistics take part in training, so forwards without gradient in training mode,
+    which move them as they move BatchNorm's, are seen by the iterations after. A mini-batch whose
+    moments are not finite leaves them alone.
+
+    Args:
+        num_features: channels C.
+        r_max: upper limit of r, its inverse the lower one; 1 or more.
+        d_max: limit of the size of d, in running standard deviations; 0 or more.
+        burn_in: how long to train as plain BatchNorm. An int is a number of optimiser steps, a
+            float in (0, 1) a fraction of the schedule (:func:`cbn_det.norms.resolve_burn_in`).
+        ramp: how long, after that, the limits grow from (1, 0) to (r_max, d_max); likewise.
+        ema: see :class:`SmallBatchNorm2d`. The paper's is nearer to ``'batch'``.
+        momentum, eps, affine: see :class:`SmallBatchNorm2d`. The running statistics serve as the
+            reference, so they should be smoother than BatchNorm's usual momentum makes them.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    timed = ("burn_in", "ramp")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        burn_in: int | float = 0.1,
+        ramp: int | float = 0.3,
+        ema: str = "pooled",
+        momentum: float | None = 0.01,
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
+        if not (is_number(r_max) and r_max >= 1.0):
+            raise ValueError(f"r_max={r_max!r}: expected a number, 1 or more")
+        if not (is_number(d_max) and d_max >= 0.0):
+            raise ValueError(f"d_max={d_max!r}: expected a number, 0 or more")
+        self.r_max = r_max
+        self.d_max = d_max
+        self._set_times(burn_in=burn_in, ramp=ramp)
+        #: of the latest forward, 0-dim tensors: shares of channels whose r or d is at its limit
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "r_max": self.r_max,
+            "d_max": self.d_max,
+            "burn_in": self.burn_in,
+            "ramp": self.ramp,
+            **super().options(),
+        }
+
+    def limits(self) -> tuple[float, float]:
+        """r_max and d_max at the present iteration."""
+        done = self.steps - self.burn_in_steps
+        progress = (
+            min(max(done / self.ramp_steps, 0.0), 1.0) if self.ramp_steps else float(done >= 0)
+        )
+        return 1.0 + progress * (self.r_max - 1.0), progress * self.d_max
+
+    def estimate(self, batch: Moments) -> Estimate:
+        self._require_times()
+        r_max, d_max = self.limits()
+        if self.recomputing_statistics or (r_max == 1.0 and d_max == 0.0):
+            return Estimate(batch.mean, batch.var, 1.0)
+        if not self._held:
+            self._held = {"mean": self.running_mean.clone(), "var": self.running_var.clone()}
+        mean, var = (self._held[key].to(batch.mean.dtype) for key in ("mean", "var"))
+        sigma = (var + self.eps).sqrt()
+        ratio = (batch.var + self.eps).sqrt() / sigma
+        distance = (batch.mean - mean) / sigma
+        scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
+        self.diagnostics = {
+            "r_at_limit": (scale != ratio).to(scale.dtype).mean(),
+            "d_at_limit": (shift != distance).to(shift.dtype).mean(),
+        }
+        return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift)
+
+    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
+        before = self.running_mean.clone(), self.running_var.clone()
+        super()._update_running(batch, estimate)
+        finite = torch.isfinite(batch.mean) & torch.isfinite(batch.var)
+        for buffer, old in zip((self.running_mean, self.running_var), before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))

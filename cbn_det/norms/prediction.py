@@ -1,0 +1,361 @@
+"""What a norm's input should look like, from what precedes it: moments pushed through a network.
+
+The prediction of Kalman Normalization in closed form. Activations are taken for Gaussian and
+independent, between channels and between positions, as the authors' sampling code draws them; its
+expectation is computed here instead of a sample. An :class:`Expression` is a small tree that says
+how a convolution's input is made of the outputs of norm layers: references and operations, no
+values. ``expression.moments(...)`` evaluates it to the mean and variance per channel, ``[C]`` or,
+where a norm works sample by sample, ``[N, C]``, differentiably.
+
+What the rules leave out: padding (at the border fewer taps contribute), correlations, and what
+pooling does to the moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .functional import mixture
+
+Pair = tuple[Tensor, Tensor]
+
+# in units of the statistics: below it a standard deviation counts as none
+_TINY = 1e-10
+
+
+class _Rectified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor) -> Pair:
+        std = (var + _TINY).sqrt()
+        a = (mean / std).clamp(-30.0, 30.0)
+        below, above = torch.special.ndtr(a), torch.special.ndtr(-a)
+        density = torch.exp(-0.5 * a.square()) / math.sqrt(2.0 * math.pi)
+        first = mean * below + std * density
+        relative = below + a.square() * below * above + a * density * (above - below)
+        ctx.save_for_backward(first, below, above, density / std)
+        return first, var * (relative - density.square()).clamp(min=0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> Pair:
+        first, below, above, slope = ctx.saved_tensors
+        d_mean = d_first * below + d_second * (2.0 * first * above)
+        d_var = d_first * (0.5 * slope) + d_second * (below - first * slope)
+        return d_mean, d_var
+
+
+def rectified(mean: Tensor, var: Tensor) -> Pair:
+    """Mean and variance of ``max(x, 0)`` of a Gaussian ``x``; any shape.
+
+    With ``a = mean / std``, ``Phi`` and ``phi`` the standard normal's distribution and density::
+
+        E[max(x, 0)]   = r = mean Phi + std phi
+        var[max(x, 0)] = s = var (Phi + a^2 Phi (1 - Phi) + a phi (1 - 2 Phi) - phi^2)
+
+    The second is ``E[max(x, 0)^2] - r^2`` rearranged so that nothing cancels where the mean exceeds
+    the standard deviation by far. Their derivatives are as short: ``dr/dmean = Phi``, ``dr/dvar =
+    phi / (2 std)``, ``ds/dmean = 2 r (1 - Phi)``, ``ds/dvar = Phi - r phi / std``.
+    """
+    return _Rectified.apply(mean, var)
+
+
+class _TapSums(torch.autograd.Function):
+    """Sums over a kernel's taps of the weight and of its square, [C_out, C_in / groups] each, with
+    a backward pass that goes over the weight once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
+        weight = weight.to(dtype)
+        return weight.sum((2, 3)), weight.square().sum((2, 3))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        d_first, d_second = (d[..., None, None] for d in (d_first, d_second))
+        full = torch.addcmul(d_first, weight.to(d_first.dtype), d_second, value=2.0)
+        return full.to(weight.dtype), None
+
+
+def convolved(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Pair:
+    """Moments of a convolution's output away from borders, from those of its input.
+
+    ``m_j = sum_c m_c sum_ab W_jcab + b_j`` and ``v_j = sum_c v_c sum_ab W_jcab^2``, which hold for
+    every stride and dilation.
+
+    Args:
+        mean, var: [..., C_in].
+        weight: [C_out, C_in / groups, kh, kw].
+        bias: [C_out] or None.
+        groups: of the convolution.
+
+    Returns:
+        [..., C_out] each.
+    """
+    first, second = _TapSums.apply(weight, mean.dtype)
+    if groups == 1:
+        mean, var = F.linear(mean, first), F.linear(var, second)
+    else:
+        mean, var = (
+            torch.einsum(
+                "...gi,goi->...go",
+                value.unflatten(-1, (groups, -1)),
+                matrix.unflatten(0, (groups, -1)),
+            ).flatten(-2)
+            for value, matrix in ((mean, first), (var, second))
+        )
+    return (mean if bias is None else mean + bias.to(mean.dtype)), var
+
+
+def pooled_samples(mean: Tensor, var: Tensor) -> Pair:
+    """Moments of all samples together, [1, C], from each one's, [N, C]; [C] stays as it is."""
+    if mean.dim() == 1:
+        return mean, var
+    mean, var = mixture(mean, var, mean.new_full((1, 1), 1.0 / len(mean)))
+    return mean[None], var[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """How an expression is to be evaluated.
+
+    Attributes:
+        like: a tensor of the device and dtype of the result.
+        authors: whether norm layers hand on the estimate of their input (the authors' code), or
+            the distribution N(beta, gamma^2) of their output.
+    """
+
+    like: Tensor
+    authors: bool
+
+
+class Expression:
+    """A node of the tree; subclasses hold references to layers, parameters and other nodes."""
+
+    @property
+    def width(self) -> int | None:
+        """Number of channels; None where parts do not fit together."""
+        return self.parts()[0].width
+
+    def parts(self) -> list[Expression]:
+        values = [getattr(self, field.name) for field in fields(self)]
+        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+        return [value for value in flat if isinstance(value, Expression)]
+
+    def walk(self) -> Iterator[Expression]:
+        yield self
+        for part in self.parts():
+            yield from part.walk()
+
+    def moments(self, setting: Setting) -> Pair:
+        """Mean and variance of the activations here."""
+        return self.parts()[0].moments(setting)
+
+    def describe(self, names: dict[int, str]) -> str:
+        """As text; ``names`` are those of layers and parameters, by ``id``."""
+        return self.parts()[0].describe(names)
+
+
+def _affine_pair(weight: Tensor | None, bias: Tensor | None, width: int, like: Tensor) -> Pair:
+    mean = like.new_zeros(width) if bias is None else bias.to(like.dtype)
+    return mean, like.new_ones(width) if weight is None else weight.to(like.dtype).square()
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Expression):
+    """The output of a KN or GKN layer."""
+
+    layer: nn.Module
+
+    @property
+    def width(self) -> int:
+        return self.layer.channels
+
+    def moments(self, setting: Setting) -> Pair:
+        handed = self.layer.hands_on() if setting.authors else None
+        if handed is not None:
+            return handed[0].to(setting.like.dtype), handed[1].to(setting.like.dtype)
+        return _affine_pair(self.layer.weight, self.layer.bias, self.width, setting.like)
+
+    def describe(self, names: dict[int, str]) -> str:
+        return names.get(id(self.layer), "(outside this model)")
+
+
+@dataclass(frozen=True, eq=False)
+class OtherNorm(Expression):
+    """The output of another norm layer, seen by its affine parameters."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def width(self) -> int:
+        return len(self.weight)
+
+    def moments(self, setting: Setting) -> Pair:
+        return _affine_pair(self.weight, self.bias, self.width, setting.like)
+
+    def describe(self, names: dict[int, str]) -> str:
+        return names.get(id(self.weight), "(outside this model)").removesuffix(".weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Expression):
+    """A convolution; the one before a norm, or one that has no norm."""
+
+    source: Expression
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+    @property
+    def width(self) -> int | None:
+        fits = self.source.width == self.weight.shape[1] * self.groups
+        return len(self.weight) if fits else None
+
+    def moments(self, setting: Setting) -> Pair:
+        return self.through(*self.source.moments(setting))
+
+    def through(self, mean: Tensor, var: Tensor) -> Pair:
+        """Moments of the output from those of the input."""
+        return convolved(mean, var, self.weight, self.bias, self.groups)
+
+    def describe(self, names: dict[int, str]) -> str:
+        name = names.get(id(self.weight), "?").removesuffix(".weight")
+        return f"{name}({self.source.describe(names)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Relu(Expression):
+    source: Expression
+
+    def moments(self, setting: Setting) -> Pair:
+        return rectified(*self.source.moments(setting))
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"relu({self.source.describe(names)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Expression):
+    """Residual connections and the sums of an FPN: moments add."""
+
+    left: Expression
+    right: Expression
+
+    @property
+    def width(self) -> int | None:
+        return self.left.width if self.left.width == self.right.width else None
+
+    def moments(self, setting: Setting) -> Pair:
+        left, right = self.left.moments(setting), self.right.moments(setting)
+        return left[0] + right[0], left[1] + right[1]
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"{self.left.describe(names)} + {self.right.describe(names)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Expression):
+    """A product with, or a sum with, a parameter per channel, outside a norm layer (detectron2's
+    norms of several levels have theirs in common). The authors' reading leaves out the affine
+    parameters of norms, so these, too."""
+
+    source: Expression
+    parameter: Tensor
+    multiplies: bool
+
+    @property
+    def width(self) -> int | None:
+        return self.source.width if self.source.width == self.parameter.numel() else None
+
+    def moments(self, setting: Setting) -> Pair:
+        mean, var = self.source.moments(setting)
+        if setting.authors:
+            return mean, var
+        value = self.parameter.to(mean.dtype).flatten()
+        return (mean * value, var * value.square()) if self.multiplies else (mean + value, var)
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled(Expression):
+    """RoIs cut out of images: moments are kept, those of several samples become one mixture
+    (whose RoI is of which image is not known here)."""
+
+    source: Expression
+
+    def moments(self, setting: Setting) -> Pair:
+        return pooled_samples(*self.source.moments(setting))
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"roi({self.source.describe(names)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(Expression):
+    """RoIs of several feature levels in one tensor: each level counts the same."""
+
+    sources: tuple[Expression, ...]
+
+    @property
+    def width(self) -> int | None:
+        widths = {source.width for source in self.sources}
+        return widths.pop() if len(widths) == 1 else None
+
+    def moments(self, setting: Setting) -> Pair:
+        pairs = [source.moments(setting) for source in self.sources]
+        means = torch.stack(torch.broadcast_tensors(*[mean for mean, _ in pairs]))
+        variances = torch.stack(torch.broadcast_tensors(*[var for _, var in pairs]))
+        return mixture(means, variances, means.new_full((), 1.0 / len(pairs)))
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"mixture({', '.join(source.describe(names) for source in self.sources)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Expression):
+    """Channels side by side."""
+
+    sources: tuple[Expression, ...]
+
+    @property
+    def width(self) -> int | None:
+        widths = [source.width for source in self.sources]
+        return None if None in widths else sum(widths)
+
+    def moments(self, setting: Setting) -> Pair:
+        pairs = [source.moments(setting) for source in self.sources]
+        samples = max((mean.shape[:-1] for mean, _ in pairs), key=len)
+        mean, var = (
+            torch.cat([pair[k].expand(*samples, -1) for pair in pairs], -1) for k in (0, 1)
+        )
+        return mean, var
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"concat({', '.join(source.describe(names) for source in self.sources)})"
+
+
+@dataclass(frozen=True, eq=False)
+class End(Expression):
+    """Nothing is known: the layer that this precedes is the first of a chain."""
+
+    reason: str
+
+    @property
+    def width(self) -> None:
+        return None
+
+    def moments(self, setting: Setting) -> Any:
+        raise RuntimeError(f"no prediction where a chain ends: {self.reason}")
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"- ({self.reason})"

@@ -1,0 +1,59 @@
+"""Options that are a time: optimiser steps, or a fraction of the schedule."""
+
+from __future__ import annotations
+
+import warnings
+
+#: schedule, in optimiser steps, of a layer that nobody told the length of its schedule
+UNRESOLVED_SCHEDULE = 3000
+
+
+class Scheduled:
+    """Mixin of a norm whose options ``timed`` are times.
+
+    An int is a number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned
+    into steps by :func:`cbn_det.norms.resolve_burn_in`. An option ``burn_in`` has its steps in
+    ``burn_in_steps``, None until they are known.
+    """
+
+    timed: tuple[str, ...] = ("burn_in",)
+
+    def _set_times(self, **times: int | float) -> None:
+        """Takes the values of the options ``timed``.
+
+        Raises:
+            ValueError: a value is neither of the two forms.
+        """
+        for name, value in times.items():
+            steps = type(value) is int and value >= 0
+            if not (steps or (isinstance(value, float) and 0.0 < value < 1.0)):
+                raise ValueError(
+                    f"{name}={value!r}: expected an int (optimiser steps, 0 or more) or a float"
+                    " between 0 and 1 (fraction of SOLVER.MAX_ITER)"
+                )
+            setattr(self, name, value)
+            setattr(self, f"{name}_steps", value if steps else None)
+
+    def resolve_burn_in(self, max_iter: int) -> None:
+        """Turns the fractions into optimiser steps of a schedule of ``max_iter`` steps."""
+        for name in self.timed:
+            value = getattr(self, name)
+            if isinstance(value, float):
+                setattr(self, f"{name}_steps", round(value * max_iter))
+
+    def _require_times(self) -> None:
+        """Warns once, and takes a schedule of ``UNRESOLVED_SCHEDULE`` steps, where a fraction was
+        not resolved."""
+        unresolved = [name for name in self.timed if getattr(self, f"{name}_steps") is None]
+        if not unresolved:
+            return
+        name = unresolved[0]
+        self.resolve_burn_in(UNRESOLVED_SCHEDULE)
+        warnings.warn(
+            f"{name}={getattr(self, name)!r} is a fraction of a schedule that this"
+            f" {type(self).__name__.removesuffix('2d')} layer was not told: taking"
+            f" {getattr(self, f'{name}_steps')} optimiser steps. Call"
+            " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give it as an"
+            " int.",
+            stacklevel=5,
+        )

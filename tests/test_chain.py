@@ -1,0 +1,357 @@
+"""Who precedes whom: the rules, one by one, and what they find in whole detectors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cbn_det.norms.chain import format_chain, kn_chain
+from cbn_det.norms.kn import KN2d
+from cbn_det.norms.spec import build_norm
+
+
+def conv(cin=4, cout=4, **kwargs):
+    return nn.Conv2d(cin, cout, 3, padding=1, **kwargs)
+
+
+class Between(nn.Module):
+    """Two norms, ``a`` and ``b``, in parallel, then something, then a convolution and a norm."""
+
+    def __init__(self, between, width=4, norm="KN(gain=0.5)"):
+        super().__init__()
+        self.conv_a, self.a = conv(3), build_norm(norm, 4)
+        self.conv_b, self.b = conv(3), build_norm(norm, 4)
+        self.conv_free, self.scale = conv(), nn.Parameter(torch.ones(4))
+        self.bn = nn.BatchNorm2d(4)
+        self.conv_c, self.c = conv(width), build_norm(norm, 4)
+        self.between = between
+
+    def forward(self, x):
+        a, b = self.a(self.conv_a(x)), self.b(self.conv_b(x))
+        return self.c(self.conv_c(self.between(self, a, b)))
+
+
+def rois(x):
+    boxes = [torch.tensor([[0.0, 0.0, 6.0, 6.0]])] * len(x)
+    return pytest.importorskip("torchvision").ops.roi_align(x, boxes, (4, 4))
+
+
+def of_levels(*levels):
+    out = torch.zeros(2 * len(levels), 4, 4, 4)
+    for k, level in enumerate(levels):
+        out.index_put_((torch.arange(2 * k, 2 * k + 2),), rois(level))
+    return out
+
+
+def up(x, mode="nearest"):
+    return F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0, mode=mode)
+
+
+RULES = {
+    "nothing": (lambda m, a, b: a, "a"),
+    "relu": (lambda m, a, b: F.relu(a), "relu(a)"),
+    "in place": (lambda m, a, b: F.relu_(a), "relu(a)"),
+    "max pool": (lambda m, a, b: F.max_pool2d(F.relu(a), 3, 2, 1), "relu(a)"),
+    "average pool": (lambda m, a, b: F.avg_pool2d(a, 2), "a"),
+    "up": (lambda m, a, b: up(a) + b, "a + b"),
+    "up, bilinear": (lambda m, a, b: up(a, "bilinear") + b, "a + b"),
+    "residual": (lambda m, a, b: F.relu(a + F.relu(b)), "relu(a + relu(b))"),
+    "residual in place": (lambda m, a, b: F.relu_(a.add_(b)), "relu(a + b)"),
+    "dropout": (lambda m, a, b: F.dropout(F.relu(a), 0.1), "relu(a)"),
+    "drop path": (lambda m, a, b: a + b * torch.rand(len(b), 1, 1, 1).round() * 2, "a + b"),
+    "cast": (lambda m, a, b: F.relu(a.double()).float(), "relu(a)"),
+    "clone": (lambda m, a, b: a.contiguous(memory_format=torch.channels_last).clone(), "a"),
+    "conv": (lambda m, a, b: F.relu(m.conv_free(F.relu(a))), "relu(conv_free(relu(a)))"),
+    "scale": (lambda m, a, b: a * m.scale.view(1, -1, 1, 1), "a"),
+    "shift": (lambda m, a, b: m.scale.view(1, -1, 1, 1) + a, "a"),
+    "batchnorm": (lambda m, a, b: F.relu(m.bn(m.conv_free(a))), "relu(bn)"),
+    "roi": (lambda m, a, b: rois(a), "roi(a)"),
+    "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(roi(a), roi(relu(b)))"),
+}
+ENDS = {
+    "sigmoid": (lambda m, a, b: torch.sigmoid(a), "Sigmoid"),
+    "relu6": (lambda m, a, b: F.relu6(a), "Hardtanh"),
+    "product": (lambda m, a, b: a * b, "product"),
+    "difference": (lambda m, a, b: a - b, "Sub"),
+    "constant": (lambda m, a, b: a + torch.ones(4, 1, 1), "input, or frozen"),
+    "detached": (lambda m, a, b: a.detach(), "input, or frozen"),
+    "shuffled": (lambda m, a, b: a.flip(1), "Flip"),
+    "one branch unknown": (lambda m, a, b: a + torch.tanh(b), "Tanh"),
+    "transposed": (
+        lambda m, a, b: F.conv_transpose2d(a, m.conv_free.weight, padding=1),
+        "Convolution",
+    ),
+    "frozen conv": (lambda m, a, b: F.conv2d(a, torch.ones(4, 4, 1, 1)), "frozen or computed"),
+    "rows of the batch": (lambda m, a, b: torch.cat([a, b]), "Cat"),
+    "new activations": (
+        lambda m, a, b: (a + 0).index_put_((torch.tensor([0]),), b[:1]),
+        "IndexPut|AddBackward|Slice|input",
+    ),
+}
+
+
+def follows(model, name="c"):
+    return {row.name: row for row in kn_chain(model)}[name]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule):
+    between, expected = RULES[rule]
+    model = Between(between)
+    out = model(torch.randn(2, 3, 8, 8))
+    row = follows(model)
+    assert row.follows == expected
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert follows(model, "a").follows == "- (a model input, or frozen)"
+    assert f"c  <-  {expected}" in format_chain(kn_chain(model))
+
+
+def test_concatenation():
+    model = Between(lambda m, a, b: torch.cat([F.relu(a), b], 1), width=8)
+    model(torch.randn(2, 3, 8, 8))
+    row = follows(model)
+    assert row.follows == "concat(relu(a), b)" and row.sources == ("a", "b")
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_everything_else_ends_the_chain_and_the_layer_is_batchnorm(what):
+    between, reason = ENDS[what]
+    model = Between(between)
+    out = model(torch.randn(2, 3, 8, 8))
+    row = follows(model)
+    assert row.follows.startswith("- (") and row.sources == ()
+    assert any(part in row.follows for part in reason.split("|")), row.follows
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.var((0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=0)
+
+
+def test_values_follow_the_rules():
+    """Numbers, by hand: what each rule makes of N(1, 4) and N(-1, 1)."""
+    from cbn_det.norms.prediction import Setting, rectified
+
+    pairs = {"a": (1.0, 4.0), "b": (-1.0, 1.0)}
+    m, v = (float(t) for t in rectified(torch.tensor(1.0), torch.tensor(4.0)))
+    n, w = (float(t) for t in rectified(torch.tensor(-1.0), torch.tensor(1.0)))
+    mix = (1.0 + n) / 2
+    expected = {
+        "nothing": (1.0, 4.0),
+        "relu": (m, v),
+        "up": (0.0, 5.0),
+        "scale": (3.0, 36.0),
+        "shift": (4.0, 4.0),
+        "levels": (mix, ((4.0 + (1.0 - mix) ** 2) + (w + (n - mix) ** 2)) / 2),
+    }
+    for rule, (mean, var) in expected.items():
+        model = Between(RULES[rule][0])
+        with torch.no_grad():
+            model.scale.fill_(3.0)
+            for name, (beta, variance) in pairs.items():
+                getattr(model, name).bias.fill_(beta)
+                getattr(model, name).weight.fill_(variance**0.5)
+        model(torch.randn(2, 3, 8, 8))
+        found = model.c.chain.source.moments(Setting(torch.empty(0), False))
+        for got, number in zip(found, (mean, var), strict=True):
+            torch.testing.assert_close(got, torch.full((4,), number), msg=rule)
+
+
+def test_a_norm_without_a_convolution_before_it():
+    model = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), KN2d(4))
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "3").follows == "- (fed by Relu, not by a convolution)"
+
+
+def test_frozen_parts_end_it_and_released_ones_do_not():
+    model = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), conv(), KN2d(4), nn.ReLU(), conv(), KN2d(4))
+    for p in model[:5].parameters():
+        p.requires_grad_(False)
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "4").follows == "- (its convolution is frozen)"
+    assert follows(model, "7").follows == "- (a model input, or frozen)"
+    model.requires_grad_(True)
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "4").follows == "relu(1)" and follows(model, "7").follows == "relu(4)"
+
+
+def test_replacing_a_module_has_layers_look_anew():
+    model = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), conv(), KN2d(4), nn.ReLU(), conv(), KN2d(4))
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "7").follows == "relu(4)"
+    model[4] = KN2d(4)
+    assert follows(model, "7").follows == "?"
+    model(torch.randn(2, 3, 8, 8))
+    assert model[7].chain.source.source.layer is model[4]
+    model[4] = nn.Identity()
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "7").follows == "relu(3(relu(1)))"
+    model[6] = conv()
+    model(torch.randn(2, 3, 8, 8))
+    assert model[7].chain.weight is model[6].weight
+
+
+def test_assigned_parameters_are_followed():
+    model = Between(RULES["conv"][0])
+    model(torch.randn(2, 3, 8, 8))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model(torch.randn(2, 3, 8, 8))
+    held = [vars(part).get("weight") for part in model.c.chain.walk()]
+    assert any(w is model.conv_c.weight for w in held)
+    assert any(w is model.conv_free.weight for w in held)
+
+
+def test_a_part_that_was_copied_out_looks_anew():
+    whole = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), nn.Sequential(conv(), KN2d(4)))
+    whole(torch.randn(2, 3, 8, 8))
+    part = copy.deepcopy(whole[3])
+    part(torch.randn(2, 4, 8, 8))
+    assert kn_chain(part)[0].follows == "- (a model input, or frozen)"
+
+
+def test_before_the_first_forward_nothing_is_known():
+    model = Between(RULES["relu"][0])
+    assert {row.follows for row in kn_chain(model)} == {"?"} and kn_chain(nn.ReLU()) == []
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8, 8))
+    assert follows(model).follows == "?"
+
+
+def test_other_norms_of_ours_are_sources():
+    model = nn.Sequential(
+        conv(3), build_norm("CBN(window=2, burn_in=0)", 4), nn.ReLU(), conv(), KN2d(4, gain=0.5)
+    )
+    model(torch.randn(2, 3, 8, 8))
+    assert follows(model, "4").follows == "relu(1)"
+
+
+def resnet18_rows(stem: str, names: dict[str, str]) -> dict[str, str]:
+    """What a person would write down for a ResNet of two blocks a stage, in a model's own names."""
+    rows = {names["stem"]: stem}
+    block = f"relu({names['stem']})"  # the max pooling keeps the moments
+    for stage in range(4):
+        for index in range(2):
+            first, second, short = (
+                names[key].format(stage=stage, index=index) for key in ("first", "second", "short")
+            )
+            projected = index == 0 and (stage > 0 or names.get("first stage projects"))
+            rows[first] = block
+            rows[second] = f"relu({first})"
+            if projected:
+                rows[short] = block
+            block = f"relu({second} + {short if projected else block})"
+        rows[f"after {stage}"] = block
+    return rows
+
+
+def test_torchvision_resnet():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18(norm_layer=lambda c: KN2d(c, gain=0.5))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    names = {
+        "stem": "bn1",
+        "first": "layer{stage}.{index}.bn1",
+        "second": "layer{stage}.{index}.bn2",
+        "short": "layer{stage}.{index}.downsample.1",
+    }
+    expected = resnet18_rows("- (a model input, or frozen)", names)
+    for number in (3, 2, 1, 0):  # torchvision counts stages from 1
+        expected = {
+            key.replace(f"layer{number}.", f"layer{number + 1}."): value.replace(
+                f"layer{number}.", f"layer{number + 1}."
+            )
+            for key, value in expected.items()
+        }
+    found = {row.name: row.follows for row in kn_chain(model)}
+    assert found == {k: v for k, v in expected.items() if not k.startswith("after")}
+    assert len(found) == 20
+
+
+# ---- detectron2 ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Iterator[Any]:
+    import zoo_models
+
+    import cbn_det
+
+    cbn_det.register()
+    yield zoo_models
+    cbn_det.unregister()
+
+
+@pytest.mark.detectron2
+def test_faster_rcnn_r18_fpn(zoo):
+    changes = [("MODEL.RESNETS.DEPTH", 18), ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)]
+    model = zoo.build("faster_rcnn_fpn", "KN(gain=0.5)", changes)
+    zoo.train(model, 1, lr=0.01)
+    body = "backbone.bottom_up."
+    names = {
+        "stem": f"{body}stem.conv1.norm",
+        "first": f"{body}res{{stage}}.{{index}}.conv1.norm",
+        "second": f"{body}res{{stage}}.{{index}}.conv2.norm",
+        "short": f"{body}res{{stage}}.{{index}}.shortcut.norm",
+        "first stage projects": "stem of 8 channels",
+    }
+    expected = resnet18_rows("- (a model input, or frozen)", names)
+    for number in (3, 2, 1, 0):
+        expected = {
+            key.replace(f"res{number}.", f"res{number + 2}."): value.replace(
+                f"res{number}.", f"res{number + 2}."
+            )
+            for key, value in expected.items()
+        }
+    laterals = [f"backbone.fpn_lateral{level}.norm" for level in (2, 3, 4, 5)]
+    outputs = [f"backbone.fpn_output{level}.norm" for level in (2, 3, 4, 5)]
+    for k in range(4):
+        expected[laterals[k]] = expected.pop(f"after {k}")
+        expected[outputs[k]] = " + ".join(laterals[k:])
+    head = "roi_heads.box_head.conv{}.norm"
+    expected[head.format(1)] = f"mixture({', '.join(f'roi({name})' for name in outputs)})"
+    expected[head.format(2)] = f"relu({head.format(1)})"
+    found = {row.name: row.follows for row in kn_chain(model)}
+    assert found == expected
+    assert len(found) == 21 + 8 + 2
+
+
+@pytest.mark.detectron2
+def test_freeze_at_2_starts_the_chain_at_res3(zoo):
+    model = zoo.build("mask_rcnn", "KN(gain=0.5)", [("MODEL.BACKBONE.FREEZE_AT", 2)])
+    zoo.train(model, 1, lr=0.01)
+    found = {row.name: row.follows for row in kn_chain(model)}
+    end = "- (a model input, or frozen)"
+    body = "backbone.bottom_up."
+    assert not any(".res2." in name or ".stem." in name for name in found)
+    ends = [name for name, text in found.items() if text.startswith("-")]
+    assert [found[name] for name in ends] == [end] * 3
+    first = [f"{body}res3.0.conv1.norm", f"{body}res3.0.shortcut.norm"]
+    assert set(ends) == {"backbone.fpn_lateral2.norm", *first}
+    before = found[f"{body}res4.0.conv1.norm"]
+    # frozen while it runs: what follows ends there now
+    for block in model.backbone.bottom_up.res3.children():
+        block.freeze()
+    zoo.train(model, 1, lr=0.01)
+    found = {row.name: row.follows for row in kn_chain(model)}
+    assert "res3" in before and found[f"{body}res4.0.conv1.norm"] == end
+
+
+@pytest.mark.detectron2
+def test_retinanet_levels_have_chains_of_their_own(zoo):
+    model = zoo.build("retinanet", "KN(gain=0.5)")
+    zoo.train(model, 1, lr=0.01)
+    found = {row.name: row for row in kn_chain(model)}
+    for subnet in ("cls", "bbox"):
+        for level in range(5):
+            first, second = (f"head.{subnet}_subnet.{k}.{level}" for k in (1, 4))
+            if level < 3:
+                assert found[first].follows == f"backbone.fpn_output{level + 3}.norm"
+            else:  # made of res5 by convolutions without a norm
+                assert found[first].follows.startswith(f"backbone.top_block.p{level + 3}(relu(")
+                assert "backbone.bottom_up.res5.2.conv3.norm" in found[first].sources
+            assert found[second].follows == f"relu({first})"

@@ -1,0 +1,391 @@
+"""GKN against the equations written out in kalman.py, and GroupNorm; the chain in evaluation."""
+
+import copy
+import io
+import pickle
+
+import kalman
+import pytest
+import torch
+from kalman import Kalman
+from torch import nn
+from torch.nn import functional as F
+
+from cbn_det.norms import chain
+from cbn_det.norms.chain import find_chain, kn_chain
+from cbn_det.norms.gkn import GKN2d
+from cbn_det.norms.kn import KN2d
+from cbn_det.norms.spec import build_norm
+
+both = pytest.mark.parametrize("recursion", ["consistent", "authors"])
+
+
+def images(seed, n=2, size=8, channels=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, channels, size, size, generator=generator, dtype=dtype)
+
+
+class Net(nn.Module):
+    """A stem, a residual block and a head, which may be left out of a forward."""
+
+    def __init__(self, **options):
+        super().__init__()
+        options = {"groups": 2, "gain": 0.6, **options}
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), GKN2d(4, **options)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), GKN2d(4, **options)
+        self.conv3, self.norm3 = nn.Conv2d(4, 6, 3, groups=2), GKN2d(6, **options)
+        self.with_head = True
+        torch.manual_seed(3)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+
+    def forward(self, x):
+        x = F.relu_(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x)) + x)
+        return self.norm3(self.conv3(x)) if self.with_head else x
+
+    def reference(self, x, gain, recursion):
+        a, b, c = (Kalman(n, gain, groups=2) for n in (self.norm1, self.norm2, self.norm3))
+        relu = kalman.rectified
+        x = F.relu(a(self.conv1(x), None))
+        before = relu(*a.handed(recursion))
+        y = b(self.conv2(x), kalman.convolved(*before, self.conv2))
+        handed = b.handed(recursion)
+        after = relu(handed[0] + before[0], handed[1] + before[1])
+        return c(self.conv3(F.relu(y + x)), kalman.convolved(*after, self.conv3))
+
+
+def gradients(out, leaves):
+    probe = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((probe * out + out**3 / 5).sum(), leaves)
+
+
+# ---- the method ------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("gain", [0.3, 0.9, "learned"])
+def test_outputs_and_gradients_equal_the_equations(recursion, gain):
+    torch.manual_seed(0)
+    model = Net(gain=gain, recursion=recursion).double()
+    if gain == "learned":
+        nn.init.constant_(model.norm2.gain_logit, 0.7)
+        nn.init.constant_(model.norm3.gain_logit, -0.2)
+    twin = copy.deepcopy(model)
+    x, z = (images(1).requires_grad_() for _ in range(2))
+    ours, theirs = model(x), twin.reference(z, None if gain == "learned" else gain, recursion)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    leaves = [(n, p) for n, p in model.named_parameters() if n != "norm1.gain_logit"]
+    others = [p for n, p in twin.named_parameters() if n != "norm1.gain_logit"]
+    a = gradients(ours, [x, *(p for _, p in leaves)])
+    b = gradients(theirs, [z, *others])
+    for name, g, h in zip(["input", *(n for n, _ in leaves)], a, b, strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@both
+def test_gradcheck(recursion):
+    model = Net(recursion=recursion).double()
+    x = images(1, n=1, size=5).requires_grad_()
+    assert torch.autograd.gradcheck(model, [x], atol=1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_without_gain_it_is_groupnorm(affine):
+    x = images(1, channels=8, dtype=torch.float32).requires_grad_()
+    ours = build_norm(f"GKN(groups=4, gain=0, eps=1e-3, affine={affine})", 8)
+    theirs = nn.GroupNorm(4, 8, eps=1e-3, affine=affine)
+    a, b = ours(x), theirs(x)
+    assert torch.equal(a, b) and torch.equal(gradients(a, [x])[0], gradients(b, [x])[0])
+    assert isinstance(ours, nn.GroupNorm) and not isinstance(ours, nn.BatchNorm2d)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_the_first_layer_of_a_chain_is_groupnorm():
+    model = Net().double()
+    x = images(1)
+    y = model.conv1(x)
+    expected = F.group_norm(y, 2, model.norm1.weight, model.norm1.bias)
+    assert torch.equal(model.norm1(y), expected)
+    assert model.state_dict().keys() == {
+        f"{layer}{k}.{p}"
+        for layer in ("conv", "norm")
+        for k in (1, 2, 3)
+        for p in ("weight", "bias")
+    }
+
+
+@both
+def test_samples_do_not_see_each_other(recursion):
+    model = Net(recursion=recursion).double()
+    x = images(1, n=3)
+    together = model(x)
+    x[1:] *= 50.0
+    torch.testing.assert_close(model(x)[:1], together[:1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(x[:1]), together[:1], rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_rois_of_several_images_follow_their_mixture(recursion):
+    """Another number of samples than before: each sample's chain ends, in one of all."""
+    ops = pytest.importorskip("torchvision").ops
+
+    class Rois(nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = {"groups": 2, "gain": 0.5, "recursion": recursion}
+            self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), GKN2d(4, **options)
+            self.conv2, self.norm2 = nn.Conv2d(4, 4, 3), GKN2d(4, **options)
+
+        def forward(self, x):
+            x = self.norm1(self.conv1(x))
+            boxes = [torch.tensor([[0.0, 0, 6, 6], [1, 1, 5, 5], [2, 2, 6, 6]])] * len(x)
+            return self.norm2(self.conv2(ops.roi_align(x, boxes, (4, 4))))
+
+        def reference(self, x):
+            norms = [Kalman(n, 0.5, groups=2) for n in (self.norm1, self.norm2)]
+            y = norms[0](self.conv1(x), None)
+            mean, var = norms[0].handed(recursion)
+            if mean.dim() == 2:
+                first, second = mean.mean(0, keepdim=True), (var + mean**2).mean(0, keepdim=True)
+                mean, var = first, second - first**2
+            boxes = [torch.tensor([[0.0, 0, 6, 6], [1, 1, 5, 5], [2, 2, 6, 6]])] * len(x)
+            y = self.conv2(ops.roi_align(y, boxes, (4, 4)))
+            return norms[1](y, kalman.convolved(mean, var, self.conv2))
+
+    model = Rois()
+    x = images(1, dtype=torch.float32)
+    torch.testing.assert_close(model(x), model.reference(x), rtol=1e-4, atol=1e-4)
+    assert kn_chain(model)[1].follows == "roi(norm1)"
+
+
+def test_kn_and_gkn_follow_each_other():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), GKN2d(4, groups=2, gain=0.5, recursion="authors"), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), KN2d(4, gain=0.5, recursion="authors"), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), GKN2d(4, groups=2, gain=0.5, recursion="authors"),
+    )  # fmt: skip
+    for train in (True, False):
+        out = model.train(train)(images(1, size=12, dtype=torch.float32))
+        out.pow(2).mean().backward()
+        assert out.isfinite().all()
+    assert [row.follows for row in kn_chain(model)[1:]] == ["relu(1)", "relu(4)"]
+
+
+# ---- training and evaluation -----------------------------------------------------------------
+
+
+def trained(**options):
+    torch.manual_seed(0)
+    model = Net(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for t in range(3):
+        optimizer.zero_grad()
+        model(images(t, dtype=torch.float32)).pow(3).mean().backward()
+        optimizer.step()
+    return model
+
+
+X = images(9, dtype=torch.float32)
+CONTEXTS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "grad": torch.enable_grad,
+}
+
+
+@both
+def test_evaluation_is_what_training_is(recursion):
+    model = trained(recursion=recursion)
+    expected = model(X)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(X), expected)
+        plain = copy.deepcopy(model)
+        for norm in (plain.norm1, plain.norm2, plain.norm3):
+            norm.gain = 0.0
+        assert not torch.allclose(plain(X), expected, atol=1e-2)
+
+
+@both
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_loaded_checkpoint_evaluates_as_the_model_that_was_trained(recursion, context):
+    model = trained(recursion=recursion).eval()
+    fresh = Net(recursion=recursion).eval()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    with CONTEXTS[context]():
+        x = X + 0.0  # where there is no graph, a tensor that could not be part of one
+        assert torch.equal(fresh(x), model(x))
+    assert kn_chain(fresh) == kn_chain(model)
+    assert all(not m.training for m in fresh.modules())
+
+
+@pytest.mark.parametrize("frozen", ["weights", "average"])
+def test_models_of_which_nothing_is_trained(frozen):
+    model = trained().eval()
+    other = copy.deepcopy(model) if frozen == "average" else Net().eval()
+    other.load_state_dict(model.state_dict())
+    other.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(other(X), model(X))
+    assert not any(p.requires_grad for p in other.parameters())
+    again = pickle.loads(pickle.dumps(other))
+    file = io.BytesIO()
+    torch.save(other, file)
+    file.seek(0)
+    with torch.no_grad():
+        for copied in (again, torch.load(file, weights_only=False)):
+            assert torch.equal(copied(X), model(X))
+
+
+def test_a_head_that_a_first_forward_leaves_out_is_found_later():
+    model = trained().eval()
+    fresh = Net().eval()
+    fresh.load_state_dict(model.state_dict())
+    fresh.with_head = False
+    with torch.no_grad():
+        fresh(X)
+        assert kn_chain(fresh)[2].follows == "?"
+        fresh.with_head = True
+        assert torch.equal(fresh(X), model(X))
+
+
+def test_looking_happens_once_and_leaves_no_trace():
+    fresh = nn.Sequential(Net(), nn.Dropout(0.5)).eval()
+    calls = []
+    fresh[0].conv1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        for _ in range(3):
+            fresh(X)
+    assert calls == [True, False, False, False]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in fresh.parameters())
+
+
+def test_finding_the_chain_by_hand():
+    fresh = Net()
+    find_chain(fresh, X)
+    assert [row.follows for row in kn_chain(fresh)[1:]] == [
+        "relu(norm1)",
+        "relu(norm2 + relu(norm1))",
+    ]
+    assert all(m.training for m in fresh.modules())
+    kn = nn.Sequential(nn.Conv2d(3, 4, 3), KN2d(4), nn.Conv2d(4, 4, 3), KN2d(4))
+    before = kn[1].running_mean.clone()
+    find_chain(kn, X)
+    assert kn_chain(kn)[1].follows == "1" and torch.equal(kn[1].running_mean, before)
+
+
+def test_a_forward_that_cannot_be_traced_says_so():
+    class Picky(Net):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+
+    model = Picky().eval()
+    with pytest.raises(RuntimeError, match="find_chain"), torch.no_grad():
+        model(X, scale=2.0)
+    assert chain._outermost is None
+    find_chain(model, X, scale=2.0)
+    with torch.no_grad():
+        assert model(X, scale=2.0).isfinite().all()
+
+
+def test_compiled_in_evaluation():
+    model = trained().eval()
+    fresh = Net().eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(X)
+        for m in (model, fresh):
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(m, backend="eager")(X), expected)
+
+
+@both
+def test_no_graph_outlives_the_backward_pass(recursion):
+    model = Net(recursion=recursion)
+    loss = model(X).pow(2).mean()
+    loss.backward()
+    for norm in (model.norm1, model.norm2, model.norm3):
+        assert norm.handed is None or norm.handed[0].grad_fn is None
+    with torch.no_grad():
+        model(X)
+    assert all(n.handed is None or n.handed[0].grad_fn is None for n in (model.norm1, model.norm3))
+
+
+# ---- formats ---------------------------------------------------------------------------------
+
+
+@both
+def test_formats(recursion):
+    model = trained(recursion=recursion)
+    expected = model(X).detach()
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    z = X.to(memory_format=torch.channels_last).requires_grad_()
+    out = twin(z)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    out.sum().backward()
+    assert z.grad.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(X)
+    assert out.dtype == torch.bfloat16
+    assert float((out - expected).detach().norm() / expected.norm()) < 0.05
+    empty = model(torch.zeros(0, 3, 8, 8))
+    empty.sum().backward()
+    assert empty.shape == (0, 6, 6, 6)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.norm3.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"groups": 3}, "groups=3.*8 channels"),
+        ({"groups": 0}, "groups"),
+        ({"groups": 2, "gain": 1}, "gain"),
+        ({"groups": 2, "recursion": "x"}, "consistent.*authors"),
+        ({"groups": 2, "eps": -1}, "eps"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        GKN2d(8, **options)
+
+
+def test_options_build_the_same_layer_again():
+    norm = build_norm("GKN(groups=4, gain='learned', recursion='authors', detach=True)", 8)
+    assert GKN2d(8, **norm.options()).options() == norm.options()
+    assert set(norm.state_dict()) == {"weight", "bias", "gain_logit"}
+    with pytest.raises(ValueError, match="4D"):
+        norm(torch.zeros(2, 8))
+
+
+# ---- detectron2 ------------------------------------------------------------------------------
+
+
+@pytest.mark.detectron2
+def test_a_detector_from_a_checkpoint():
+    import zoo_models
+
+    import cbn_det
+
+    cbn_det.register()
+    try:
+        changes = [
+            ("MODEL.RESNETS.STEM_OUT_CHANNELS", 16),
+            ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+        ]
+        spec = "GKN(groups=4, gain=0.5)"
+        model = zoo_models.build("mask_rcnn", spec, changes)
+        zoo_models.train(model, 2, lr=0.01)
+        fresh = zoo_models.build("mask_rcnn", spec, changes, seed=1)
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        outs = [zoo_models.evaluate(m)[0]["instances"] for m in (model, fresh)]
+        assert len(outs[0]) and torch.equal(outs[0].pred_boxes.tensor, outs[1].pred_boxes.tensor)
+        assert torch.equal(outs[0].scores, outs[1].scores)
+        assert kn_chain(fresh) == kn_chain(model)
+        assert sum(row.follows.startswith("-") for row in kn_chain(model)) == 1
+    finally:
+        cbn_det.unregister()
