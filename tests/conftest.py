@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ def _why_no_detectron2() -> str | None:
     except Exception as error:  # a broken build fails with more than ImportError
         return f"{NO_DETECTRON2}: {error}"
     return None
+
+
+def pytest_configure() -> None:
+    # A shell's background job ignores Ctrl-C, and so would every run that a test interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

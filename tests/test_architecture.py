@@ -93,6 +93,49 @@ def test_tools_are_thin() -> None:
         assert len(functions) <= 3, f"{path.name}: parse arguments, call one function"
 
 
+# what the standalone engine is assembled from, and what it would import to make a part itself
+PARTS = {
+    "FPN": "torchvision.models.detection.backbone_utils.BackboneWithFPN",
+    "RPN": "torchvision.models.detection.rpn.RegionProposalNetwork",
+    "RPN head": "torchvision.models.detection.rpn.RPNHead",
+    "anchors": "torchvision.models.detection.anchor_utils.AnchorGenerator",
+    "RoI heads": "torchvision.models.detection.roi_heads.RoIHeads",
+    "RoIAlign": "torchvision.ops.MultiScaleRoIAlign",
+    "box head": "torchvision.models.detection.faster_rcnn.FastRCNNConvFCHead",
+    "mask head": "torchvision.models.detection.mask_rcnn.MaskRCNNHeads",
+    "detector": "torchvision.models.detection.generalized_rcnn.GeneralizedRCNN",
+    "augmentation": "torchvision.transforms.v2",
+    "annotations": "pycocotools.coco.COCO",
+    "evaluation": "pycocotools.cocoeval.COCOeval",
+}
+RAW_MATERIAL = (
+    *(f"torchvision.ops.{name}" for name in ("nms", "batched_nms", "box_iou", "roi_align")),
+    *(f"torchvision.ops.{name}" for name in ("roi_pool", "clip_boxes_to_image", "boxes", "focal")),
+    "torchvision.models.detection._utils",
+    "torchvision.models.resnet.BasicBlock",
+    "torchvision.models.resnet.Bottleneck",
+)
+
+
+def test_the_standalone_engine_is_assembled_not_written() -> None:
+    """It stays small as long as it imports the parts of a detector and nothing to make them of."""
+    files = python_files(PACKAGE / "standalone")
+    imported = set().union(*(imports_of(path) for path in files))
+    assert not {part: name for part, name in PARTS.items() if name not in imported}
+    assert not [name for name in imported if name.startswith(RAW_MATERIAL)]
+    modules = [
+        node.name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        and any(
+            "Module" in ast.unparse(base) or "Sequential" in ast.unparse(base)
+            for base in node.bases
+        )
+    ]
+    assert sorted(modules) == ["BoxPredictor", "MaskPredictor"]
+
+
 @pytest.mark.parametrize("module", ["cbn_det", "cbn_det.norms", "cbn_det.study.compare"])
 def test_imports_without_detectron2(module: str, source_env: dict[str, str]) -> None:
     blocked = ["detectron2"] + (["fvcore", "pycocotools", "cv2"] if "norms" in module else [])

@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms import v2
 
 from cbn_det.norms import CBN2d, norm_rows
 from cbn_det.run.errors import ConfigError
@@ -339,3 +340,20 @@ def test_every_model_key_changes_the_model() -> None:
         for key, value in changes.items():
             after = fingerprint(build_model(config(*opts, key, value, norm="GN")))
             assert after != before, key
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "expected"),
+    [(40, 40, (30, 40)), (40, 60, (40, 53)), (60, 1000, (60, 80)), (120, 120, (90, 120))],
+)
+def test_images_to_evaluate_are_resized_as_those_to_train_on(
+    smallest: int, largest: int, expected: tuple[int, int]
+) -> None:
+    """With antialiasing, and also where shortest and longest side may be equally long."""
+    words = ("INPUT.MIN_SIZE_TEST", str(smallest), "INPUT.MAX_SIZE_TEST", str(largest))
+    transform = build_model(config(*words)).eval().transform
+    image = torch.rand(3, 90, 120) * 255
+    resized, target = transform.resize(image)
+    assert tuple(resized.shape[1:]) == expected and target is None
+    assert torch.equal(resized, v2.functional.resize(image, list(expected), antialias=True))
+    assert transform.train().resize(image)[0] is image

@@ -37,8 +37,8 @@ class BGN2d(SmallBatchNorm2d):
     Args:
         num_features: channels C.
         groups: G, the number of groups of channels; fewer groups pool more values. A layer whose C
-            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. For
-            the measured default see the README.
+            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. The
+            default is a choice, not yet a measurement.
         ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
 
     Raises:

@@ -30,7 +30,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms import v2
 
 from ..norms import check_bindings
 from ..run.errors import ConfigError
@@ -81,7 +81,7 @@ class _Transform(GeneralizedRCNNTransform):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         if self.training:  # the data loader has done it
             return image, target
-        return resize(image, [self.min_size[-1]], max_size=self.max_size, antialias=True), target
+        return v2.RandomShortestSize(self.min_size[-1], self.max_size)(image), target
 
 
 def _norm(cfg: CfgNode, section: str) -> NormLayer:
