@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from test_norms_ddp import run
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -526,5 +526,5 @@ def _two_ranks(rank: int, world: int) -> dict[str, list[float]]:
 
 
 def test_a_synchronised_model_trains_on_two_ranks(tmp_path) -> None:
-    first, second = run(_two_ranks, 2, tmp_path)
+    first, second = run_ranks(_two_ranks, 2, tmp_path)
     assert first == second and "module.1.weight" in first

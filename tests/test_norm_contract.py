@@ -1,5 +1,5 @@
-"""The contract of SmallBatchNorm2d: what holds for every method. A new method joins SPECS, and
-what does not hold for it, EXCEPTIONS."""
+"""The contract of SmallBatchNorm2d, and of GKN where it applies: what holds for every method. A new
+method joins SPECS, and what does not hold for it, EXCEPTIONS."""
 
 import copy
 import io
@@ -38,28 +38,51 @@ SPECS = {
     "MBN window 1": "MBN(window=1, burn_in=0)",
     "KN": "KN(gain=0.3)",
     "KN authors": "KN(gain=0.3, recursion='authors')",
+    "GKN": "GKN(groups=2, gain=0.3)",
+    "GKN authors": "GKN(groups=2, gain=0.3, recursion='authors')",
 }
+
+_A_GROUPNORM = "it is a GroupNorm, with no statistics, memory or clock: test_gkn.py"
 
 # What does not hold, and for which norm (its name, or a key of SPECS): {test: {norm: why}}
 EXCEPTIONS = {
+    **{
+        test: {"GKN": _A_GROUPNORM}
+        for test in (
+            "test_evaluation_is_batchnorm_and_checkpoints_are_its",
+            "test_memory_is_in_no_state_dict_parameter_or_buffer",
+            "test_an_iteration_with_empty_input_only_is_none",
+            "test_precise_bn_computes_population_statistics",
+            "test_statistics_found_by_channel_become_the_layers",
+            "test_momentum_of_one_keeps_the_batch_itself_in_a_forward_without_gradient",
+            "test_checkpointed_forwards_whose_backward_comes_later_are_staged_once_each",
+            "test_one_step_of_any_optimiser_is_one_iteration",
+            "test_two_optimisers_stepping_together_are_one_iteration",
+            "test_a_skipped_step_is_no_iteration",
+        )
+    },
     "test_running_statistics_average_mini_batches": {
+        "GKN": _A_GROUPNORM,
         "MBN": "they are the memory's combined statistics: test_mbn.py",
         "CBN": "they average the window's statistics: the test after it",
         "MBN window 1": None,  # remembers nothing, so that it holds
         "CBN window 1": None,
     },
     "test_accumulated_forwards_pool_to_one_of_the_whole_batch": {
-        "CBN central crop": "of the whole batch a crop takes other positions"
+        "GKN": _A_GROUPNORM,
+        "CBN central crop": "of the whole batch a crop takes other positions",
     },
     "test_forwards_without_gradient_read_and_never_write": {
         "BRN": "the running statistics, which such forwards move, take part in training"
     },
     "test_forwards_without_gradient_may_come_first_after_a_step": {"BRN": "likewise"},
     "test_reentrant_activation_checkpointing_changes_nothing": {
-        "KN": "its first pass has no graph to find the chain in: that iteration is BatchNorm"
+        "KN": "its first pass has no graph to find the chain in: that iteration is BatchNorm",
+        "GKN": "likewise: test_backbones.py finds the chain before",
     },
     "test_without_gradient_a_cumulative_average_is_the_mean_over_batches": {
-        "MBN": "after burn-in the running statistics are the memory's"
+        "GKN": _A_GROUPNORM,
+        "MBN": "after burn-in the running statistics are the memory's",
     },
     "test_the_output_of_a_new_layer_is_standardised": {
         "BRN": "by its limits r_max and d_max only as far as they allow"
@@ -122,7 +145,12 @@ def train(model, optimizer, seeds, forward=None):
 
 
 def norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+
+
+def variances(norm):
+    """Of the running statistics; none of a GroupNorm."""
+    return getattr(norm, "running_var", torch.zeros(0))
 
 
 def memory(model):
@@ -286,7 +314,7 @@ def test_one_value_per_channel(spec):
         loss_of(out).backward()
         assert out.isfinite().all() and x.grad.isfinite().all()
         sgd(model).step()
-    assert model[1].running_var.isfinite().all() and (model[1].running_var >= 0).all()
+    assert variances(model[1]).isfinite().all() and (variances(model[1]) >= 0).all()
 
 
 @every_norm
@@ -304,7 +332,7 @@ def test_constant_and_dead_channels(spec, value):
         assert out.isfinite().all()
         assert all(p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
-    assert (model[1].running_var >= 0).all()
+    assert (variances(model[1]) >= 0).all()
 
 
 @every_norm
@@ -415,7 +443,8 @@ def test_copies_go_on_alike_and_apart(spec, how, in_mid_step):
         model[0](images(99))  # the norm holds an input that no copy should carry
     other = COPIES[how](model)
     for norm in norms(other):
-        assert norm.conv is None or any(norm.conv is m for m in other.modules())
+        conv = getattr(norm, "conv", None)
+        assert conv is None or any(conv is m for m in other.modules())
         assert norm.__dict__.get("_conv_input") is None
     assert_same(memory(model), memory(other))
     plain = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, other)]
@@ -458,7 +487,7 @@ def test_moving_dtype_and_half(spec):
     assert train_out.dtype == torch.float64
     torch.testing.assert_close(train_out.float(), model(images(5)), rtol=1e-3, atol=1e-4)
     model = copy.deepcopy(model).half()  # weights; statistics do not survive 16 bits
-    window = norms(model)[0]._window
+    window = getattr(norms(model)[0], "_window", None)
     if window is not None and "mean" in window:
         assert window["mean"].dtype == window["var"].dtype == torch.float32
     out = model(images(5).half())
@@ -488,10 +517,10 @@ def test_autocast(spec):
             optimizer.step()
             optimizer.zero_grad()
     for norm, other in zip(norms(model), norms(exact), strict=True):
-        assert norm.running_mean.dtype == torch.float32
-        for value in norm._staged.values():
+        assert variances(norm).dtype == torch.float32
+        for value in getattr(norm, "_staged", {}).values():
             assert value.dtype == torch.float32
-        torch.testing.assert_close(norm.running_var, other.running_var, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(variances(norm), variances(other), rtol=0.05, atol=0.05)
 
 
 @every_norm
@@ -510,11 +539,12 @@ def test_off_centre_activations_keep_their_variance(spec, ratio, channels_last):
         out = model(x)
         # the convolution rounds too: the reference normalises the same activations
         y = model[0](x).double()
-        norms(model)[0]._take_conv_input()
-        exact[1]._keep_input(exact[0], (x.double(),))
         with torch.no_grad():
             exact[0].weight.copy_(model[0].weight)
-        exact[1].__dict__["_binding_checked"] = True
+        if isinstance(exact[1], nn.BatchNorm2d):
+            norms(model)[0]._take_conv_input()
+            exact[1]._keep_input(exact[0], (x.double(),))
+            exact[1].__dict__["_binding_checked"] = True
         reference = exact[1](y.detach())
         error = (out.double() - reference).detach().abs().max()
         assert float(error) < 1e-5 * ratio, "in standard deviations"
@@ -530,6 +560,26 @@ def test_float16_activations_of_ten_thousand(spec):
 
 
 @every_norm
+def test_float16_activations_of_ten_thousand_behind_another_norm(spec):
+    """Where KN and GKN have something to predict from."""
+    model = stack(spec)
+    model[0].half(), model[3].half()
+    with torch.no_grad():
+        model[3].weight *= 1e4
+    for t in range(4):
+        x = images(t).half().requires_grad_()
+        y = model[3](model[2](model[1](model[0](x))))
+        assert 5e3 < float(y.detach().float().abs().max()) < 6e4
+        out = model[4](y)
+        out.float().pow(2).mean().backward()
+        assert out.dtype == torch.float16 and out.isfinite().all()
+        grads = [x.grad, *(p.grad for p in model.parameters())]
+        assert all(grad.isfinite().all() for grad in grads)
+        assert variances(model[4]).isfinite().all()
+        tick()
+
+
+@every_norm
 def test_the_output_of_a_new_layer_is_standardised(spec):
     for out, _ in outputs_at_ten_thousand(spec):
         assert 0.9 < float(out.float().std()) < 1.1
@@ -539,13 +589,15 @@ def outputs_at_ten_thousand(spec):
     """Outputs of a layer, and gradients at its input, for float16 values of that size."""
     norm = build_norm(spec, 4)
     conv = nn.Conv2d(3, 4, 1, bias=False)
-    if norm.needs_conv:
+    bound = isinstance(norm, nn.BatchNorm2d)
+    if bound and norm.needs_conv:
         norm.bind(conv)
     torch.manual_seed(0)
     for _ in range(4):
         y = (torch.randn(2, 4, 16, 16) * 100 + 1e4).half().requires_grad_()
-        norm._keep_input(conv, ((torch.randn(2, 3, 16, 16) * 100 + 1e4).half(),))
-        norm.__dict__["_binding_checked"] = True
+        if bound:
+            norm._keep_input(conv, ((torch.randn(2, 3, 16, 16) * 100 + 1e4).half(),))
+            norm.__dict__["_binding_checked"] = True
         out = norm(y)
         out.float().pow(2).mean().backward()
         yield out.detach(), y.grad
@@ -756,6 +808,8 @@ def check_checkpointing(spec, forwards, reentrant):
             optimizer.step()
             optimizer.zero_grad()
     for norm, twin in zip(norms(model), norms(other), strict=True):
+        if isinstance(norm, nn.GroupNorm):
+            continue
         assert norm._staged_forwards == twin._staged_forwards == forwards
         assert twin.__dict__.get("_conv_input") is None
         assert norm.num_batches_tracked == twin.num_batches_tracked

@@ -1,49 +1,17 @@
 """Several processes (gloo, CPU): running statistics are pooled, memory stays each rank's own, and
 nothing in forward waits for another rank."""
 
-import os
-import pickle
-import socket
-import traceback
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbn_det.norms import build_norm, memory_state_dict, sync_running_stats
 
 SPEC = "CBN(window=3, burn_in=0)"
-
-
-def _process(rank, world, port, job, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    try:
-        result = job(rank, world)
-    except Exception:
-        result = traceback.format_exc()
-    with open(os.path.join(folder, str(rank)), "wb") as file:
-        pickle.dump(result, file)
-    dist.destroy_process_group()
-
-
-def run(job, world, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_process, (world, port, job, str(folder)), world, start_method="fork")
-    results = []
-    for rank in range(world):
-        with open(os.path.join(folder, str(rank)), "rb") as file:
-            results.append(pickle.load(file))
-        assert not isinstance(results[-1], str), results[-1]
-    return results
 
 
 def model_of(seed=0):
@@ -84,7 +52,7 @@ def pool(rank, world):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_running_statistics_of_ranks_are_pooled(world, tmp_path):
-    results = run(pool, world, tmp_path)
+    results = run_ranks(pool, world, tmp_path)
     mean = np.stack([before[0] for before, _, _ in results])
     var = np.stack([before[1] for before, _, _ in results])
     pooled = mean.mean(0), var.mean(0) + mean.var(0)
@@ -109,7 +77,7 @@ def pool_nothing(rank, world):
 
 
 def test_pooling_before_any_data_changes_nothing(tmp_path):
-    for buffers in run(pool_nothing, 2, tmp_path):
+    for buffers in run_ranks(pool_nothing, 2, tmp_path):
         assert [b.mean() for b in buffers] == [3, 1, 0, 1]
 
 
@@ -143,7 +111,7 @@ def ddp(rank, world):
 
 def test_ddp_that_broadcasts_buffers_leaves_memory_alone(tmp_path):
     """One rank gets empty input in two iterations: no hang, zero gradients from it."""
-    (first, first_steps), (second, second_steps) = run(ddp, 2, tmp_path)
+    (first, first_steps), (second, second_steps) = run_ranks(ddp, 2, tmp_path)
     np.testing.assert_array_equal(first[0], second[0])  # the weights are the same
     assert abs(first[1] - second[1]).min() > 1e-4  # what is remembered is not
     assert (first_steps, second_steps) == (6, 4)
@@ -161,5 +129,5 @@ def no_communication(rank, world):
 
 
 def test_ranks_need_not_run_alike(tmp_path):
-    first, second = run(no_communication, 2, tmp_path)
+    first, second = run_ranks(no_communication, 2, tmp_path)
     np.testing.assert_array_equal(first[0], second[0])

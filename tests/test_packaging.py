@@ -242,13 +242,21 @@ def test_ctrl_c_during_the_installation_and_a_second_run(tmp_path) -> None:
 
 
 def test_two_makes_at_once_install_once(tmp_path) -> None:
-    pip = f'echo Collecting; echo begin >>"{tmp_path}/log"; sleep 1; echo end >>"{tmp_path}/log"'
+    log, go_on = tmp_path / "log", tmp_path / "go_on"
+    wait = f'while [ ! -e "{go_on}" ]; do sleep 0.05; done'
+    pip = f'echo Collecting; echo begin >>"{log}"; {wait}; echo end >>"{log}"'
     python = bare_python(tmp_path, pip)
-    both = [start_script(tmp_path, python, "-c", "print('runs')") for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
+    first = start_script(tmp_path, python, "-c", "print('runs')")
+    while not log.exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    second = start_script(tmp_path, python, "-c", "print('runs')")
+    while "waiting for it" not in (line := second.stderr.readline()):
+        assert line, "the second one did not wait"
+    go_on.touch()
+    outputs = [process.communicate(timeout=60) for process in (first, second)]
     assert [out for out, _ in outputs] == ["runs\n", "runs\n"]
-    assert (tmp_path / "log").read_text() == "begin\nend\n"
-    assert sorted("waiting for it" in err for _, err in outputs) == [False, True]
+    assert log.read_text() == "begin\nend\n"
 
 
 def test_what_does_not_import_after_the_installation_says_why(tmp_path) -> None:

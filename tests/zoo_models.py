@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from cbn_det.norms import SmallBatchNorm2d
+from cbn_det.norms import DoubleForward, GKN2d, SmallBatchNorm2d
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pkg_resources
@@ -30,6 +30,15 @@ with warnings.catch_warnings():
 
 HEIGHT, WIDTH = 96, 128
 CBN = "CBN(burn_in=0, window=4)"
+#: every method, with options that make it what it is from the first steps on
+NORMS = {
+    "CBN": CBN,
+    "KN": "KN(gain=0.5)",
+    "GKN": "GKN(groups=4, gain=0.5)",
+    "MBN": "MBN(burn_in=0, window=4)",
+    "BGN": "BGN(groups=4)",
+    "BRN": "BRN(burn_in=0, ramp=0)",
+}
 
 NARROW = [
     ("MODEL.DEVICE", "cpu"),
@@ -222,14 +231,23 @@ def _regnet(norm: str) -> nn.Module:
 LAZY: dict[str, Callable[[str], nn.Module]] = {"fcos": _fcos, "mask_rcnn_regnet": _regnet}
 
 
-def build(name: str, norm: str, changes: list[tuple[str, Any]] = (), seed: int = 0) -> nn.Module:
-    """The model with ``norm`` at every norm site, in training mode. The same seed gives the same
-    convolutions whatever the norm."""
+def build(
+    name: str,
+    norm: str,
+    changes: list[tuple[str, Any]] = (),
+    seed: int = 0,
+    sections: Mapping[str, str] = {},
+) -> nn.Module:
+    """The model in training mode, with ``norm`` at every norm site but those of ``sections``
+    (``{"FPN": "BN"}`` is MODEL.FPN.NORM). The same seed gives the same convolutions whatever the
+    norm."""
     torch.manual_seed(seed)
     if name in LAZY:
         return LAZY[name](norm).train()
     cfg = yaml_config(name, changes)
     set_norms(cfg.MODEL, norm)
+    for section, other in sections.items():
+        cfg.MODEL[section].NORM = other
     return build_model(cfg).train()
 
 
@@ -278,15 +296,20 @@ def losses(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, torch.Te
 
 
 def train(model: nn.Module, steps: int = 2, lr: float = 0.1) -> list[dict[str, float]]:
-    """SGD steps on random inputs; the losses of each. The last step's gradients stay."""
+    """SGD steps on random inputs, each with the second pass that MBN wants; the losses of each.
+    The last step's gradients stay."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    double_forward = DoubleForward(model)
     found = []
     for step in range(steps):
         optimizer.zero_grad()
         terms = losses(model, random_inputs(step))
         sum(terms.values()).backward()
         optimizer.step()
+        with EventStorage():
+            double_forward.refresh()
         found.append({key: float(value) for key, value in terms.items()})
+    double_forward.remove()
     return found
 
 
@@ -303,7 +326,12 @@ def evaluate(model: nn.Module, seed: int = 9) -> list[Any]:
 INPUT_KEYS = ("image", "height", "width")
 
 
+def our_layers(model: nn.Module) -> dict[str, SmallBatchNorm2d | GKN2d]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, (SmallBatchNorm2d, GKN2d))}
+
+
 def cbn_layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
+    """Those that keep BatchNorm's contract: all but GKN."""
     return {n: m for n, m in model.named_modules() if isinstance(m, SmallBatchNorm2d)}
 
 
@@ -313,8 +341,9 @@ def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 
 @contextmanager
 def convolutions_seen(model: nn.Module, monkeypatch: Any) -> Iterator[dict[str, nn.Parameter]]:
-    """Notes which weight made the input of each CBN layer, by the identity of the tensors that
-    ``F.conv2d`` returns: nothing of the layers' own bookkeeping is used."""
+    """Notes which weight made the input of each of our layers in its first training forward, by the
+    identity of the tensors that ``F.conv2d`` returns: nothing of the layers' own bookkeeping is
+    used."""
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     fed: dict[str, torch.Tensor] = {}
     original = F.conv2d
@@ -326,11 +355,11 @@ def convolutions_seen(model: nn.Module, monkeypatch: Any) -> Iterator[dict[str, 
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            fed[name] = made[id(args[0])][1] if id(args[0]) in made else None
+            fed.setdefault(name, made[id(args[0])][1] if id(args[0]) in made else None)
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(note(n)) for n, m in cbn_layers(model).items()]
+    hooks = [m.register_forward_pre_hook(note(n)) for n, m in our_layers(model).items()]
     with monkeypatch.context() as patch:
         patch.setattr(F, "conv2d", conv2d)
         try:

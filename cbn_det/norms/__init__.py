@@ -25,7 +25,15 @@ from .model import (
     resolve_burn_in,
     sync_running_stats,
 )
-from .spec import build_norm, known_norms, norm_class, options_of, parse_spec, register_norm
+from .spec import (
+    build_norm,
+    known_norms,
+    norm_class,
+    options_of,
+    parse_spec,
+    register_norm,
+    try_norm,
+)
 
 __all__ = [
     "BGN2d",
@@ -61,4 +69,5 @@ __all__ = [
     "register_norm",
     "resolve_burn_in",
     "sync_running_stats",
+    "try_norm",
 ]

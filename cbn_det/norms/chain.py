@@ -131,7 +131,7 @@ def _expression(node: Any) -> Expression:
     if operation in _OTHER_NORMS:
         return _other_norm(edges[1:3])
     if operation == "_Normalize":  # of a norm of ours that predicts nothing
-        return _other_norm(edges[3:5])
+        return _other_norm([_without_correction(edge) for edge in edges[3:5]])
     if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
         return Concat(tuple(_expression(edge) for edge in edges))
     if "roi_align" in node.name().lower():
@@ -162,6 +162,14 @@ def _either(edges: list[Any], multiplies: bool) -> Expression:
     if multiplies:
         raise _ChainEnds("no rule for a product of activations")
     return Sum(_expression(edges[0]), _expression(edges[1]))
+
+
+def _without_correction(node: Any) -> Any:
+    """The edge of a weight or bias, before an estimate's scale and shift were taken into it (Batch
+    Renormalization's, which on average change nothing)."""
+    if node is not None and _operation(node) in ("Add", "Mul"):
+        return node.next_functions[0][0]
+    return node
 
 
 def _other_norm(edges: list[Any]) -> Expression:

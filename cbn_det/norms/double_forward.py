@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
 from .base import SmallBatchNorm2d, in_backward
+from .repeat import FrozenParts
 
 
 class DoubleForward:
@@ -37,9 +39,11 @@ class DoubleForward:
     as before: the statistics and memory of all other layers, every other buffer, and the random
     state. Hooks on the modules run as in any forward.
 
-    The last mini-batch's pass ends at the last layer that has something to refresh, since nothing
-    behind it can matter: predictors, losses, heads without such layers. There is no second pass at
-    all where no MBN layer asks for one: during burn-in, after they were frozen, with
+    It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
+    that has something to refresh: predictors, losses, heads without such layers are left out. In
+    the last mini-batch's, frozen stages before the first trained layer give what they gave in the
+    first pass (:class:`~cbn_det.norms.repeat.FrozenParts`). There is no second pass at all where no
+    MBN layer asks for one: during burn-in, after they were frozen, with
     ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
     optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it).
 
@@ -57,15 +61,27 @@ class DoubleForward:
     def __init__(self, model: nn.Module) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._forwards: list[_Forward] = []
+        self._others: list[SmallBatchNorm2d] = []
         self._recorded_at = clock.now()
         self._running = False
         clock.install()
-        self._handle = self.model.register_forward_pre_hook(self._record, with_kwargs=True)
+        self._frozen = FrozenParts()
+        self._recording: _Forward | None = None
+        self._handles = [
+            self.model.register_forward_pre_hook(self._record, with_kwargs=True),
+            self.model.register_forward_hook(self._end_record, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Stops recording and forgets what was recorded."""
-        self._handle.remove()
-        self._forwards = []
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+
+    def include(self, layers: Iterable[SmallBatchNorm2d]) -> None:
+        """Refreshes these layers too, which are no part of the model but are called with what its
+        layers are called with. They replace those of an earlier call."""
+        self._others = list(layers)
 
     def refresh(self) -> bool:
         """Runs the second pass of the iteration that an optimiser step has just ended.
@@ -79,49 +95,76 @@ class DoubleForward:
         """
         if clock.now() == self._recorded_at:
             return False  # no step: what was recorded belongs to an iteration that goes on
-        forwards, self._forwards = self._forwards, []
-        layers = _layers(self.model)
+        try:
+            return self._refresh()
+        finally:
+            self._forget()
+
+    def _refresh(self) -> bool:
+        layers = self._layers()
         wanting = [
             m
             for m in layers
             if m.double_forward and m.training and m._staged and m._seen == self._recorded_at
         ]
-        if not (forwards and wanting and self.model.training):
+        if not (self._forwards and wanting and self.model.training):
             return False
+        ends = _ends(self._forwards, wanting)
         devices = {layer.running_mean.device for layer in wanting}
         gpus = [device for device in devices if device.type == "cuda"]
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=gpus),
             _staging_anew(self.model, layers, wanting),
+            self._frozen.reused(),
         ):
             self._running = True
             try:
-                for forward in forwards:
-                    forward.replay(self.model)
-            except _NothingLeft:
-                pass
+                for forward, end in zip(self._forwards, ends, strict=True):
+                    with end:
+                        forward.replay(self.model)
             finally:
                 self._running = False
         return True
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model has a copy of this among its hooks: without anybody's images
-        return {**self.__dict__, "_forwards": []}
+        return {**self.__dict__, "_forwards": [], "_others": [], "_recording": None}
+
+    def _layers(self) -> list[SmallBatchNorm2d]:
+        own = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm2d)]
+        return own + self._others
 
     def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running or not model.training or not torch.is_grad_enabled() or in_backward():
             return
         if self._recorded_at != clock.now():
-            self._forwards, self._recorded_at = [], clock.now()
-        layers = [m for m in _layers(model) if m.double_forward and m.training]
+            self._forget()
+            self._recorded_at = clock.now()
+        layers = [m for m in self._layers() if m.double_forward and m.training]
         if layers:
-            self._forwards.append(_Forward.of(args, kwargs, layers[0].running_mean.device))
+            self._recording = _Forward.of(args, kwargs, layers)
+            self._forwards.append(self._recording)
+            self._frozen.keep_from(model)
+
+    def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._recording is not None and not self._running and not in_backward():
+            self._recording.count_calls()
+            self._frozen.keep_no_more()
+            self._recording = None
+
+    def _forget(self) -> None:
+        self._forwards = []
+        self._frozen.forget()
 
 
 @dataclass
 class _Forward:
-    """One recorded forward."""
+    """One recorded forward.
+
+    Attributes:
+        calls: how often it called each MBN layer with anything to stage.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -129,9 +172,13 @@ class _Forward:
     random_state: Tensor
     device_random_state: Tensor | None
     autocast: dict[str, Any]
+    calls: dict[SmallBatchNorm2d, int]
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> _Forward:
+    def of(
+        args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[SmallBatchNorm2d]
+    ) -> _Forward:
+        device = layers[0].running_mean.device
         on_gpu = device.type == "cuda"
         return _Forward(
             args,
@@ -145,7 +192,13 @@ class _Forward:
                 "dtype": torch.get_autocast_dtype(device.type),
                 "cache_enabled": False,  # casts of the weights before the step may be in the cache
             },
+            {layer: -_calls(layer) for layer in layers},
         )
+
+    def count_calls(self) -> None:
+        """At the end of the forward; at its start, what layers had before was taken off."""
+        for layer in self.calls:
+            self.calls[layer] += _calls(layer)
 
     def replay(self, model: nn.Module) -> None:
         torch.set_rng_state(self.random_state)
@@ -155,13 +208,56 @@ class _Forward:
             model(*self.args, **self.kwargs)
 
 
+def _calls(layer: SmallBatchNorm2d) -> int:
+    """Forwards of this iteration that the layer has staged, or will when they are recomputed."""
+    now = layer._seen == clock.now()
+    return layer._staged_forwards + layer._unrecorded if now else 0
+
+
 class _NothingLeft(BaseException):
-    """Ends the second pass: all that was staged has been staged anew. No Exception, so that no
+    """Ends a second pass: all that was staged has been staged anew. No Exception, so that no
     model's error handling takes it for one."""
 
 
-def _layers(model: nn.Module) -> list[SmallBatchNorm2d]:
-    return [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
+class _End:
+    """Context of one mini-batch's second pass, which it ends as soon as each layer has been called
+    as often as in the first pass; with no layers, the pass runs to its own end."""
+
+    def __init__(self, calls: dict[SmallBatchNorm2d, int]) -> None:
+        self._left = dict(calls)
+
+    def __enter__(self) -> None:
+        for layer in self._left:
+            layer._after_refresh = partial(self._called, layer)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
+        for layer in self._left:
+            layer._after_refresh = _pass
+        return kind is _NothingLeft
+
+    def _called(self, layer: SmallBatchNorm2d) -> None:
+        self._left[layer] -= 1
+        if max(self._left.values()) <= 0:
+            raise _NothingLeft
+
+
+def _pass() -> None: ...
+
+
+def _ends(forwards: list[_Forward], wanting: list[SmallBatchNorm2d]) -> list[_End]:
+    """Where the second pass of each forward ends.
+
+    A forward that did not call one of the layers is repeated as a whole, since the layer may be
+    called this time (a head that had no RoI); all are, if what layers staged in the iteration is
+    not what was counted.
+    """
+    counted = {layer: sum(f.calls.get(layer, 0) for f in forwards) for layer in wanting}
+    known = all(count == layer._staged_forwards for layer, count in counted.items())
+    ends = []
+    for forward in forwards:
+        calls = {layer: forward.calls.get(layer, 0) for layer in wanting}
+        ends.append(_End(calls if known and min(calls.values()) > 0 else {}))
+    return ends
 
 
 @contextmanager
@@ -171,18 +267,10 @@ def _staging_anew(
     """Lets the layers ``wanting`` stage anew what they staged, and nothing else change."""
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
-    left = sum(layer._staged_forwards for layer in wanting)
-
-    def after_refresh() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise _NothingLeft
-
     for layer in layers:
         layer._in_second_pass = True
     for layer in wanting:
-        layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, after_refresh
+        layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, _pass
     refreshed: set[nn.Module] = set()
     try:
         yield

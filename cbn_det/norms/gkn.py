@@ -67,7 +67,11 @@ class GKN2d(Predicting, nn.GroupNorm):
         if type(groups) is not int or groups < 1:
             raise ValueError(f"groups={groups!r}: expected a positive int")
         if num_channels % groups:
-            raise ValueError(f"groups={groups} does not divide the {num_channels} channels")
+            fitting = max(g for g in range(1, groups) if num_channels % g == 0)
+            raise ValueError(
+                f"groups={groups} does not divide the {num_channels} channels: use"
+                f" GKN(groups={fitting}) there"
+            )
         if not (is_number(eps) and eps >= 0.0):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
         super().__init__(groups, num_channels, eps=eps, affine=affine)

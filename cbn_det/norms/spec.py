@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 _NORMS: dict[str, type[nn.Module]] = {}
+_WIDEST = 4096  # channels of a layer that is built only to be looked at
 
 T = TypeVar("T", bound=type[nn.Module])
 
@@ -87,6 +89,22 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             " LazyConfig it needs inner quotes: 'model.backbone.norm=\"CBN(window=8)\"'"
         ) from None
     return call.func.id, options
+
+
+def try_norm(spec: str) -> nn.Module:
+    """Builds a layer that a config string names, of whatever width its options allow: which widths
+    they fit is for the places where layers are built to tell.
+
+    Raises:
+        ValueError: as :func:`build_norm`.
+    """
+    values = parse_spec(spec)[1].values()
+    # so many groups, say, divide as many channels
+    widths = [value for value in values if type(value) is int and 0 < value <= _WIDEST]
+    for width in (32, *widths):
+        with contextlib.suppress(ValueError):
+            return build_norm(spec, width)
+    return build_norm(spec, 32)
 
 
 def build_norm(spec: str, num_features: int, **defaults: Any) -> nn.Module:

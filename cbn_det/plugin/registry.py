@@ -20,10 +20,17 @@ import detectron2.layers.batch_norm as home
 from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..norms import SmallBatchNorm2d, build_norm, known_norms, norm_class, parse_spec
+from ..norms import (
+    SmallBatchNorm2d,
+    build_norm,
+    known_norms,
+    norm_class,
+    parse_spec,
+    try_norm,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ NormSpec = str | Callable[[int], nn.Module] | None
 _original: Callable[[NormSpec, int], nn.Module | None] = home.get_norm
 _retinanet_hook: Any = None
 _built: Counter[str] = Counter()
+_keys: dict[str, list[str]] = {}  # norm -> the keys that name it in the config checked last
 
 
 @wraps(_original)
@@ -53,7 +61,11 @@ def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
     name, _ = parse_spec(norm)
     if name in known_norms():
         _built[norm] += 1
-        return build_norm(norm, out_channels)
+        try:
+            return build_norm(norm, out_channels)
+        except ValueError as error:
+            named_by = ", ".join(_keys.get(norm, ()))
+            raise ValueError(f"{named_by}: {error}" if named_by else str(error)) from None
     try:  # a name that this detectron2 knows and we do not
         return _original(norm, out_channels)
     except KeyError:
@@ -109,6 +121,18 @@ def _not_shared(record: logging.LogRecord) -> bool:
     )
 
 
+class NormOfLevels(CycleBatchNormList):
+    """detectron2's list of norms that take turns, one for each feature level. A turn that ends by
+    an exception is over, too: Double Forward leaves its second pass so, inside the last norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = self._pos
+        try:
+            return super().forward(x)
+        finally:
+            self._pos = (turn + 1) % len(self)
+
+
 def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Gives each feature level statistics of its own, as RetinaNetHead does for "BN" and "SyncBN".
 
@@ -124,7 +148,7 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
             continue
         conv = norm.conv
         options = {key: value for key, value in norm.options().items() if key != "affine"}
-        cycle = CycleBatchNormList(
+        cycle = NormOfLevels(
             length=levels, bn_class=partial(type(norm), **options), num_features=norm.num_features
         )
         child[index] = cycle
@@ -146,17 +170,24 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def check_config_norms(cfg: CfgNode) -> None:
     """Builds a layer for each norm of a config once, so that a mistake is told with its key; call
-    it before the model is built (:func:`unused_norms` counts from here).
+    it before the model is built (:func:`unused_norms` counts from here, and a layer that cannot
+    have as many channels as its place in the model has is told with the keys known from here).
 
     Raises:
         ValueError: an unknown name or option; names the config key and the known values.
     """
+    _keys.clear()
     for key, value in norm_keys(cfg):
         if value and value not in DETECTRON2_NORMS:
             try:
-                get_norm(value, 32)
+                if parse_spec(value)[0] in known_norms():
+                    try_norm(value)
+                else:
+                    get_norm(value, 32)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
+    for key, value in norm_keys(cfg):
+        _keys.setdefault(value, []).append(key)
     _built.clear()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..norms import build_norm, known_norms, parse_spec
+from ..norms import build_norm, known_norms, parse_spec, try_norm
 from ..run.errors import ConfigError
 
 NormLayer = Callable[[int], nn.Module] | None
@@ -31,17 +31,18 @@ def norm_builder(key: str, norm: str) -> NormLayer:
 
     Returns:
         A function from the number of channels to a layer, None for no norm. It raises a
-        ConfigError that names the key where the layer cannot have so many channels.
+        ConfigError that names the key where the layer cannot have so many channels; without a
+        number it builds a layer of some width that its options allow.
     """
     if not norm:
         return None
 
-    def build(channels: int) -> nn.Module:
+    def build(channels: int | None = None) -> nn.Module:
         try:
             if norm in _TORCH_NORMS:
-                return _TORCH_NORMS[norm](channels)
+                return _TORCH_NORMS[norm](channels or 32)
             if parse_spec(norm)[0] in known_norms():
-                return build_norm(norm, channels)
+                return build_norm(norm, channels) if channels else try_norm(norm)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
         raise ConfigError(f"{key}: {_unknown(norm)}")
@@ -67,7 +68,7 @@ def check_norm(key: str, norm: str) -> None:
         ConfigError: an unknown name or option; names the config key and the known values.
     """
     build = norm_builder(key, norm)
-    layer = build(32) if build is not None else None
+    layer = build() if build is not None else None
     if key == "MODEL.RESNETS.NORM" and getattr(layer, "affine", True) is False:
         raise ConfigError(f"{key}: {norm}: torchvision's ResNet sets the weights of its norms")
 
