@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from same_run import differences, lines_of, predictions_of, same, state_of, tensors_of
 from tiny_run import (
     REPOSITORY,
     arguments,
@@ -46,6 +47,11 @@ CBN = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=1)")
 MBN_AND_BRN = (
     *("MODEL.FPN.NORM", "MBN(window=3, burn_in=1)"),  # with Double Forward
     *("MODEL.ROI_BOX_HEAD.NORM", "BRN(burn_in=1, ramp=2)"),
+)
+KN_AND_GKN = ("MODEL.FPN.NORM", "KN", "MODEL.ROI_BOX_HEAD.NORM", "GKN(groups=4)")
+LEARNED_KN_AND_BGN = (
+    *("MODEL.FPN.NORM", "KN(gain='learned', recursion='authors')"),
+    *("MODEL.RESNETS.NORM", "BGN(groups=2)"),
 )
 NO_TEST = ("DATASETS.TEST", "()")
 MASKS = (
@@ -99,37 +105,6 @@ def leave_out_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kill(*args: Any, **kwargs: Any) -> None:
     raise Killed
-
-
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    """Of ``metrics.json``, without what a clock measured."""
-    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
-
-
-def predictions_of(output: Path) -> dict[str, str]:
-    """By file; AP says little of a model that has learned nothing yet."""
-    paths = output.rglob("coco_instances_results.json")
-    return {str(path.relative_to(output)): path.read_text() for path in paths}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit for bit; NaN is NaN."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in tensors_of(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +436,8 @@ def unbroken(
         (CBN, "in a step", "2"),
         (("MODEL.FPN.NORM", "GN", "MODEL.ROI_BOX_HEAD.NORM", "GN"), "in a step", "0"),
         (MBN_AND_BRN, "in a step", "0"),
+        (KN_AND_GKN, "in the evaluation after a save", "0"),
+        (LEARNED_KN_AND_BGN, "in a step", "0"),
     ],
 )
 def test_a_killed_run_resumes_exactly(
@@ -483,19 +460,11 @@ def test_a_killed_run_resumes_exactly(
     assert not (tmp_path / "result.json").exists()
     assert run_here(inputs, tmp_path, "--resume", *words) == 0
     assert "resumed" in (tmp_path / "log.txt").read_text()
-    assert same(lines_of(tmp_path), lines_of(whole))
+    assert differences(tmp_path, whole) == []
     assert [line["iteration"] for line in lines_of(whole)] == [1, 2, 3, 5]
-    assert result_of(tmp_path)["results"] == result_of(whole)["results"]
-    assert predictions_of(tmp_path) == predictions_of(whole)
-    ours, expected = (
-        torch.load(folder / "model_final.pth", weights_only=True) for folder in (tmp_path, whole)
-    )
-    for state in (ours, expected):
-        del state["training"]["clock"], state["training"]["metrics"]["latest"]["time"]
-    assert same(ours, expected)
-    assert tensors_of(ours["optimizer"])
-    memory = tensors_of(ours["training"]["norm_memory"])
-    assert memory or norm not in (CBN, MBN_AND_BRN)
+    state = state_of(whole)
+    assert tensors_of(state["optimizer"])
+    assert tensors_of(state["training"]["norm_memory"]) or norm not in (CBN, MBN_AND_BRN)
 
 
 def test_a_complete_run_resumes_to_its_evaluation(
@@ -511,17 +480,34 @@ def test_a_complete_run_resumes_to_its_evaluation(
     assert same(lines_of(output), lines_of(trained))
 
 
-def test_another_norm_starts_with_an_empty_memory(
-    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("BN", CBN[1], "the model has other norms: windows and step counts of all norms"),
+        (CBN[1], "CBN(window=4)", "window=3, this layer has window=4: windows and step counts"),
+        (CBN[1], CBN[1], "SEED was 1, now it is 2: images are others"),
+    ],
+)
+def test_a_checkpoint_of_something_else_says_what_starts_anew(
+    inputs: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    before: str,
+    after: str,
+    why: str,
 ) -> None:
     more = ("SOLVER.MAX_ITER", "3", *NO_TEST)
-    make_trainer(inputs, tmp_path, "MODEL.FPN.NORM", "BN", *more).train()
-    again = make_trainer(inputs, tmp_path, *CBN, *more)
+    first = make_trainer(inputs, tmp_path, "MODEL.FPN.NORM", before, *more)
+    first.train()
+    seed = ("SEED", "2" if before == after else "1")
+    again = make_trainer(inputs, tmp_path, "MODEL.FPN.NORM", after, *more, *seed)
     fresh = memory_state_dict(again.bare_model)
     again.resume()
     assert again.start_iter == 3
-    assert "trained with other norms: what they remember starts anew" in caplog.text
-    assert same(memory_state_dict(again.bare_model), fresh)
+    (said,) = [r.getMessage() for r in caplog.records if "cannot be resumed exactly" in r.msg]
+    assert why in said and ("start anew" in said) == (before != after)
+    memory = memory_state_dict(again.bare_model)
+    assert same(memory, memory_state_dict(first.bare_model) if before == after else fresh)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
     assert same(dict(again.bare_model.state_dict()), dict(state))
 

@@ -222,5 +222,5 @@ def test_help_teaches() -> None:
     from cbn_det.run.arguments import argument_parser
 
     text = argument_parser().format_help()
-    for word in ("--coco-dataset", "--precise-bn-iters", "torchrun", "exit codes"):
+    for word in ("--coco-dataset", "--precise-bn-iters", "--accumulate", "torchrun", "exit codes"):
         assert word in text

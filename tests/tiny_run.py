@@ -120,6 +120,25 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
+def write_mixed_inputs(folder: Path) -> None:
+    """The same with every other image wider than high, and two sizes of training."""
+    write_inputs(folder)
+    boxes = json.loads((folder / "boxes.json").read_text())
+    for record in boxes["images"][::2]:
+        path = folder / "images" / record["file_name"]
+        wide = Image.new("RGB", (record["width"] + 24, record["height"]))
+        wide.paste(Image.open(path))
+        wide.save(path)
+        record["width"] += 24
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+    for config in folder.glob("*.yaml"):
+        text = config.read_text()
+        for size in (64, 96):
+            sizes = f"MIN_SIZE_TRAIN: [{size - 16}, {size}]"
+            text = text.replace(f"MIN_SIZE_TRAIN: [{size}]", sizes)
+        config.write_text(text)
+
+
 def dataset_name(inputs: Path) -> str:
     # detectron2's catalogue lives as long as the process, and a name stands for one set of files
     return f"tiny_boxes_{inputs.name}"

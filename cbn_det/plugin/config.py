@@ -77,6 +77,8 @@ def _read(args: argparse.Namespace) -> CfgNode:
 def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
     if args.precise_bn_iters < 0:
         raise ConfigError("--precise-bn-iters must be 0 or more")
+    if args.accumulate < 1:
+        raise ConfigError("--accumulate must be 1 or more")
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
     if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < world_size:

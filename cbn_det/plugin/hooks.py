@@ -12,6 +12,7 @@ from ..run.clock import RunClock
 from ..run.nonfinite import check_state
 from ..run.precise_bn import recompute_statistics
 from ..run.signals import Interrupted
+from .loading import place
 
 
 class ClockHook(HookBase):
@@ -32,15 +33,15 @@ class ClockHook(HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """``TEST.PRECISE_BN`` that survives iterations without a RoI and norms called twice."""
+    """``TEST.PRECISE_BN`` that survives iterations without a RoI and norms called twice, and takes
+    the same images every time, so that a resumed run takes them too."""
 
     def update_stats(self) -> None:
         if self._disabled:
             return
-        if self._data_iter is None:
-            self._data_iter = iter(self._data_loader)
+        place(self._data_loader, self.trainer.seed)
         with EventStorage():  # what heads log of these forwards is dropped
-            count = recompute_statistics(self._model, self._data_iter, self._num_iter)
+            count = recompute_statistics(self._model, iter(self._data_loader), self._num_iter)
         self._logger.info(f"PreciseBN: {count} layers over {self._num_iter} iterations")
 
 
@@ -65,11 +66,23 @@ class SettleStatistics(HookBase):
         self._periods = [period for period in periods if period > 0]
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        due = any(done % period == 0 for period in self._periods)
-        if due or done == self.trainer.max_iter or self.trainer.stopping:
-            sync_running_stats(self.trainer.bare_model)
-            check_state(self.trainer.bare_model)
+        trainer = self.trainer
+        done = trainer.iter + 1
+        due = done == trainer.max_iter or any(done % period == 0 for period in self._periods)
+        if trainer.stopping and not due:
+            trainer.keep_buffers()  # a run that goes on does not pool them here
+        if due or trainer.stopping:
+            sync_running_stats(trainer.bare_model)
+            check_state(trainer.bare_model)
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """detectron2's hook, on all ranks: each leaves what it alone knows before rank 0 saves."""
+
+    def step(self, iteration: int, **kwargs: Any) -> None:
+        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
+            self.trainer.save_rank()
+        super().step(iteration, **kwargs)
 
 
 class StopOnRequest(HookBase):
@@ -78,6 +91,7 @@ class StopOnRequest(HookBase):
     def after_step(self) -> None:
         trainer = self.trainer
         if trainer.stopping and trainer.iter + 1 < trainer.max_iter:
+            trainer.save_rank()
             trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
             raise Interrupted(f"interrupted at iteration {trainer.iter}")
 

@@ -21,10 +21,12 @@ from ..run.errors import ConfigError
 from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
+from ..run.statistics_error import Request
 from .datasets import prepare_datasets
 from .flops import count_flops
 from .pictures import draw_predictions
-from .registry import norms_in_use, register
+from .registry import check_config_norms, norms_in_use, register
+from .statistics import StatisticsHook
 from .step import has_sync_norm
 from .trainer import Trainer, check_evaluable, evaluate_precise
 
@@ -49,11 +51,12 @@ def run(cfg: CfgNode, notes: list[str], args: argparse.Namespace) -> int:
     return Detectron2Job(cfg, args).execute()
 
 
-def describe_run(cfg: CfgNode, command: str, world_size: int) -> dict[str, Any]:
+def describe_run(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> dict[str, Any]:
     """What is known of a run on detectron2 before it starts; see
     :func:`~cbn_det.run.folder.describe`."""
     versions = {"detectron2": detectron2.__version__}
-    return describe(cfg, command, world_size, "detectron2", norms_in_use(cfg), versions)
+    norms = norms_in_use(cfg)
+    return describe(cfg, args.command, args.accumulate, world_size, "detectron2", norms, versions)
 
 
 class Detectron2Job(Job):
@@ -63,16 +66,20 @@ class Detectron2Job(Job):
 
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
-        super().__init__(cfg, args, describe_run(cfg, args.command, self.world_size))
+        super().__init__(cfg, args, describe_run(cfg, args, self.world_size))
 
     def prepare(self, eval_only: bool) -> None:
         register()
+        check_config_norms(self.cfg)  # each process keeps the keys to name in its errors
         prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
         for name in self.cfg.DATASETS.TEST:
             check_evaluable(name)
 
     def train(self) -> dict[str, Any]:
-        trainer = self.trainer = built(lambda: Trainer(self.cfg))
+        trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))
+        if self.args.statistics_error:
+            request = Request.parse(self.args.statistics_error)
+            trainer.register_hooks([StatisticsHook(trainer, request)])
         built(lambda: trainer.resume_or_load(resume=self.args.resume))
         return trainer.train()
 

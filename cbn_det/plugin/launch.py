@@ -39,7 +39,7 @@ def launch(args: argparse.Namespace) -> int:
         print(f"error: {death}", file=sys.stderr)
         folder = Path(cfg.OUTPUT_DIR)
         if not args.eval_only and run_folder.read_result(folder) is None:
-            result = job.describe_run(cfg, args.command, layout.world_size)
+            result = job.describe_run(cfg, args, layout.world_size)
             run_folder.write_result(folder, {**result, "message": death})
     return code
 

@@ -1,16 +1,19 @@
-"""The training step: losses are checked on all ranks at once."""
+"""The training step: losses are checked on all ranks at once, gradients may be accumulated."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..run.nonfinite import Diverged, PeerFailed
 from ..run.signals import StopRequest
@@ -21,6 +24,11 @@ class CheckedStep(SimpleTrainer):
 
     One all-reduce of three numbers tells every rank whether any of them has a loss that is not
     finite, failed in forward, or was asked to stop, so that all leave at the same iteration.
+
+    Args:
+        accumulate: mini-batches of the loader that make up a step. Each has a forward, a check and
+            a backward pass of its own, the step takes the average of their losses, and ranks
+            exchange gradients once, in the last of them.
     """
 
     last_batch: Any = None
@@ -28,11 +36,18 @@ class CheckedStep(SimpleTrainer):
     stop_request: StopRequest = StopRequest()
     stop_agreed = False
 
+    def __init__(self, *args: Any, accumulate: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accumulate = accumulate
+
     def run_step(self) -> None:
         # also called when forward raises, which is how other ranks learn of it
         handle = self.model.register_forward_hook(self._after_forward, always_call=True)
         try:
-            super().run_step()
+            if self.accumulate == 1:
+                super().run_step()
+            else:
+                self._accumulated_step()
         except Diverged:
             raise
         except (
@@ -43,14 +58,45 @@ class CheckedStep(SimpleTrainer):
         finally:
             handle.remove()
 
+    def _accumulated_step(self) -> None:
+        assert self.model.training, "the model was changed to eval mode"
+        averages: dict[str, Tensor] = {}
+        seconds = 0.0
+        self.optimizer.zero_grad()
+        for left in reversed(range(self.accumulate)):
+            started = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            seconds += time.perf_counter() - started
+            with self._without_exchange() if left else contextlib.nullcontext():
+                losses = _by_name(self._forward(batch))
+                self._backward(sum(losses.values()) / self.accumulate)
+            for name, loss in losses.items():
+                averages[name] = averages.get(name, 0.0) + loss.detach() / self.accumulate
+        self.after_backward()
+        self._write_metrics(averages, seconds)
+        self._update()
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay this rank's own for now."""
+        parallel = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if parallel else contextlib.nullcontext()
+
+    def _forward(self, batch: Any) -> Any:
+        return self.model(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], losses: Any) -> None:
         self.last_batch = args[0]
         error = sys.exc_info()[1] if losses is None else None  # what forward is raising
         refused = isinstance(error, FloatingPointError)
         failed = losses is None and not refused
-        if isinstance(losses, torch.Tensor):
-            losses = {"total_loss": losses}
-        values = {name: float(loss.detach()) for name, loss in (losses or {}).items()}
+        named = {} if losses is None else _by_name(losses)
+        values = {name: float(loss.detach()) for name, loss in named.items()}
         self.bad_losses = tuple(name for name, value in values.items() if not math.isfinite(value))
         bad = refused or bool(self.bad_losses)
         flags = [float(bad), float(failed), float(self.stop_request.requested)]
@@ -70,7 +116,24 @@ class CheckedStep(SimpleTrainer):
 
 
 class CheckedAMPStep(CheckedStep, AMPTrainer):
-    """:class:`CheckedStep` in mixed precision; the gradient scaler works as in detectron2."""
+    """:class:`CheckedStep` in mixed precision; the gradient scaler works as in detectron2. The
+    mini-batches of a step have the same scale, and one that overflows skips the whole step."""
+
+    def _forward(self, batch: Any) -> Any:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, dtype=self.precision):
+            return self.model(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
+
+    def _update(self) -> None:
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+def _by_name(losses: Any) -> dict[str, Tensor]:
+    return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
 
 def has_sync_norm(model: nn.Module) -> bool:

@@ -24,24 +24,26 @@ from ..norms import (
     DoubleForward,
     check_bindings,
     format_norm_table,
-    load_memory_state_dict,
-    memory_state_dict,
     norm_rows,
     resolve_burn_in,
 )
 from ..run.checkpoint import AtomicSave
 from ..run.clock import RunClock
 from ..run.precise_bn import kept_statistics, recompute_statistics
-from ..run.signals import StopRequest, stop_requests
+from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .hooks import (
     ClockHook,
     EvalHook,
     NormDiagnostics,
+    PeriodicCheckpointer,
     PreciseBN,
     SettleStatistics,
     StopOnRequest,
 )
+from .loading import build_loader, place, seed_step
 from .registry import norms_in_use, unused_norms
+from .reports import Reports
+from .resume import ResumableTrainer
 from .step import CheckedAMPStep, CheckedStep
 
 logger = logging.getLogger(__name__)
@@ -53,18 +55,25 @@ class AtomicCheckpointer(AtomicSave, DetectionCheckpointer):
     """detectron2's checkpointer, whose files are either whole or not there."""
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """Trains, evaluates and checkpoints a config; use it as detectron2's ``DefaultTrainer``.
 
     Call :func:`cbn_det.register` first, then ``resume_or_load()``, then ``train()``. With several
-    processes it works on GPUs and, over gloo, on CPU. Checkpoints hold the norms' memory of rank 0;
-    every rank starts from it at resume (ranks see the same distribution of images).
+    processes it works on GPUs and, over gloo, on CPU.
+
+    It resumes exactly: see :class:`.resume.ResumableTrainer`.
+
+    Args:
+        cfg: of detectron2.
+        accumulate: mini-batches of ``SOLVER.IMS_PER_BATCH`` images in an optimiser step, which is
+            one iteration.
 
     Attributes:
         results: of the last evaluation, as detectron2 returns it; empty on ranks other than 0.
+        reports: what is written as training goes; None on ranks other than 0.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, accumulate: int = 1) -> None:
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -82,9 +91,12 @@ class Trainer(DefaultTrainer):
             model,
             broadcast_buffers=False,
             device_ids=[torch.cuda.current_device()] if on_gpu else None,
+            # else gradients are packed anew after a process's first step, and where in a buffer a
+            # gradient lies decides in what order those of more than two ranks are added up
+            find_unused_parameters=not on_gpu and comm.get_world_size() > 2,
         )
         step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
-        self._trainer = step(wrapped, loader, optimizer)
+        self._trainer = step(wrapped, loader, optimizer, accumulate=accumulate)
         self.bare_model = model
         self.double_forward = DoubleForward(model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -94,6 +106,8 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.results: dict[str, Any] = {}
         self.clock = RunClock()
+        self.reports: Reports | None = None
+        self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
 
@@ -102,6 +116,8 @@ class Trainer(DefaultTrainer):
         precise = cfg.TEST.PRECISE_BN
         wanted = precise.ENABLED and get_bn_modules(self.bare_model)
         main = comm.is_main_process()
+        if main:
+            self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
         return [
             ClockHook(self.clock),
             hooks.IterationTimer(),
@@ -118,14 +134,11 @@ class Trainer(DefaultTrainer):
             ),
             NormDiagnostics(_WRITE_PERIOD) if main else None,
             SettleStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD),
-            (
-                hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-                if main
-                else None
-            ),
+            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             StopOnRequest(),
+            # those from here on run again after a resume: ResumableTrainer says why
             EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
-            hooks.PeriodicWriter(self.build_writers(), _WRITE_PERIOD) if main else None,
+            self.reports,
         ]
 
     @property
@@ -150,9 +163,12 @@ class Trainer(DefaultTrainer):
         """
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
+        place(self.data_loader, self.seed, self.start_iter * self.step.accumulate)
         with EventStorage(self.start_iter) as self.storage:
             try:
                 self.before_train()
+                if self._resuming:
+                    self._end_saved_iteration()
                 with stop_requests() as self._trainer.stop_request:
                     for iteration in range(self.start_iter, self.max_iter):
                         self.iter = iteration
@@ -167,6 +183,7 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One optimiser step, and the second pass over its images where an MBN layer wants it."""
+        seed_step(self.seed, comm.get_rank(), self.iter)
         super().run_step()
         with EventStorage():  # what heads log of the second pass is dropped
             self.double_forward.refresh()
@@ -180,17 +197,17 @@ class Trainer(DefaultTrainer):
         """Evaluates once more with PreciseBN statistics, which are taken back afterwards."""
         return evaluate_precise(self.cfg, self.bare_model, iterations)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "norm_memory": memory_state_dict(self.bare_model)}
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Endless training batches; see :func:`.loading.build_loader`, which takes a mapper."""
+        return build_loader(cfg)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "norm_memory" in state_dict:
-            load_memory_state_dict(self.bare_model, state_dict["norm_memory"])
-        else:  # written by detectron2's own trainer
-            logger.warning(
-                "the checkpoint holds no norm memory: windows and step counts start anew"
-            )
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """detectron2's, whose processes leave interrupts to this one."""
+        loader = super().build_test_loader(cfg, dataset_name)
+        loader.worker_init_fn = ignore_interrupts
+        return loader
 
     @classmethod
     def build_evaluator(
@@ -259,6 +276,7 @@ def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[st
         with kept_statistics(model):
             seed_all_rng(max(cfg.SEED, 0) + comm.get_rank())
             loader = Trainer.build_train_loader(_in_process_loading(cfg))
+            place(loader, max(cfg.SEED, 0))
             with EventStorage():  # what heads log of these forwards is dropped
                 count = recompute_statistics(model, loader, iterations)
             if not count:

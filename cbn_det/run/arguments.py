@@ -32,6 +32,10 @@ examples
     python tools/train_net.py --num-gpus 4 --config-file my.yaml SOLVER.IMS_PER_BATCH 8
     torchrun --nproc-per-node 4 tools/train_net.py --config-file my.yaml SOLVER.IMS_PER_BATCH 8
 
+  Sixteen images a step where only two fit into memory: eight forward and backward passes, one
+  optimiser step (norms still see two images at a time):
+    python tools/train_net.py --accumulate 8 --config-file my.yaml SOLVER.IMS_PER_BATCH 2
+
   Go on after Ctrl-C or a crash; evaluate a checkpoint, also with PreciseBN statistics:
     python tools/train_net.py --config-file my.yaml --resume OUTPUT_DIR out/cbn
     python tools/train_net.py --config-file my.yaml --eval-only --precise-bn-iters 200 \\
@@ -45,7 +49,7 @@ exit codes
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's launcher arguments and three more."""
+    """detectron2's launcher arguments and a few more."""
     parser = argparse.ArgumentParser(
         prog="train_net.py",
         description="Trains and evaluates a detector whose norms may be those of cbn_det.",
@@ -84,6 +88,24 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="after the final evaluation, evaluate once more with BatchNorm statistics recomputed"
         " over N iterations (default: 0, not at all)",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="gradient accumulation: N mini-batches of SOLVER.IMS_PER_BATCH images for each"
+        " optimiser step, which takes the average of their losses. The total batch of SGD is N *"
+        " IMS_PER_BATCH, and SOLVER.BASE_LR should fit that; MAX_ITER and all other periods count"
+        " optimiser steps. Norms take their statistics over single mini-batches, and one step is"
+        " one iteration of their memory (default: 1)",
+    )
+    parser.add_argument(
+        "--statistics-error",
+        metavar="JSON",
+        help="while training, measure how far the statistics of norms are from the truth, as"
+        " tools/statistics_error.py asks for it:"
+        ' \'{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}\'',
     )
     parser.add_argument(
         "--num-gpus",

@@ -1,12 +1,15 @@
-"""Checkpoints that are either whole or not there."""
+"""Checkpoints that are either whole or not there, and what they hold of the norms."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..norms import load_memory_state_dict, memory_state_dict, norm_rows
 from .files import replace_file
 
 
@@ -30,3 +33,30 @@ class AtomicSave:
             Path(self.save_dir) / "last_checkpoint",
             lambda file: file.write(last_filename_basename.encode()),
         )
+
+
+def norm_state(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint holds of a model's norms besides their weights."""
+    return {"norm_memory": memory_state_dict(model), "norms": _norms(model)}
+
+
+def load_norm_state(model: nn.Module, state: Mapping[str, Any]) -> str:
+    """Restores what :func:`norm_state` returned, all of it or nothing.
+
+    Returns:
+        Why nothing was restored; empty if all is well.
+    """
+    before = memory_state_dict(model)
+    try:
+        # version 0.1 did not say which norms they were
+        if state.get("norms", _norms(model)) != _norms(model):
+            raise ValueError("the model has other norms")
+        load_memory_state_dict(model, state["norm_memory"])
+    except ValueError as error:
+        load_memory_state_dict(model, before)
+        return f"{error}: windows and step counts of all norms start anew"
+    return ""
+
+
+def _norms(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.norm for row in norm_rows(model)}

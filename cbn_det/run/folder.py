@@ -24,14 +24,28 @@ RESULT = "result.json"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
 # of training; they stay when the same folder is evaluated again
-_TRAINING_FACTS = ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb", "machine")
+_TRAINING_FACTS = (
+    "total_batch",
+    "accumulate",
+    "iterations",
+    "sec_per_iter",
+    "train_seconds",
+    "peak_memory_mb",
+    "machine",
+)
 # of an earlier training run, and misleading once another one starts
-_STALE = ("last_checkpoint", "metrics.json", "coco_instances_results.json")
+_STALE = (
+    "last_checkpoint",
+    "metrics.json",
+    "statistics_error.jsonl",
+    "coco_instances_results.json",
+)
 
 
 def describe(
     cfg: CfgNode,
     command: str,
+    accumulate: int,
     world_size: int,
     engine: str,
     norms: Mapping[str, str],
@@ -40,6 +54,7 @@ def describe(
     """What is known of a run before it starts, with a place for the rest of ``result.json``.
 
     Args:
+        accumulate: mini-batches of ``SOLVER.IMS_PER_BATCH`` images in an optimiser step.
         norms: the config's norm keys that the model reads, with their values.
         versions: of what the engine adds to torch and torchvision.
     """
@@ -52,7 +67,8 @@ def describe(
         "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
         "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,
         "world_size": world_size,
-        "total_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "accumulate": accumulate,
+        "total_batch": cfg.SOLVER.IMS_PER_BATCH * accumulate,
         "seed": cfg.SEED if cfg.SEED >= 0 else None,
         "iterations": None,
         "sec_per_iter": None,
@@ -109,7 +125,7 @@ def keep_training_facts(result: dict[str, Any], folder: Path) -> None:
     """Before an evaluation overwrites ``result.json``: what training left there stays."""
     earlier = read_result(folder) or {}
     if earlier.get("iterations") is not None:
-        result.update({key: earlier.get(key) for key in _TRAINING_FACTS})
+        result.update({key: earlier[key] for key in _TRAINING_FACTS if key in earlier})
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from ..norms import SmallBatchNorm2d
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _Moments:
+class PooledMoments:
     """Count, mean and sum of squared deviations per channel, in float64, of everything seen."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -73,7 +73,7 @@ def recompute_statistics(
     layers = [layer for layer in get_bn_modules(model) if layer.running_mean is not None]
     if not layers:
         return 0
-    moments = [_Moments(m.num_features, m.running_mean.device) for m in layers]
+    moments = [PooledMoments(m.num_features, m.running_mean.device) for m in layers]
     hooks = [m.register_forward_pre_hook(s.see) for m, s in zip(layers, moments, strict=True)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -119,7 +119,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _pool(moments: list[_Moments]) -> None:
+def _pool(moments: list[PooledMoments]) -> None:
     if not dist.is_available() or not dist.is_initialized():
         return
     mine = torch.cat([torch.cat([m.count.reshape(1), m.mean, m.deviation]) for m in moments])

@@ -20,6 +20,7 @@ from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
+from ..run.statistics_error import Request
 from .config_values import norms_in_use
 from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
@@ -38,7 +39,8 @@ class StandaloneJob(Job):
     trainer: Trainer | None
 
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
-        result = describe(cfg, args.command, 1, "standalone", norms_in_use(cfg), {})
+        norms = norms_in_use(cfg)
+        result = describe(cfg, args.command, args.accumulate, 1, "standalone", norms, {})
         super().__init__(cfg, args, result)
         self.files: dict[str, CocoFiles] = {}
 
@@ -49,8 +51,16 @@ class StandaloneJob(Job):
         torch.manual_seed(self.cfg.SEED)
         model = built(lambda: build_model(self.cfg)).to(self.cfg.MODEL.DEVICE)
         trainer = self.trainer = built(
-            lambda: Trainer(self.cfg, model, self._training_set(), lambda: self.evaluate(model))
+            lambda: Trainer(
+                self.cfg,
+                model,
+                self._training_set(),
+                lambda: self.evaluate(model),
+                self.args.accumulate,
+            )
         )
+        if self.args.statistics_error:
+            trainer.measure_statistics(Request.parse(self.args.statistics_error))
         if self.args.resume:
             trainer.resume()
         if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:

@@ -69,6 +69,8 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
         notes.append(f"SEED: chosen at random, {cfg.SEED}")
     if args.precise_bn_iters < 0:
         raise ConfigError("--precise-bn-iters must be 0 or more")
+    if args.accumulate < 1:
+        raise ConfigError("--accumulate must be 1 or more")
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
     if args.eval_only and not cfg.DATASETS.TEST:

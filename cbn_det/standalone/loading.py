@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import DataError
+from ..run.signals import ignore_interrupts
 
 # What a random number is for: the order of an epoch, or the augmentation of an image.
 _ORDER, _AUGMENTATION = 0, 1
@@ -24,13 +24,14 @@ def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sam
     """
     Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its own.
 
-    Which images make up iteration i and how they are augmented depends on ``SEED`` and i alone: a
+    Which images make up batch i and how they are augmented depends on ``SEED`` and i alone: a
     run resumed at i sees what an unbroken one sees, with any number of ``DATALOADER.NUM_WORKERS``.
     The global random numbers of this process are left as they are.
 
     Args:
         dataset: of :class:`.datasets.DetectionDataset`, or several concatenated; not empty.
-        start: the iteration that the first batch is for.
+        start: how many batches come before the first one; an iteration takes one, or several whose
+            gradients it accumulates.
 
     Raises:
         DataError: an image cannot be read.
@@ -92,7 +93,7 @@ def _load(
         batch_sampler=keys,
         collate_fn=list,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:
@@ -100,10 +101,3 @@ def _load(
             if isinstance(sample, DataError):
                 raise sample
         yield batch
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group, and so may SIGTERM: the main process decides when
-    # loading ends
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,16 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from ..norms import (
     DoubleForward,
     format_norm_table,
-    load_memory_state_dict,
-    memory_state_dict,
     norm_diagnostics,
     norm_rows,
     resolve_burn_in,
 )
-from ..run.checkpoint import AtomicSave
+from ..run.checkpoint import AtomicSave, load_norm_state, norm_state
 from ..run.clock import RunClock
 from ..run.errors import ConfigError, one_line
 from ..run.nonfinite import Diverged, check_state
 from ..run.signals import Interrupted, StopRequest, stop_requests
+from ..run.statistics_error import Request, StatisticsError
 from .loading import Sample, batches
 from .metrics import Metrics
 from .optimizer import build_optimizer, clip_gradients, learning_rate
@@ -54,10 +54,12 @@ class Trainer:
         model: of :func:`~cbn_det.standalone.model.build_model`, on its device.
         dataset: for training.
         evaluate: gives the results on ``DATASETS.TEST``.
+        accumulate: mini-batches in an optimiser step, which is one iteration and takes the average
+            of their losses.
 
     Attributes:
         iter: the iteration at work; ``SOLVER.MAX_ITER`` after a whole run.
-        last_batch: of the latest step.
+        last_batch: the latest mini-batch.
     """
 
     def __init__(
@@ -66,14 +68,17 @@ class Trainer:
         model: GeneralizedRCNN,
         dataset: Dataset,
         evaluate: Callable[[], dict[str, Any]],
+        accumulate: int = 1,
     ) -> None:
         self.cfg = cfg
         self.bare_model = model
         self.dataset = dataset
         self.evaluate = evaluate
+        self.accumulate = accumulate
         self.iter = self.start_iter = 0
         self.last_batch: list[Sample] | None = None
         self.clock = RunClock()
+        self._statistics: StatisticsError | None = None
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
@@ -83,10 +88,30 @@ class Trainer:
         )
         logger.info(format_norm_table(norm_rows(model)))
 
+    def measure_statistics(self, request: Request) -> None:
+        """Has the training measure what is asked for; call it before :meth:`resume`.
+
+        Raises:
+            ConfigError: a norm cannot be measured beside those of the model.
+        """
+        solver, folder = self.cfg.SOLVER, Path(self.cfg.OUTPUT_DIR)
+        self.bare_model.train()
+        self._statistics = StatisticsError(
+            self.bare_model,
+            self.double_forward,
+            request,
+            solver.MAX_ITER,
+            solver.IMS_PER_BATCH,
+            folder,
+        )
+
     def state_dict(self) -> dict[str, Any]:
+        going_on = self._statistics is not None and self.iter + 1 < self.cfg.SOLVER.MAX_ITER
         return {
-            "norm_memory": memory_state_dict(self.bare_model),
-            "norms": self._norms(),
+            "statistics": self._statistics.state_dict() if going_on else {},
+            **norm_state(self.bare_model),
+            "seed": self.cfg.SEED,
+            "accumulate": self.accumulate,
             "clock": self.clock.state_dict(),
             "metrics": self.metrics.state_dict(),
         }
@@ -117,10 +142,18 @@ class Trainer:
         training = state["training"]
         self.bare_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if training["norms"] != self._norms():
-            logger.warning(f"{path} was trained with other norms: what they remember starts anew")
-        else:
-            load_memory_state_dict(self.bare_model, training["norm_memory"])
+        changes = [load_norm_state(self.bare_model, training)]
+        for name, before, now in (
+            ("SEED", training.get("seed", self.cfg.SEED), self.cfg.SEED),
+            ("--accumulate", training.get("accumulate", 1), self.accumulate),
+        ):
+            if before != now:
+                changes.append(f"{name} was {before}, now it is {now}: images are others")
+        if any(changes):
+            why = "; ".join(filter(None, changes))
+            logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
+        if self._statistics is not None and training.get("statistics"):
+            self._statistics.load_state_dict(training["statistics"])
         self.clock.load_state_dict(training["clock"])
         self.metrics.load_state_dict(training["metrics"])
         self.iter = self.start_iter = state["iteration"] + 1
@@ -146,6 +179,8 @@ class Trainer:
             with stop_requests() as stop:
                 self._iterate(stop)
             self.clock.stop()
+            if self._statistics is not None:
+                self._statistics.remove()
             self.iter = last + 1
             results = self.evaluate()
             self.metrics.put_results(results)
@@ -155,11 +190,15 @@ class Trainer:
     def _iterate(self, stop: StopRequest) -> None:
         solver = self.cfg.SOLVER
         saver = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.MAX_ITER)
-        loader = batches(self.dataset, self.cfg, self.start_iter)
+        loader = batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
+            if self._statistics is not None and self._statistics.due(iteration):
+                others = batches(self.dataset, self.cfg, solver.MAX_ITER * self.accumulate)
+                forward = partial(losses_of, self.bare_model)
+                self._statistics.measure(iteration, others, forward)
             self.clock.start_step()
-            self._step(next(loader))
+            self._step(loader)
             self.clock.end_step()
             done = iteration + 1
             stopping = stop.requested and done < solver.MAX_ITER
@@ -173,26 +212,38 @@ class Trainer:
                 raise Interrupted(f"interrupted at iteration {iteration}")
             self._report(iteration)
 
-    def _step(self, batch: list[Sample]) -> None:
-        started = time.perf_counter()
-        self.last_batch = batch
+    def _step(self, loader: Iterator[list[Sample]]) -> None:
+        seconds = 0.0  # without those of loading
         rate = learning_rate(self.cfg, self.iter)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seed = np.random.SeedSequence([self.cfg.SEED, _SAMPLING, self.iter])
         torch.manual_seed(int(seed.generate_state(1)[0]))
+        averages: dict[str, float] = {}
+        self.optimizer.zero_grad()
+        for _ in range(self.accumulate):
+            self.last_batch = next(loader)
+            started = time.perf_counter()
+            for name, value in self._backward(self.last_batch).items():
+                averages[name] = averages.get(name, 0.0) + value / self.accumulate
+            seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        clip_gradients(self.cfg, self.bare_model)
+        self.optimizer.step()
+        self.double_forward.refresh()
+        seconds += time.perf_counter() - started
+        self.metrics.put_losses(averages)
+        self.metrics.put({"lr": rate, "time": seconds})
+
+    def _backward(self, batch: list[Sample]) -> dict[str, float]:
+        """Adds the gradients of one mini-batch and returns its losses."""
         losses = losses_of(self.bare_model, batch)
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise Diverged(f"losses not finite: {', '.join(bad)}")
-        self.optimizer.zero_grad()
-        sum(losses.values()).backward()
-        clip_gradients(self.cfg, self.bare_model)
-        self.optimizer.step()
-        self.double_forward.refresh()
-        self.metrics.put_losses(values)
-        self.metrics.put({"lr": rate, "time": time.perf_counter() - started})
+        (sum(losses.values()) / self.accumulate).backward()
+        return values
 
     def _report(self, iteration: int) -> None:
         """Evaluates and writes a line after an iteration for which that is due."""
@@ -217,9 +268,6 @@ class Trainer:
     def _evaluation_due(self, done: int) -> bool:
         period = self.cfg.TEST.EVAL_PERIOD
         return period > 0 and done % period == 0
-
-    def _norms(self) -> dict[str, str]:
-        return {row.name: row.norm for row in norm_rows(self.bare_model)}
 
 
 def losses_of(model: GeneralizedRCNN, batch: list[Sample]) -> dict[str, Tensor]:

@@ -1,0 +1,30 @@
+"""One worker, as ``tools/benchmark.py`` starts it.
+
+python -m cbn_det.benchmark layer NORM N C H W OUT KERNEL DEVICE
+python -m cbn_det.benchmark iteration LAUNCHER-ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .worker import serve
+
+
+def main(words: list[str]) -> int:
+    """Runs a worker until its stdin ends and returns its exit code."""
+    kind, *rest = words
+    if kind == "layer":
+        from .layer import layer_workload
+
+        norm, *numbers, device = rest
+        n, c, h, w, out, kernel = map(int, numbers)
+        return serve(lambda: layer_workload(norm, (n, c, h, w), out, kernel, device))
+    from .iteration import iteration_workload, parse
+
+    args = parse(rest)
+    return serve(lambda: iteration_workload(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

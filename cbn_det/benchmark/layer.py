@@ -1,0 +1,54 @@
+"""A convolution and its norm: forward, backward, optimiser step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..norms import DoubleForward, build_norm, known_norms, parse_spec, resolve_burn_in
+from .worker import Workload
+
+_PLAIN = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(32, channels)}
+
+
+def layer_workload(
+    norm: str, shape: tuple[int, int, int, int], channels: int, kernel: int, device: str
+) -> Workload:
+    """
+    Args:
+        norm: "BN", "GN", or a norm of ours, with options or without.
+        shape: of the convolution's input, [N, C, H, W], which needs a gradient, as behind any other
+            layer.
+        channels: of the convolution's output, which is as large as its input.
+
+    Raises:
+        ValueError: an unknown norm, or one that does not fit the channels.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(shape[1], channels, kernel, padding=kernel // 2, bias=False)
+    model = nn.Sequential(conv, _norm(norm, channels)).to(device)
+    resolve_burn_in(model, 1)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gradient = torch.randn(shape[0], channels, *shape[2:], device=device) / channels
+    # weights have to move, or norms that follow them would have less to do; a little is enough
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    double_forward = DoubleForward(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        model(x).backward(gradient)
+        optimizer.step()
+        double_forward.refresh()
+
+    return Workload(step, model, torch.device(device), {})
+
+
+def _norm(norm: str, channels: int) -> nn.Module:
+    if norm in _PLAIN:
+        return _PLAIN[norm](channels)
+    name = parse_spec(norm)[0]
+    if name not in known_norms():
+        known = ", ".join([*_PLAIN, *sorted(known_norms())])
+        raise ValueError(f"unknown norm {norm!r}. Known: {known}")
+    return build_norm(norm, channels)

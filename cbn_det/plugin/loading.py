@@ -1,0 +1,213 @@
+"""Training batches that depend on ``SEED`` and the iteration alone."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data import DataError
+from ..run.signals import ignore_interrupts
+
+# What a random number is for: the augmentation of an image, or a training step.
+_AUGMENTATION, _STEP = 1, 2
+_TRIES = 1000  # images, where the mapper refuses one
+# whose order depends on SEED alone; detectron2's others draw a seed of their own
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
+Key = tuple[int, int]  # index of an image and its position in the order of all ranks together
+
+
+class ResumableLoader:
+    """Endless training batches of one rank, the same in a resumed run as in an unbroken one.
+
+    The order of the images is the sampler's. Its beginning is replayed up to the batch to start
+    with, and so is the grouping by aspect ratio: from the images' sizes, without reading any, about
+    a second for a million images. How an image is augmented depends on the seed and its position in
+    that order, whatever ``DATALOADER.NUM_WORKERS`` is. The global random numbers of this process
+    are left as they are.
+
+    Args:
+        records: detectron2's dicts of the images; not empty. As in detectron2's loader they are
+            kept in one piece of memory that worker processes share.
+        mapper: makes a training sample of a record; where it returns None, another image is taken.
+        sampler: gives this rank's indices of images without an end, the same ones every time.
+        images_per_gpu: images in a batch.
+        grouped: whether a batch holds either wide images only, or none; records need ``width`` and
+            ``height``.
+
+    Attributes:
+        start: how many batches of this order come before the first one; an iteration takes one,
+            or several whose gradients it accumulates.
+        seed: of augmentation, at least 0.
+    """
+
+    start = 0
+    seed = 0
+
+    def __init__(
+        self,
+        records: list[dict[str, Any]],
+        mapper: Any,
+        sampler: Sampler,
+        images_per_gpu: int,
+        grouped: bool,
+        workers: int,
+    ) -> None:
+        self._wide = [r["width"] > r["height"] for r in records] if grouped else None
+        self._dataset = DatasetFromList(records, copy=False)
+        self._mapper = PicklableWrapper(mapper)
+        self._sampler = sampler
+        self._images_per_gpu = images_per_gpu
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        keys = grouped_keys(
+            self._sampler,
+            self._wide,
+            self._images_per_gpu,
+            comm.get_rank(),
+            comm.get_world_size(),
+        )
+        return iter(
+            DataLoader(
+                _Seeded(self._dataset, self._mapper, self.seed),
+                batch_sampler=islice(keys, self.start, None),
+                collate_fn=list,
+                num_workers=self._workers,
+                worker_init_fn=ignore_interrupts,
+                generator=torch.Generator(),  # else the loader draws from the global one
+            )
+        )
+
+
+def build_loader(cfg: CfgNode, mapper: Any = None) -> Any:
+    """The training loader of a config: a :class:`ResumableLoader`, or detectron2's own where
+    :func:`why_not_resumable` gives a reason.
+
+    Args:
+        mapper: makes a training sample of a record; detectron2's ``DatasetMapper`` by default.
+    """
+    parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+    why_not = why_not_resumable(cfg, parts["dataset"])
+    if why_not:
+        log_first_n(
+            logging.WARNING,
+            f"{why_not}: a resumed run sees its images in another order",
+            key="message",
+        )
+        return build_detection_train_loader(**parts)
+    images_per_gpu, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if rest or not images_per_gpu:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH} images cannot be shared by"
+            f" {comm.get_world_size()} processes"
+        )
+    return ResumableLoader(
+        parts["dataset"],
+        parts["mapper"],
+        parts["sampler"],
+        images_per_gpu,
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def place(loader: Any, seed: int, start: int = 0) -> None:
+    """Lets a :class:`ResumableLoader` begin with a later batch. Others begin where they do."""
+    if isinstance(loader, ResumableLoader):
+        loader.seed, loader.start = seed, start
+
+
+def why_not_resumable(cfg: CfgNode, records: Any) -> str | None:
+    """Why the images of a resumed run differ from those of an unbroken one; None if they do not."""
+    if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:
+        return f"DATALOADER.SAMPLER_TRAIN: {cfg.DATALOADER.SAMPLER_TRAIN} cannot go on where it was"
+    if not isinstance(records, list):
+        return "DATASETS.TRAIN: a data set that is no list of dicts"
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING and not all(
+        "width" in record and "height" in record for record in records
+    ):
+        return "DATALOADER.ASPECT_RATIO_GROUPING: images without width and height in DATASETS.TRAIN"
+    return None
+
+
+def grouped_keys(
+    order: Iterator[int], wide: Sequence[bool] | None, size: int, rank: int, ranks: int
+) -> Iterator[list[Key]]:
+    """The batches of one rank, from the first iteration on.
+
+    Args:
+        order: indices of the images that this rank takes, endless.
+        wide: of each image, whether it is wider than high; None takes them as they come.
+        size: images in a batch.
+
+    Yields:
+        a batch: as soon as ``size`` images of one shape have come.
+    """
+    waiting: dict[bool, list[Key]] = {False: [], True: []}
+    for turn, index in enumerate(order):
+        shape = wide is not None and wide[index]
+        waiting[shape].append((index, turn * ranks + rank))
+        if len(waiting[shape]) == size:
+            yield waiting[shape]
+            waiting[shape] = []
+
+
+def seed_step(seed: int, rank: int, iteration: int) -> None:
+    """Sets torch's, numpy's and Python's random numbers for a training step."""
+    _seed(seed, _STEP, rank, iteration, torch.manual_seed)
+
+
+class _Seeded(Dataset):
+    """A data set whose keys say how random numbers are to be seeded."""
+
+    def __init__(self, dataset: Dataset, mapper: Any, seed: int) -> None:
+        self._dataset = dataset
+        self._mapper = mapper
+        self._seed = seed
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        index, position = key
+        with _kept_random_state():
+            # torch.manual_seed would seed the GPU's random numbers too
+            on_cpu = torch.random.default_generator.manual_seed
+            _seed(self._seed, _AUGMENTATION, 0, position, on_cpu)
+            for _ in range(_TRIES):
+                sample = self._mapper(self._dataset[index])
+                if sample is not None:
+                    return sample
+                index = random.randrange(len(self._dataset))
+        raise DataError(f"DATASETS.TRAIN: the mapper refused {_TRIES} images in a row")
+
+
+def _seed(seed: int, use: int, rank: int, number: int, seed_torch: Any) -> None:
+    for_torch, for_numpy, for_python = np.random.SeedSequence(
+        [seed, use, rank, number]
+    ).generate_state(3)
+    seed_torch(int(for_torch))
+    np.random.seed(for_numpy)
+    random.seed(int(for_python))
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,184 @@
+"""Checkpoints that a training goes on from as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+from itertools import dropwhile, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from torch import nn
+
+from ..run.checkpoint import load_norm_state, norm_state
+from .hooks import StopOnRequest
+from .loading import ResumableLoader
+from .ranks import (
+    buffers_of,
+    load_buffers,
+    load_rank_file,
+    rank_file,
+    remove_rank_files,
+    save_rank_file,
+)
+from .reports import Reports, load_storage_state, storage_state
+from .step import CheckedStep
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(DefaultTrainer):
+    """detectron2's trainer, whose checkpoints hold all that iterations leave to later ones.
+
+    A training that was killed at any moment and resumed gives the weights and losses of one that
+    was not, bit for bit on CPU, with the same number of processes and threads. What an iteration
+    works with besides depends on the seed and its number alone (:mod:`.loading`). What rank 0
+    cannot know of the others, their norms' memory and running statistics, each leaves in a file of
+    its own beside the checkpoint (:mod:`.ranks`). What hooks behind :class:`.hooks.StopOnRequest`
+    do in the iteration of a checkpoint (an evaluation, a line of ``metrics.json``) comes after it
+    was saved, and is done again.
+
+    A subclass with a ``build_train_loader`` of its own is exact if that gives what
+    :func:`.loading.build_loader` makes, which takes a mapper. Where something starts anew, because
+    the checkpoint is of another number of processes, of other norms or another seed, a warning says
+    what.
+
+    Attributes:
+        seed: of images and training steps: ``SEED``, or a random one that is kept at resume.
+    """
+
+    bare_model: nn.Module
+    reports: Reports | None
+    step: CheckedStep
+
+    def _prepare_to_resume(self, seed: int) -> None:
+        self.seed = seed if seed >= 0 else comm.shared_random_seed()
+        self._run = comm.all_gather(os.urandom(8).hex())[0]  # what is saved together has it
+        self._last_save = -1
+        self._own_buffers: dict[str, torch.Tensor] | None = None
+        self._resuming = False
+        self._saved_reports: dict[str, Any] | None = None
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """See ``DefaultTrainer``. Without a checkpoint to resume, training starts anew.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or not all processes find it.
+        """
+        found = comm.all_gather(Path(self.checkpointer.get_checkpoint_file()).name)
+        if resume and len(set(found)) > 1:
+            other = next(rank for rank, name in enumerate(found) if name != found[0])
+            raise ValueError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: the last checkpoint that rank 0 finds is"
+                f" '{found[0]}', rank {other} finds '{found[other]}'. A machine that does not share"
+                " the folder needs a copy of rank 0's checkpoint and last_checkpoint"
+            )
+        super().resume_or_load(resume)
+        self._resuming = resume
+
+    def _end_saved_iteration(self) -> None:
+        """Does what an unbroken run does between saving in an iteration and the next one: lines
+        that are on file already are taken back, and the hooks that stand behind the checkpointers
+        run, again where they had run before the training was broken off."""
+        saved = self._saved_reports
+        if self.start_iter and saved is None:
+            return  # an earlier version's checkpoint does not say how far the reports had got
+        self.iter = self.storage.iter = self.start_iter - 1
+        if self.reports:
+            self.reports.go_back(saved and saved["position"], self.iter)
+        if self.start_iter:
+            if self.reports:
+                load_storage_state(self.storage, saved["storage"])
+            behind = dropwhile(lambda hook: not isinstance(hook, StopOnRequest), self._hooks)
+            for hook in islice(behind, 1, None):
+                hook.after_step()
+        self.iter = self.start_iter
+
+    def keep_buffers(self) -> None:
+        """Before the ranks' running statistics are pooled for a checkpoint alone: a resumed run
+        goes on with those of now."""
+        self._own_buffers = buffers_of(self.bare_model)
+
+    def save_rank(self) -> None:
+        """Leaves what this rank knows for the checkpoint of this iteration, which may be saved once
+        this returns. All ranks must call it."""
+        folder, rank = self.cfg.OUTPUT_DIR, comm.get_rank()
+        if rank:
+            path = rank_file(folder, rank, self.iter)
+            save_rank_file(path, self._run, self.iter, self._rank_state())
+        comm.synchronize()
+        if rank:  # rank 0 is done with the save before this one, and may never finish this one
+            remove_rank_files(folder, rank, keep=(self._last_save, self.iter))
+        self._last_save = self.iter
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            **super().state_dict(),
+            **self._rank_state(),
+            "run": self._run,
+            "world_size": comm.get_world_size(),
+            "seed": self.seed,
+            "accumulate": self.step.accumulate,
+        }
+        if self.reports and hasattr(self, "storage"):
+            storage = storage_state(self.storage)
+            state["reports"] = {"position": self.reports.position(), "storage": storage}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._last_save = self.iter
+        self._saved_reports = state_dict.get("reports")
+        if self.cfg.SEED < 0:
+            self.seed = state_dict.get("seed", self.seed)
+        changes = self._load_rank_state(state_dict)
+        if not isinstance(self.data_loader, ResumableLoader):
+            changes.append("the training loader cannot go on where it was: it starts anew")
+        if changes:
+            logger.warning(f"the checkpoint cannot be resumed exactly: {'; '.join(changes)}")
+
+    def _rank_state(self) -> dict[str, Any]:
+        state = norm_state(self.bare_model)
+        if comm.get_world_size() > 1:
+            state["buffers"] = self._own_buffers or buffers_of(self.bare_model)
+        return state
+
+    def _load_rank_state(self, state: dict[str, Any]) -> list[str]:
+        """Restores what the iterations before leave to this rank; returns what it could not, of all
+        ranks."""
+        if "norm_memory" not in state:
+            return ["it holds no norm memory: windows and step counts start anew"]
+        rank, ranks = comm.get_rank(), comm.get_world_size()
+        changes, mine, trouble = [], state, ""
+        if "run" not in state:
+            changes.append("it is an earlier version's: images and random numbers are others")
+        elif state["seed"] != self.seed:
+            changes.append(
+                f"SEED was {state['seed']}, now it is {self.seed}: images and random numbers are"
+                " others"
+            )
+        if state.get("accumulate", 1) != self.step.accumulate:
+            changes.append(
+                f"--accumulate was {state.get('accumulate', 1)}, now it is {self.step.accumulate}:"
+                " images are others"
+            )
+        same_ranks = state.get("world_size", ranks) == ranks
+        if not same_ranks:
+            changes.append(
+                f"it was written by {state['world_size']} processes, now there are {ranks}: images"
+                " are shared out anew, every rank goes on with what the norms of rank 0 remember"
+            )
+        elif rank and "run" in state:
+            path = rank_file(self.cfg.OUTPUT_DIR, rank, state["iteration"])
+            try:
+                mine = load_rank_file(path, state["run"], state["iteration"])
+            except ValueError as error:
+                trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
+        changes += comm.all_gather(trouble)
+        changes.append(load_norm_state(self.bare_model, mine))
+        if same_ranks and not trouble:
+            load_buffers(self.bare_model, mine.get("buffers", {}))
+        return [change for change in changes if change]

@@ -1,0 +1,328 @@
+"""How far the statistics that norms normalise with are from the truth, measured in a training run.
+
+What is compared. A network is trained with one norm, and beside each of its BatchNorms stand
+:mod:`.shadows`: layers of all the norms under study, which get the same input in every forward and
+whose output nobody uses. So all methods are asked about the same weights and the same images, and
+what differs between them is the estimate alone. If each norm trained a network of its own, the
+networks would differ as well, and with them the task: a network whose weights move less has
+statistics that are easier to remember. The price: a norm is not seen on the way that
+it would have taken itself, where what it leaves in its output reaches the layers above; statistics
+that are better here can be worse there. For that, train with it: it can be its own shadow.
+
+The truth. Before the forward of iteration t, with the weights as they are then, 200 training images
+(those that come after the end of training) go through the network in mini-batches of the training's
+size, in training mode and without gradient. ``M`` and ``V`` are mean and variance of all values
+that reach a layer then, a channel each: its estimate of so many mini-batches at once. The layers
+below normalise as they do in training, so that it is of the distribution that the layer does see. A
+method that pools groups of channels (BGN) is after the statistics of the group: its truth is pooled
+likewise. GN and GKN normalise each sample by itself; of their statistics there is no other truth
+than the sample, and nothing to measure.
+
+The estimate. Each of those mini-batches is what iteration t might have been given. For each of the
+first 32, every shadow estimates mean ``m`` and variance ``v`` as in training, from the mini-batch
+and from what it remembers of the iterations before t; nothing is remembered of it. With these::
+
+    mean  = sqrt( E_b E_c  (m - M)**2 / (V + eps) )              in standard deviations
+    var   = sqrt( E_b E_c  log((v + eps) / (V + eps))**2 )       0.1 is about 10 % of the variance
+
+over mini-batches b and channels c. ``mean_fixed`` and ``var_fixed`` are the part that all of the
+iteration's mini-batches have in common (``E_b`` inside the square): stale memory, bad predictions,
+bias. ``var_bias`` is ``E_b E_c log((v + eps) / (V + eps))``; a mini-batch's variance lacks the
+variance between mini-batches, so BatchNorm's is negative. Where a method corrects the normalised
+values (BRN's r and d), m and v are those that would have given the same output. ``running_mean``,
+``running_var`` and ``running_var_bias`` say the same of the running statistics, with which the
+network would be evaluated.
+
+How exact that is. ``floor`` is the error of the truth itself, half the difference of the truths of
+the images' two halves. Mini-batches are part of the truth that they are compared with, which makes
+errors smaller by the factor sqrt(1 - n/200): 1 % with n = 4 images. One run is one draw of what is
+remembered, so that errors of methods with memory vary more from iteration to iteration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..norms import DoubleForward, Estimate, Moments, SmallBatchNorm2d
+from ..norms.functional import group_moments
+from .errors import ConfigError
+from .precise_bn import PooledMoments, kept_statistics
+from .shadows import Shadows, Site
+
+logger = logging.getLogger(__name__)
+
+#: in the run's folder; a line for each iteration that was measured
+FILE = "statistics_error.jsonl"
+#: mini-batches that estimates are made of; more would cost time and say little more
+_ESTIMATED = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        norms: as in a config; ``"BN"`` is BatchNorm.
+        at: iterations, counted from 0, before whose forward it is done. In the first one nothing is
+            known to the methods but their initial state.
+        images: that the truth is taken from.
+    """
+
+    norms: tuple[str, ...]
+    at: tuple[int, ...]
+    images: int = 200
+
+    @classmethod
+    def parse(cls, text: str) -> Request:
+        """Reads the launcher's argument, an object in JSON.
+
+        Raises:
+            ConfigError: it is none, or says something else.
+        """
+        form = '{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}'
+        try:
+            values = json.loads(text)
+            request = cls(tuple(values.pop("norms")), tuple(values.pop("at")), **values)
+            numbers = [*request.at, request.images]
+            good = all(type(n) is int and n >= 0 for n in numbers) and request.images > 0
+            good = good and request.norms and all(isinstance(n, str) for n in request.norms)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--statistics-error takes {form}, not {text}") from error
+        if not good:
+            raise ConfigError(f"--statistics-error takes {form}, not {text}")
+        return request
+
+
+class StatisticsError:
+    """Measures during a training run, and leaves a line of JSON for each time.
+
+    The weights, buffers and losses of the run are those of a run without it, bit for bit.
+
+    Args:
+        model: the bare model, in training mode.
+        double_forward: of the training loop.
+        request: what to measure.
+        max_iter: of the training.
+        batch_size: images in a mini-batch.
+        folder: of the run.
+
+    Raises:
+        ConfigError: a norm cannot be measured beside those of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        double_forward: DoubleForward,
+        request: Request,
+        max_iter: int,
+        batch_size: int,
+        folder: Path,
+    ) -> None:
+        self._model = model
+        self._double_forward = double_forward
+        self._request = request
+        self._batch_size = batch_size
+        self._path = folder / FILE
+        self._shadows = Shadows(model, request.norms, max_iter)
+        double_forward.include(self._shadows.layers())
+
+    def due(self, iteration: int) -> bool:
+        """Whether to measure before the forward of this iteration."""
+        return iteration in self._request.at
+
+    def measure(
+        self, iteration: int, batches: Iterable[Any], forward: Callable[[Any], Any]
+    ) -> None:
+        """Measures, and writes a line.
+
+        Args:
+            batches: of training images, as the training loader gives them.
+            forward: runs the model on one of them, in training mode.
+
+        Raises:
+            ValueError: the batches ended early.
+        """
+        count = math.ceil(self._request.images / self._batch_size)
+        measured = _Measured(count)
+        shadows = self._shadows
+        layers = nn.ModuleList(shadows.layers())
+        with torch.no_grad(), kept_statistics(self._model), kept_statistics(layers), _kept_random():
+            shadows.on_input, shadows.on_estimate = measured.see, measured.compare
+            try:
+                for batch in islice(batches, count):
+                    shadows.asleep = measured.batches >= _ESTIMATED
+                    forward(batch)
+                    measured.batches += 1
+            finally:
+                shadows.on_input = shadows.on_estimate = None
+                shadows.asleep = False
+        if measured.batches < count:
+            raise ValueError(f"only {measured.batches} of {count} mini-batches to measure with")
+        line = {
+            "iteration": iteration,
+            "images": count * self._batch_size,
+            "images_per_batch": self._batch_size,
+            "layers": measured.result(),
+        }
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        logger.info(f"statistics of {len(line['layers'])} layers measured: {self._path}")
+
+    def remove(self) -> None:
+        """Takes the shadows off the model."""
+        self._shadows.remove()
+        self._double_forward.include([])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the shadows know, for a checkpoint."""
+        return {
+            name: {
+                norm: {"buffers": dict(layer.named_buffers()), "memory": layer.memory_state_dict()}
+                for norm, layer in site.shadows.items()
+            }
+            for name, site in self._shadows.sites.items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, of the same model and request."""
+        for name, site in self._shadows.sites.items():
+            for norm, layer in site.shadows.items():
+                saved = state[name][norm]
+                for key, buffer in layer.named_buffers():
+                    buffer.copy_(saved["buffers"][key])
+                layer.load_memory_state_dict(saved["memory"])
+
+
+class _Spread:
+    """Mean and scatter, a channel each, of what one method says in the mini-batches."""
+
+    def __init__(self, layer: SmallBatchNorm2d) -> None:
+        self.layer = layer
+        self.groups: int | None = None
+        device = layer.running_mean.device
+        self.mean = PooledMoments(layer.num_features, device)
+        self.log_var = PooledMoments(layer.num_features, device)
+
+    def add(self, mean: Tensor, var: Tensor) -> None:
+        one, none = torch.ones_like(mean[0]), torch.zeros_like(mean)
+        self.mean.add(one, mean, none)
+        self.log_var.add(one, var.log(), none)
+
+
+class _Measured:
+    """What is seen of all sites while the mini-batches go through."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = 0
+        self._count = count
+        self._inputs: dict[Site, tuple[PooledMoments, PooledMoments]] = {}  # of either half
+        self._spreads: dict[Site, dict[str, _Spread]] = {}
+
+    def see(self, site: Site, y: Tensor) -> None:
+        if site not in self._inputs:
+            new = [PooledMoments(site.channels, y.device) for _ in range(2)]
+            self._inputs[site], self._spreads[site] = tuple(new), {}
+        self._inputs[site][self.batches >= self._count // 2].see(site.host, (y,))
+
+    def compare(self, site: Site, norm: str, layer: SmallBatchNorm2d, found: Estimate) -> None:
+        spread = self._spreads[site].setdefault(norm, _Spread(layer))
+        spread.groups = found.groups
+        spread.add(*used_statistics(found, layer.eps))
+
+    def result(self) -> dict[str, Any]:
+        """A dict for each layer, in the order in which the network runs them."""
+        layers = {}
+        for site, halves in self._inputs.items():
+            truth = _pooled(halves, site.channels)
+            if truth.count == 0:  # no RoI in any image
+                continue
+            spreads = self._spreads[site]
+            layers[site.name] = {
+                "channels": site.channels,
+                "values": int(truth.count),
+                "floor": _plain(_floor(halves, truth, site.host.eps)),
+                "norms": {norm: _plain(_errors(s, truth)) for norm, s in spreads.items()},
+            }
+        return layers
+
+
+def used_statistics(found: Estimate, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean [C], and variance [C] with ``eps`` added, that normalise as an estimate does together
+    with its scale and shift."""
+    mean, var = found.mean.double(), found.var.double() + eps
+    scale = 1.0 if found.scale is None else found.scale.double()
+    shift = 0.0 if found.shift is None else found.shift.double()
+    return mean - shift * var.sqrt() / scale, var / scale**2
+
+
+def _pooled(parts: Iterable[PooledMoments], channels: int) -> Moments:
+    total = None
+    for part in parts:
+        total = total or PooledMoments(channels, part.mean.device)
+        total.add(part.count, part.mean, part.deviation)
+    return Moments(total.mean, total.deviation / total.count.clamp(min=1.0), int(total.count))
+
+
+def _errors(spread: _Spread, truth: Moments) -> dict[str, Tensor]:
+    layer, count = spread.layer, spread.mean.count
+    if spread.groups is not None:
+        truth = group_moments(truth, spread.groups)
+    scale, log_truth = truth.var + layer.eps, (truth.var + layer.eps).log()
+    mean_fixed = (spread.mean.mean - truth.mean).square() / scale
+    bias = spread.log_var.mean - log_truth
+    running = layer.running_mean.double(), (layer.running_var.double() + layer.eps).log()
+    return {
+        "mean": (mean_fixed + spread.mean.deviation / count / scale).mean().sqrt(),
+        "var": (bias.square() + spread.log_var.deviation / count).mean().sqrt(),
+        "mean_fixed": mean_fixed.mean().sqrt(),
+        "var_fixed": bias.square().mean().sqrt(),
+        "var_bias": bias.mean(),
+        "running_mean": ((running[0] - truth.mean).square() / scale).mean().sqrt(),
+        "running_var": (running[1] - log_truth).square().mean().sqrt(),
+        "running_var_bias": (running[1] - log_truth).mean(),
+    }
+
+
+def _floor(halves: tuple[PooledMoments, ...], truth: Moments, eps: float) -> dict[str, Tensor]:
+    if any(half.count == 0 for half in halves):
+        return {"mean": torch.tensor(math.nan), "var": torch.tensor(math.nan)}
+    difference = (halves[0].mean - halves[1].mean) / 2.0
+    logs = [(half.deviation / half.count + eps).log() for half in halves]
+    return {
+        "mean": (difference.square() / (truth.var + eps)).mean().sqrt(),
+        "var": ((logs[0] - logs[1]) / 2.0).square().mean().sqrt(),
+    }
+
+
+def _plain(values: dict[str, Tensor]) -> dict[str, float | None]:
+    """Numbers of six digits for JSON, None for one that is not finite."""
+    numbers = {key: float(value) for key, value in values.items()}
+    return {k: float(f"{x:.6g}") if math.isfinite(x) else None for k, x in numbers.items()}
+
+
+@contextmanager
+def _kept_random() -> Iterator[None]:
+    """Puts all random states back: the mini-batches' RoIs are drawn at random."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same RoIs whenever it is measured
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

@@ -1,0 +1,54 @@
+"""A training iteration of the standalone engine, ready to be timed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import cycle, islice
+
+import torch
+import torchvision
+from torch import nn
+
+from ..run.job import built
+from .job import StandaloneJob
+from .launch import build_config
+from .loading import batches as training_batches
+from .model import build_model
+from .trainer import Trainer
+from .weights import load_weights
+
+
+def training_step(
+    args: argparse.Namespace, batches: int
+) -> tuple[nn.Module, Callable[[int], None], dict[str, str]]:
+    """Builds the trainer of a command line and loads its first batches.
+
+    Args:
+        args: the launcher's; trains from ``MODEL.WEIGHTS``, if there are any.
+        batches: that the steps take in turn, read beforehand.
+
+    Returns:
+        The model; a function that makes one step, with the random numbers and the learning rate of
+        the iteration it is given; the version of torchvision.
+
+    Raises:
+        ValueError: a config that cannot be run.
+    """
+    cfg, _ = build_config(args)
+    job = StandaloneJob(cfg, args)
+    job.prepare(eval_only=False)
+    torch.manual_seed(cfg.SEED)
+    model = built(lambda: build_model(cfg)).to(cfg.MODEL.DEVICE)
+    dataset = job._training_set()
+    trainer = built(lambda: Trainer(cfg, model, dataset, dict, args.accumulate))
+    if cfg.MODEL.WEIGHTS:
+        load_weights(model, cfg.MODEL.WEIGHTS)
+    kept = cycle(list(islice(training_batches(dataset, cfg), batches)))
+    model.train()
+
+    def step_on(iteration: int) -> None:
+        trainer.iter = iteration
+        trainer._step(kept)
+
+    return model, step_on, {"torchvision": torchvision.__version__}

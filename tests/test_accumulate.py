@@ -1,0 +1,348 @@
+"""Gradient accumulation: several mini-batches an optimiser step, on both engines."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_run import arguments, result_of, run_loggers_removed, tiny_inputs
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+from cbn_det.run.arguments import argument_parser
+
+inputs = tiny_inputs
+ENGINES = ["standalone", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+CONFIGS = {"standalone": "standalone.yaml", "detectron2": "tiny.yaml"}
+NO_TEST = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1000")
+# of these a mini-batch is normalised as its images are in any other
+FROZEN = (
+    *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN"),
+    *("MODEL.ROI_BOX_HEAD.NORM", "FrozenBN"),
+)
+
+
+def words_for(engine: str, inputs: Path, output: Path, *words: str) -> list[str]:
+    return ["--engine", engine, *arguments(inputs, output, *words, config=CONFIGS[engine])]
+
+
+def make_trainer(engine: str, inputs: Path, output: Path, *words: str) -> Any:
+    """As the launcher makes it."""
+    args = argument_parser().parse_args(words_for(engine, inputs, output, *words))
+    args.command = "a test"
+    output.mkdir(parents=True, exist_ok=True)
+    if engine == "detectron2":
+        from detectron2.utils import comm
+
+        from cbn_det.plugin.config import build_config
+        from cbn_det.plugin.datasets import prepare_datasets
+        from cbn_det.plugin.trainer import Trainer
+
+        cfg, _ = build_config(args, comm.get_world_size())
+        prepare_datasets(cfg, args.coco_dataset)
+        torch.manual_seed(cfg.SEED)
+        return Trainer(cfg, args.accumulate)
+    from cbn_det.standalone.datasets import DetectionDataset, prepare_datasets
+    from cbn_det.standalone.launch import build_config
+    from cbn_det.standalone.model import build_model
+    from cbn_det.standalone.trainer import Trainer
+
+    cfg, _ = build_config(args)
+    files = prepare_datasets(cfg, args.coco_dataset)
+    torch.manual_seed(cfg.SEED)
+    dataset = DetectionDataset(files[cfg.DATASETS.TRAIN[0]], cfg, training=True)
+    return Trainer(cfg, build_model(cfg), dataset, dict, args.accumulate)
+
+
+def start(trainer: Any) -> None:
+    if hasattr(trainer, "resume_or_load"):
+        trainer.resume_or_load(resume=True)
+    elif trainer.checkpointer.has_checkpoint():
+        trainer.resume()
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """Of ``metrics.json``, without what a clock measured."""
+    clocks = ("time", "data_time", "rank_data_time", "eta_seconds")
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def first_come_first_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors and proposals are sampled in order, so that it does not matter when."""
+    monkeypatch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n))
+
+
+# two steps; without norms larger ones diverge
+TWO_STEPS = (*FROZEN, *NO_TEST, "SOLVER.MAX_ITER", "2", "SOLVER.BASE_LR", "0.0001")
+
+
+def changes(engine: str, inputs: Path, folder: Path, *words: str) -> dict[str, torch.Tensor]:
+    """What training does to each parameter."""
+    trainer = make_trainer(engine, inputs, folder, *words[:-1], *TWO_STEPS, IMAGES, words[-1])
+    before = weights(trainer.bare_model)
+    trainer.train()
+    return {key: value - before[key] for key, value in weights(trainer.bare_model).items()}
+
+
+IMAGES = "SOLVER.IMS_PER_BATCH"
+
+
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for key, value in expected.items():
+        size = float(value.abs().max())
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=0.01 * size + 1e-7, msg=key)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mini_batches_train_as_one_batch_of_their_images(
+    engine: str, inputs: Path, tmp_path: Path, first_come_first_sampled: None
+) -> None:
+    whole = changes(engine, inputs, tmp_path / "whole", "4")
+    parts = changes(engine, inputs, tmp_path / "parts", "--accumulate", "2", "2")
+    assert_close(parts, whole)
+    assert max(float(value.abs().max()) for value in whole.values()) > 1e-3
+    ours, expected = (lines_of(tmp_path / name)[-1] for name in ("parts", "whole"))
+    losses = {k for k in expected if "loss" in k}
+    assert len(losses) == 5
+    for key in losses | {"lr"}:
+        assert ours[key] == pytest.approx(expected[key], rel=1e-4), key
+    assert ours["iteration"] == expected["iteration"] == 1
+
+
+def _one_rank(rank: int, world: int, inputs: Path, folder: Path) -> Any:
+    """A job: one of two ranks of an image each."""
+    from detectron2.utils import comm
+
+    import cbn_det
+
+    cbn_det.register()
+    comm.create_local_process_group(world)
+    trainer = make_trainer(
+        *("detectron2", inputs, folder, "--accumulate", "2", *TWO_STEPS, IMAGES, "2")
+    )
+    exchanged = []
+
+    def exchange(state, bucket):  # torch checks the annotations, and takes none for good ones
+        exchanged.append(trainer.iter)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    trainer.step.model.register_comm_hook(None, exchange)
+    before = weights(trainer.bare_model)
+    trainer.train()
+    after = weights(trainer.bare_model)
+    return {key: (after[key] - before[key]).numpy() for key in after}, exchanged
+
+
+@pytest.mark.detectron2
+def test_ranks_exchange_gradients_once_a_step(
+    inputs: Path, tmp_path: Path, first_come_first_sampled: None
+) -> None:
+    whole = changes("detectron2", inputs, tmp_path / "whole", "4")
+    for ours, exchanged in run_ranks(_one_rank, 2, tmp_path, inputs, tmp_path / "ranks"):
+        assert_close({key: torch.from_numpy(value) for key, value in ours.items()}, whole)
+        assert exchanged == [0, 1]  # all gradients of this model fit into one bucket
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_broken_off_between_mini_batches_resumes_exactly(
+    engine: str, inputs: Path, tmp_path: Path
+) -> None:
+    from cbn_det.norms import memory_state_dict
+
+    norms = ("MODEL.FPN.NORM", "MBN(burn_in=1)", "MODEL.ROI_BOX_HEAD.NORM", "CBN(burn_in=0)")
+    length = ("SOLVER.MAX_ITER", "5", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "2")
+    words = ("--accumulate", "2", *norms, *length)
+    found = []
+    for name in ("whole", "broken"):
+        trainer = make_trainer(engine, inputs, tmp_path / name, *words)
+        if name == "broken":
+            forwards = iter(range(100))
+
+            def forward(*args: Any, trainer: Any = trainer, forwards: Any = forwards) -> None:
+                if (
+                    next(forwards) >= 10 and trainer.iter == 3
+                ):  # the second of iteration 3, or later
+                    raise Killed
+
+            trainer.bare_model.register_forward_pre_hook(forward)
+            with pytest.raises(Killed):
+                trainer.after_train = lambda: None
+                trainer.train()
+            trainer = make_trainer(engine, inputs, tmp_path / name, *words)
+            start(trainer)
+            assert trainer.start_iter == 2
+        trainer.train()
+        found.append((weights(trainer.bare_model), memory_state_dict(trainer.bare_model)))
+    (expected, memory), (ours, our_memory) = found
+    assert all(torch.equal(ours[key], value) for key, value in expected.items())
+    assert _same(our_memory, memory)
+    # one optimiser step is one iteration: four were committed when the fifth began
+    assert {state["steps"] for state in memory.values()} == {4}
+    staged = {name: state["staged_forwards"] for name, state in memory.items()}
+    assert set(staged.values()) == {2}, "both mini-batches, and both refreshed where that is due"
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a == b
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_number_of_mini_batches_is_told_at_resume(
+    engine: str, inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = (*FROZEN, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1")
+    make_trainer(engine, inputs, tmp_path, "--accumulate", "2", *words).train()
+    trainer = make_trainer(engine, inputs, tmp_path, "--accumulate", "3", *words)
+    caplog.clear()
+    start(trainer)
+    told = [text for text in caplog.messages if "--accumulate" in text]
+    assert len(told) == 1 and "2" in told[0] and "3" in told[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_mini_batch_is_checked(
+    engine: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cbn_det.run.nonfinite import Diverged
+
+    trainer = make_trainer(engine, inputs, tmp_path, "--accumulate", "3", *FROZEN, *NO_TEST)
+    before = weights(trainer.bare_model)
+    forwards = []
+
+    def spoil(model: nn.Module, args: Any, losses: dict[str, torch.Tensor]) -> Any:
+        forwards.append(1)
+        if len(forwards) == 2:
+            return {name: loss * float("nan") for name, loss in losses.items()}
+        return losses
+
+    trainer.bare_model.register_forward_hook(spoil)
+    with pytest.raises(Diverged, match="not finite"):
+        trainer.train()
+    assert len(forwards) == 2 and trainer.iter == 0
+    assert all(torch.equal(value, before[k]) for k, value in weights(trainer.bare_model).items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_launcher_takes_and_records_it(
+    engine: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from cbn_det.launch import main
+
+    with run_loggers_removed():
+        assert main(words_for(engine, inputs, tmp_path, "--accumulate", "0")) == 2
+        assert "--accumulate must be 1 or more" in capfd.readouterr().err
+        words = (*NO_TEST, "SOLVER.MAX_ITER", "1")
+        assert main(words_for(engine, inputs, tmp_path, "--accumulate", "3", *words)) == 0
+    result = result_of(tmp_path)
+    assert (result["images_per_gpu"], result["accumulate"], result["total_batch"]) == (2, 3, 6)
+    assert result["iterations"] == 1
+
+
+def test_an_evaluation_keeps_what_training_was_done_with(tmp_path: Path) -> None:
+    from cbn_det.run.folder import keep_training_facts, write_result
+
+    write_result(tmp_path, {"iterations": 7, "accumulate": 4, "total_batch": 8})
+    result = {"accumulate": 1, "total_batch": 2, "machine": "this"}
+    keep_training_facts(result, tmp_path)
+    assert result == {"accumulate": 4, "total_batch": 8, "machine": "this", "iterations": 7}
+
+
+# ------------------------------------------------------------------ detectron2's step
+
+
+class Losses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1.0, 1.0, 6).view(2, 3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = x @ self.weight.t()
+        return {"loss_a": out.square().mean(), "loss_b": out.float().sigmoid().mean()}
+
+
+def numbers() -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(4, 3, generator=generator)
+
+
+@pytest.mark.detectron2
+def test_in_mixed_precision_an_overflow_skips_the_whole_step() -> None:
+    """On CPU: bfloat16, and a scaler that works there."""
+    from detectron2.utils.events import EventStorage
+
+    from cbn_det.plugin.step import CheckedAMPStep
+
+    model, twin = Losses(), Losses()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    step = CheckedAMPStep(
+        model,
+        numbers(),
+        optimizers[0],
+        grad_scaler=scaler,
+        precision=torch.bfloat16,
+        accumulate=3,
+    )
+    batches, expected = numbers(), []
+    overflow = iter([False] * 3 + [False, True, False] + [False] * 3)
+    model.weight.register_hook(lambda g: g * float("inf") if next(overflow) else g)
+    with EventStorage():
+        for iteration in range(3):
+            step.iter = iteration
+            step.run_step()
+            parts = []
+            for _ in range(3):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    parts.append(sum(twin(next(batches)).values()))
+            if iteration != 1:
+                optimizers[1].zero_grad()
+                torch.stack(parts).mean().backward()
+                optimizers[1].step()
+            expected.append(twin.weight.detach().clone())
+            torch.testing.assert_close(model.weight, expected[-1], rtol=1e-2, atol=2e-3)
+    assert torch.equal(expected[1], expected[0]) and not torch.equal(expected[2], expected[1])
+    assert scaler.get_scale() == 32.0  # halved once: mini-batches of a step have one scale
+
+
+@pytest.mark.detectron2
+def test_one_mini_batch_at_a_time_is_detectron2s_own_step() -> None:
+    from detectron2.engine import SimpleTrainer
+    from detectron2.utils.events import EventStorage
+
+    from cbn_det.plugin.step import CheckedStep
+
+    found = []
+    for kind in ("detectron2's", "ours", "the loop of several"):
+        model = Losses()
+        cls = SimpleTrainer if kind == "detectron2's" else CheckedStep
+        step = cls(model, numbers(), torch.optim.SGD(model.parameters(), 0.1))
+        run = step._accumulated_step if kind == "the loop of several" else step.run_step
+        with EventStorage() as storage:
+            for step.iter in range(3):
+                run()
+            values = {k: v for k, (v, _) in storage.latest().items() if "loss" in k}
+        found.append((copy.deepcopy(model.weight.data), values))
+    for weight, values in found[1:]:
+        assert torch.equal(weight, found[0][0])
+        assert values == found[0][1] and len(values) == 3

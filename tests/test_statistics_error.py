@@ -1,0 +1,449 @@
+"""Measuring how far estimates are from the truth: numbers against numpy, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import kalman
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cbn_det.norms import DoubleForward, build_norm, memory_state_dict, resolve_burn_in
+from cbn_det.run import statistics_error
+from cbn_det.run.errors import ConfigError
+from cbn_det.run.shadows import Shadows
+from cbn_det.run.statistics_error import FILE, Request, StatisticsError
+
+EPS = 1e-5
+SIZE, IMAGES = 2, 8  # of a mini-batch, of the truth
+WINDOWED = "CBN(burn_in=0, window=3, compensation='none')"
+NORMS = [
+    "BN",
+    WINDOWED,
+    "CBN(burn_in=0)",
+    "MBN(burn_in=0)",
+    "MBN(burn_in=0, double_forward=False)",
+    "KN",
+    "KN(recursion='authors')",
+    "BRN(burn_in=0, ramp=0, r_max=1.2, d_max=0.1)",
+    "BGN(groups=2)",
+]
+
+
+class Net(nn.Module):
+    """Three convolutions with a norm, and a loss of positions that are chosen at random."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        widths = (3, 4, 6, 4)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), make(norm, b))
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        for layer in self.convs:
+            nn.init.uniform_(layer[1].weight, 0.5, 1.5)
+            nn.init.normal_(layer[1].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convs[2](self.convs[1](self.convs[0](x).relu()).relu())
+        return (x[:, :, torch.randperm(x.shape[2])[:4]] - 1.0).square().mean()
+
+
+def make(norm: str, channels: int) -> nn.Module:
+    if norm == "BN":
+        return nn.BatchNorm2d(channels)
+    layer = build_norm(norm, channels)
+    resolve_burn_in(layer, 10)
+    return layer
+
+
+def images(place: int) -> torch.Tensor:
+    """[SIZE, 3, 6, 6]; images differ in brightness and contrast."""
+    draw = torch.Generator().manual_seed(place)
+    x = torch.randn(SIZE, 3, 6, 6, generator=draw)
+    return x * (0.5 + torch.rand(SIZE, 1, 1, 1, generator=draw)) + torch.randn(
+        SIZE, 3, 1, 1, generator=draw
+    )
+
+
+def truth_batches() -> list[torch.Tensor]:
+    return [images(1000 + i) for i in range(IMAGES // SIZE)]
+
+
+class Training:
+    """A few iterations of training, which may be measured before some of them."""
+
+    def __init__(self, host: str, folder: Path | None = None, norms=NORMS, at=(1, 4)) -> None:
+        self.model = Net(host)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05, momentum=0.9)
+        self.double_forward = DoubleForward(self.model)
+        self.measured = None
+        if folder is not None:
+            request = Request(tuple(norms), tuple(at), IMAGES)
+            self.measured = StatisticsError(
+                self.model, self.double_forward, request, 10, SIZE, folder
+            )
+
+    def run(self, start: int, end: int) -> None:
+        for iteration in range(start, end):
+            if self.measured and self.measured.due(iteration):
+                self.measured.measure(iteration, truth_batches(), self.model)
+            torch.manual_seed(iteration)
+            self.optimizer.zero_grad()
+            self.model(images(iteration)).backward()
+            self.optimizer.step()
+            self.double_forward.refresh()
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+# ---- numbers ----------------------------------------------------------------------------------
+
+
+class Captured:
+    """Inputs of every norm, iteration by iteration, and those of the mini-batches of the truth."""
+
+    def __init__(self, training: Training) -> None:
+        self.trained: dict[str, list[np.ndarray]] = {}
+        self.probed: dict[str, list[np.ndarray]] = {}
+        self.model = training.model
+        for name, module in training.model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda m, args, name=name: self._keep(name, args))
+
+    def _keep(self, name: str, args: tuple) -> None:
+        kept = self.trained if torch.is_grad_enabled() else self.probed
+        kept.setdefault(name, []).append(args[0].detach().double().numpy())
+
+
+def moments(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all values of each channel, written out."""
+    mean, var = [], []
+    for channel in range(inputs[0].shape[1]):
+        values = np.concatenate([x[:, channel].ravel() for x in inputs])
+        mean.append(sum(values) / len(values))
+        var.append(sum((values - mean[-1]) ** 2) / len(values))
+    return np.array(mean), np.array(var)
+
+
+def expected(estimates: list[tuple], mean: np.ndarray, var: np.ndarray) -> dict[str, float]:
+    """The errors by their definition."""
+    rows = [
+        ((m - mean) / np.sqrt(var + EPS), np.log((v + EPS) / (var + EPS))) for m, v in estimates
+    ]
+    first, second = (np.stack([row[k] for row in rows]) for k in (0, 1))
+    return {
+        "mean": np.sqrt(np.mean(first**2)),
+        "var": np.sqrt(np.mean(second**2)),
+        "mean_fixed": np.sqrt(np.mean(first.mean(0) ** 2)),
+        "var_fixed": np.sqrt(np.mean(second.mean(0) ** 2)),
+        "var_bias": second.mean(),
+    }
+
+
+def check(found: dict[str, float], wanted: dict[str, float]) -> None:
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
+
+
+@pytest.fixture()
+def run(tmp_path: Path) -> tuple[Captured, dict, Training]:
+    """Four iterations, captured, and the layers of the line that was measured before the fifth."""
+    training = Training("BN", tmp_path, at=(4,))
+    captured = Captured(training)
+    training.run(0, 4)
+    captured.probed.clear()  # of second passes
+    training.measured.measure(4, truth_batches(), training.model)
+    (line,) = lines(tmp_path)
+    assert (line["iteration"], line["images"], line["images_per_batch"]) == (4, IMAGES, SIZE)
+    assert list(line["layers"]) == ["convs.0.1", "convs.1.1", "convs.2.1"]
+    return captured, line["layers"], training
+
+
+def test_the_truth_and_batchnorm(run) -> None:
+    captured, layers, training = run
+    for name, layer in layers.items():
+        inputs = captured.probed[name]
+        assert len(inputs) == IMAGES // SIZE
+        mean, var = moments(*inputs)
+        assert layer["values"] == sum(x[:, 0].size for x in inputs)
+        check(layer["norms"]["BN"], expected([moments(x) for x in inputs], mean, var))
+        halves = moments(*inputs[:2]), moments(*inputs[2:])
+        difference = (halves[0][0] - halves[1][0]) / 2 / np.sqrt(var + EPS)
+        logs = np.log(halves[0][1] + EPS) - np.log(halves[1][1] + EPS)
+        floor = {
+            "mean": np.sqrt(np.mean(difference**2)),
+            "var": np.sqrt(np.mean((logs / 2) ** 2)),
+        }
+        check(layer["floor"], floor)
+        # the trained network's own running statistics are those of its BatchNorm shadow
+        host = training.model.get_submodule(name)
+        off = (host.running_mean.double().numpy() - mean) / np.sqrt(var + EPS)
+        ratio = np.log((host.running_var.double().numpy() + EPS) / (var + EPS))
+        running = {
+            "running_mean": np.sqrt(np.mean(off**2)),
+            "running_var": np.sqrt(np.mean(ratio**2)),
+            "running_var_bias": np.mean(ratio),
+        }
+        check(layer["norms"]["BN"], running)
+
+
+def test_estimates_are_made_of_the_first_mini_batches_only(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(statistics_error, "_ESTIMATED", 2)
+    training = Training("BN", tmp_path)
+    captured = Captured(training)
+    training.measured.measure(0, truth_batches(), training.model)
+    (line,) = lines(tmp_path)
+    for name, layer in line["layers"].items():
+        inputs = captured.probed[name]
+        assert len(inputs) == IMAGES // SIZE
+        wanted = expected([moments(x) for x in inputs[:2]], *moments(*inputs))
+        check(layer["norms"]["BN"], wanted)
+    training.run(0, 1)
+    assert all(layer.num_batches_tracked == 1 for layer in training.measured._shadows.layers())
+
+
+def test_a_window_without_compensation(run) -> None:
+    captured, layers, _ = run
+    for name, layer in layers.items():
+        before = [moments(x) for x in captured.trained[name][-2:]]
+        estimates = []
+        for x in captured.probed[name]:
+            parts = [moments(x), *before]
+            mean = np.mean([m for m, _ in parts], 0)
+            estimates.append((mean, np.mean([v + m**2 for m, v in parts], 0) - mean**2))
+        check(layer["norms"][WINDOWED], expected(estimates, *moments(*captured.probed[name])))
+
+
+def test_groups_of_channels_have_a_truth_of_their_own(run) -> None:
+    captured, layers, _ = run
+    for name, layer in layers.items():
+
+        def grouped(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            pools = [x.reshape(len(x), 2, -1, x.shape[-1]) for x in inputs]
+            return moments(*pools)
+
+        inputs = captured.probed[name]
+        wanted = expected([grouped(x) for x in inputs], *grouped(*inputs))
+        check(layer["norms"]["BGN(groups=2)"], wanted)
+
+
+def test_kalman_norms_predict_from_shadows_of_their_own_kind(run) -> None:
+    captured, layers, training = run
+    convs = copy.deepcopy(training.model.convs).double()
+    names = list(layers)
+    for norm in ("KN", "KN(recursion='authors')"):
+        estimates: dict[str, list] = {name: [] for name in names}
+        for batch in range(IMAGES // SIZE):
+            handed = None
+            for (conv, layer), name in zip(convs, names, strict=True):
+                found = tuple(torch.tensor(v) for v in moments(captured.probed[name][batch]))
+                if handed is not None:
+                    predicted = kalman.convolved(*kalman.rectified(*handed), conv)
+                    found = kalman.mixed(0.2, predicted, found)
+                estimates[name].append([t.detach().numpy() for t in found])
+                handed = found if "authors" in norm else (layer.bias, layer.weight**2)
+        for name in names:
+            wanted = expected(estimates[name], *moments(*captured.probed[name]))
+            check(layers[name]["norms"][norm], wanted)
+
+
+def test_a_correction_of_the_output_counts_as_one_of_the_statistics(run) -> None:
+    """Batch Renormalization's statistics, read off what it does to its input."""
+    captured, layers, training = run
+    norm = NORMS[-2]
+    for name, layer in layers.items():
+        shadow = training.measured._shadows.sites[name].shadows[norm]
+        gamma, beta = (p.detach().double().numpy() for p in (shadow.weight, shadow.bias))
+        estimates = []
+        for x in captured.probed[name]:
+            with torch.no_grad():  # of this iteration still, so that its reference stays
+                out = shadow(torch.tensor(x).float()).double().numpy()
+            lines = [np.polyfit(x[:, c].ravel(), out[:, c].ravel(), 1) for c in range(len(gamma))]
+            slope, offset = np.array(lines).T
+            slope, offset = slope / gamma, (offset - beta) / gamma
+            estimates.append((-offset / slope, 1 / slope**2 - EPS))
+        wanted = expected(estimates, *moments(*captured.probed[name]))
+        for key, value in wanted.items():
+            assert layer["norms"][norm][key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
+
+
+# ---- shadows are the real layers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_shadow_of_the_same_norm_does_what_the_norm_does(norm: str, tmp_path: Path) -> None:
+    training = Training(norm, tmp_path, [norm], at=(2, 5))
+    hosts = dict(training.model.named_modules())
+    sites = training.measured._shadows.sites
+    outputs: list[tuple] = []
+    for name, site in sites.items():
+        own: list[torch.Tensor] = []
+        layer = site.shadows[norm]
+        layer.register_forward_hook(lambda m, a, out, own=own: own.append(out.detach()))
+        hosts[name].register_forward_hook(
+            lambda m, a, out, own=own: outputs.append((own.pop(), out.detach()))
+        )
+    training.run(0, 6)
+    assert len(outputs) >= 6 * len(sites)
+    tolerance = 1e-4 if norm == "BN" else 0.0  # torch's own kernel
+    for found, wanted in outputs:
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    for name, site in sites.items():
+        for key, buffer in site.shadows[norm].named_buffers():
+            wanted = hosts[name].get_buffer(key)
+            torch.testing.assert_close(buffer, wanted, rtol=tolerance, atol=tolerance)
+
+
+# ---- nothing else changes ---------------------------------------------------------------------
+
+
+def state_of(training: Training) -> list[torch.Tensor]:
+    def tensors(value) -> list:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [t for item in value for t in tensors(item)]
+        return [value] if torch.is_tensor(value) else [torch.tensor(float(value or 0))]
+
+    model = training.model
+    optimizer = training.optimizer.state_dict()["state"]
+    return tensors([model.state_dict(), memory_state_dict(model), optimizer])
+
+
+@pytest.mark.parametrize("host", NORMS)
+def test_the_training_is_the_same_to_the_last_bit(host: str, tmp_path: Path) -> None:
+    plain, measured = Training(host), Training(host, tmp_path)
+    for training in (plain, measured):
+        random.seed(1)
+        np.random.seed(1)
+        training.run(0, 6)
+        training.drawn = random.random(), np.random.rand(), torch.rand(3).tolist()
+    assert measured.drawn == plain.drawn
+    assert measured.model.state_dict().keys() == plain.model.state_dict().keys()
+    for one, other in zip(state_of(plain), state_of(measured), strict=True):
+        assert torch.equal(one, other)
+    assert [line["iteration"] for line in lines(tmp_path)] == [1, 4]
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_measured(tmp_path: Path) -> None:
+    training = Training("BN", tmp_path)
+    drawn: list[float] = []
+
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        drawn.append(draw()[0])
+        return training.model(batch)
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    wanted = draw()
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    for _ in range(2):
+        training.measured.measure(0, truth_batches(), forward)
+    assert draw() == wanted
+    half = len(drawn) // 2
+    assert drawn[:half] == drawn[half:], "each time other RoIs"
+
+
+def test_measuring_more_often_changes_no_number(tmp_path: Path) -> None:
+    for name, at in (("few", (4,)), ("many", (1, 2, 3, 4))):
+        (tmp_path / name).mkdir()
+        Training("BN", tmp_path / name, at=at).run(0, 5)
+    assert lines(tmp_path / "few")[-1] == lines(tmp_path / "many")[-1]
+
+
+def test_a_resumed_run_measures_the_same(tmp_path: Path) -> None:
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    Training("BN", tmp_path / "whole").run(0, 5)
+    first = Training("BN", tmp_path / "resumed")
+    first.run(0, 3)
+    saved = copy.deepcopy(
+        [first.model.state_dict(), first.optimizer.state_dict(), first.measured.state_dict()]
+    )
+    again = Training("BN", tmp_path / "resumed")
+    again.model.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.measured.load_state_dict(saved[2])
+    again.run(3, 5)
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
+
+
+def test_removed_shadows_are_gone(tmp_path: Path) -> None:
+    training = Training("BN", tmp_path)
+    training.run(0, 2)
+    training.measured.remove()
+    steps = [layer.steps for layer in training.measured._shadows.layers()]
+    training.run(2, 4)
+    assert steps == [layer.steps for layer in training.measured._shadows.layers()]
+    for module in list(training.model.modules())[1:]:  # the model itself has Double Forward's
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_layer_that_sees_no_data_is_left_out(tmp_path: Path) -> None:
+    training = Training("BN", tmp_path)
+    training.measured.measure(0, [batch[:0] for batch in truth_batches()], training.model)
+    assert lines(tmp_path)[0]["layers"] == {}
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        ("GKN(groups=2)", "GKN2d is no BatchNorm2d"),
+        ("KN(gain='learned')", "gain_logit would never be trained"),
+        ("NoSuch", "NoSuch"),
+    ],
+)
+def test_norms_that_cannot_be_shadows(norm: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as error:
+        Shadows(Net("BN"), [norm], 10)
+    assert norm in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CBN",
+        "[]",
+        "{}",
+        '{"norms": [], "at": [1]}',
+        '{"norms": ["CBN"]}',
+        '{"norms": ["CBN"], "at": [-1]}',
+        '{"norms": ["CBN"], "at": [1.5]}',
+        '{"norms": ["CBN"], "at": [1], "images": 0}',
+        '{"norms": ["CBN"], "at": [1], "imagse": 5}',
+        '{"norms": [1], "at": [1]}',
+    ],
+)
+def test_requests_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ConfigError, match="--statistics-error takes"):
+        Request.parse(text)
+
+
+def test_a_request() -> None:
+    assert Request.parse('{"norms": ["KN"], "at": [3, 9]}') == Request(("KN",), (3, 9), 200)
+
+
+def test_batches_that_end_early(tmp_path: Path) -> None:
+    training = Training("BN", tmp_path)
+    with pytest.raises(ValueError, match="only 3 of 4 mini-batches"):
+        training.measured.measure(0, truth_batches()[:3], training.model)
+    assert not (tmp_path / FILE).exists()
