@@ -21,6 +21,7 @@ ROOMS = {
     "run": ({"norms"}, ENGINES),
     "plugin": ({"norms", "data", "run"}, set()),
     "standalone": ({"norms", "data", "run"}, ENGINES),
+    "benchmark": ({"norms", "run", "plugin", "standalone"}, ENGINES),
     "study": (set(), ENGINES | {"torch", "torchvision"}),
 }
 

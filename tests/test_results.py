@@ -46,6 +46,7 @@ def test_recovered_share_reproduces_the_published_control() -> None:
     assert round(100 * by_name["CBN", small].recovered, 1) == 72.5
     assert by_name["CBN", small].recovered_precise is None
     assert by_name["CBN", Split(4, 2)].recovered is None, "there is no BN at 4x2 to compare with"
+    assert by_name["CBN", small].to_gn is None, "GN was not trained"
     assert by_name["BN", large].recovered is None, "one rank has the whole batch: nothing is lost"
     assert "73 %" in text_report(rows, [], "t") and "recovered" in text_report(rows, [], "t")
 
@@ -57,6 +58,16 @@ def test_syncbn_is_the_reference_where_it_was_run() -> None:
         [(n, s, finished(ap)) for n, s, ap in results] + [("BN", Split(1, 8), finished(99.0))]
     )
     assert [row.recovered for row in rows[:3]] == [1.0, 0.0, 0.5]
+
+
+def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
+    small, middle, other = Split(8, 1), Split(4, 2), Split(2, 2)
+    results = [("GN", middle, 60.0), ("GN", small, 62.0), ("BN", small, 23.0), ("BN", middle, 38.0)]
+    results += [("BN", Split(1, 8), 43.0), ("BN", other, 30.0)]
+    rows = make_rows([(norm, split, finished(ap)) for norm, split, ap in results])
+    distances = [row.to_gn for row in rows]
+    assert distances == [None, None, -39.0, -22.0, -17.0, None]
+    assert "-39.0" in text_report(rows, [], "t")
 
 
 def test_no_share_where_nothing_was_lost() -> None:

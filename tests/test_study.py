@@ -162,6 +162,16 @@ def test_ranks_take_places(tmp_path) -> None:
     assert runner._fits(one, {four.label: (four, None)}, jobs=5)
 
 
+def test_the_reference_is_bn_with_the_same_total_batch_on_one_rank(tmp_path) -> None:
+    splits = [Split(8, 1), Split(4, 2), Split(2, 2)]
+    plan = make_plan(tmp_path, ["CBN"], splits=splits, reference=True)
+    labels = [run.label.removesuffix(" seed 1") for run in plan.runs()]
+    assert labels == ["CBN 8x1", "CBN 4x2", "CBN 2x2", "BN 1x8", "BN 1x4"]
+    at_one = make_plan(tmp_path, ["BN", "GN"], splits=[Split(1, 8), Split(8, 1)], reference=True)
+    labels = [run.label.removesuffix(" seed 1") for run in at_one.runs()]
+    assert labels == ["BN 1x8", "GN 1x8", "BN 8x1", "GN 8x1"]
+
+
 def test_dry_run_starts_nothing(tmp_path, capsys) -> None:
     plan = make_plan(tmp_path, ["CBN(window=4)"], splits=[Split(4, 2)], recipe="finetune")
     assert compare(plan, jobs=1, dry_run=True) == 0

@@ -18,7 +18,7 @@ examples:
 
   # a claim about batch size: the total SGD batch stays 8, only ranks x images per rank varies (gloo
   # processes on CPU). The table then says what share of the small-batch loss a norm recovers.
-  python tools/compare_norms.py --split 1x8 4x2 8x1 --norms BN CBN GN --iters 600 \\
+  python tools/compare_norms.py --split 8x1 4x2 --bn-reference --norms BN CBN GN --iters 600 \\
       --opts SOLVER.BASE_LR 0.04
 
   # your own COCO-format data and config
@@ -76,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="ranks x images per rank, e.g. 1x8 4x2 8x1: one total batch, split differently",
     )
     add(
+        "--bn-reference",
+        action="store_true",
+        help="one more row: BN with the same total batch on one rank (1x8 for a split of 8x1), "
+        "whose statistics are SyncBN's and which stands in for it in the share recovered",
+    )
+    add(
         "--seeds",
         nargs="+",
         type=int,
@@ -129,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         norms=args.norms,
         splits=args.split or [Split(1, images) for images in args.images],
         seeds=args.seeds,
+        reference=args.bn_reference,
         engine=resolve_engine(args.engine),
         recipe=args.recipe,
         config=args.config_file,

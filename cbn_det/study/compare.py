@@ -56,19 +56,19 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0)
     with locked(plan.output), interruptible():
         broken = None
         if pretrain:
-            _say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
-            broken = _train_backbone(pretrain)
+            say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
+            broken = train_backbone(pretrain)
         if broken:
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
             names = ", ".join(dict.fromkeys(plan.norms))
             amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {jobs} at a time"
-            _say(
+            say(
                 f"[{steps - 1}/{steps}] training {names} with the {plan.engine} engine: {amount}, "
                 f"in {plan.output / 'runs'}"
             )
-            outcomes = run_all(runs, jobs, _announce)
-        _say(f"[{steps}/{steps}] report")
+            outcomes = run_all(runs, jobs, announce)
+        say(f"[{steps}/{steps}] report")
         comparison = Comparison(
             plan,
             results=[(o.run, o.result) for o in outcomes],
@@ -89,8 +89,11 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0)
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
 
 
-def guarded(tool: str, action: Callable[[], int]) -> int:
+def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:
     """Call `action`; what a user can mend becomes one line on stderr and an exit code.
+
+    Args:
+        stopped: printed after Ctrl-C.
 
     Returns:
         what `action` returns; 1 for a full disk and other trouble with files, 2 for settings that
@@ -99,7 +102,7 @@ def guarded(tool: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except KeyboardInterrupt:
-        print(STOPPED, flush=True)
+        print(stopped, flush=True)
         return EXIT_INTERRUPTED
     except FileNotFoundError as error:
         print(f"{tool}: there is no file {error.filename}", file=sys.stderr)
@@ -113,11 +116,11 @@ def guarded(tool: str, action: Callable[[], int]) -> int:
         return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _announce(outcome: Outcome) -> None:
+def announce(outcome: Outcome) -> None:
     result = outcome.result
     boxes = (result.get("results") or {}).get("bbox") or {}
     text = f"AP {boxes['AP']:.1f}" if boxes.get("AP") is not None else result.get("message") or ""
@@ -125,12 +128,12 @@ def _announce(outcome: Outcome) -> None:
     line = f"{outcome.run.label}: {result.get('status')}{kept} {text}"
     if result.get("status") != "finished":
         line += f"; see {outcome.run.folder / 'console.log'}"
-    _say(line)
+    say(line)
 
 
-def _train_backbone(pretrain: Run) -> str | None:
+def train_backbone(pretrain: Run) -> str | None:
     """Train the recipe's backbone once; None, or why the comparison cannot go on."""
-    outcome = run_all([pretrain], jobs=1, done=_announce)[0]
+    outcome = run_all([pretrain], jobs=1, done=announce)[0]
     if outcome.result.get("status") != "finished":
         result = outcome.result
         return f"the backbone's training {result.get('status')}: {result.get('message')}"

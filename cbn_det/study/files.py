@@ -35,11 +35,11 @@ def write_files(comparison: Comparison) -> list[Path]:
     }
     page = render(comparison, {caption: figure for (_, caption), figure in figures.items()})
     paths = [
-        _write(output / "table.md", markdown),
-        _write(output / "summary.json", json.dumps(_summary(comparison), indent=2) + "\n"),
+        write_text(output / "table.md", markdown),
+        write_text(output / "summary.json", json.dumps(_summary(comparison), indent=2) + "\n"),
     ]
     paths += [save_png(f, output / name) for (name, _), f in figures.items() if f]
-    return [*paths, _write(output / "report.html", page)]
+    return [*paths, write_text(output / "report.html", page)]
 
 
 def _summary(comparison: Comparison) -> dict:
@@ -63,7 +63,7 @@ def _summary(comparison: Comparison) -> dict:
     }
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Replace a file's text all at once, so that a full disk leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -60,6 +60,8 @@ class Plan:
         norms: norm specs as in a config, e.g. "GN", "CBN(window=4)".
         splits: ranks x images per GPU.
         seeds: one run each.
+        reference: whether BN with the same total batches on one rank is trained too: what a norm
+            that makes up for the small batch would reach.
         engine: detectron2 or standalone; part of what a run is, so that two engines never mix.
         recipe: a name of `RECIPES`.
         config: base config in place of the recipe's own.
@@ -69,6 +71,7 @@ class Plan:
             evaluation; 0: none.
         datasets: (name, annotations, images) triples for `--coco-dataset`.
         overrides: KEY VALUE pairs of the config, for every compared run.
+        flags: further arguments of the launcher, for every compared run.
         launcher: how a run is started.
 
     Raises:
@@ -82,10 +85,12 @@ class Plan:
     engine: str
     recipe: str = "scratch"
     config: Path | None = None
+    reference: bool = False
     iterations: int | None = None
     precise_bn: int = 50
     datasets: list[list[str]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
@@ -119,10 +124,11 @@ class Plan:
         pretrain = self.pretrain_run()
         runs = []
         for seed in self.seeds:
-            for split in self.splits:
-                for norm in self.norms:
+            for split, norms in self._rows().items():
+                for norm in norms:
                     options = [
                         *(["--precise-bn-iters", str(self.precise_bn)] if self.precise_bn else []),
+                        *self.flags,
                         *self._datasets(),
                         *[word for key in norm_keys for word in (key, norm)],
                         *["SOLVER.IMS_PER_BATCH", str(split.total), "SEED", str(seed)],
@@ -134,6 +140,15 @@ class Plan:
                     extra = {"norm": norm, "split": split, "seed": seed}
                     runs.append(self._run(label, self.config_file, split.ranks, options, **extra))
         return runs
+
+    def _rows(self) -> dict[Split, list[str]]:
+        """The norms to compare at each split."""
+        rows = {split: list(self.norms) for split in self.splits}
+        if self.reference:
+            for split in self.splits:
+                norms = rows.setdefault(Split(1, split.total), [])
+                norms += [] if "BN" in norms else ["BN"]
+        return rows
 
     def _norm_keys(self) -> tuple[str, ...]:
         keys = RECIPES[self.recipe].norm_keys

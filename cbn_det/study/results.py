@@ -36,7 +36,7 @@ class Row:
 
     AP values are on the 0-100 scale. `reasons` are those of the runs that did not finish.
     `recovered` and `recovered_precise` are shares (1.0 = all) of the small-batch loss; see
-    `fill_recovered`.
+    `fill_recovered`. `to_gn` is the box AP above GN's (below it: negative), see `fill_distances`.
     """
 
     norm: str
@@ -51,6 +51,7 @@ class Row:
     iterations: int | None = None
     recovered: float | None = None
     recovered_precise: float | None = None
+    to_gn: float | None = None
 
 
 def read_result(folder: Path) -> dict | None:
@@ -107,6 +108,7 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
         rows.append(row)
     fill_recovered(rows)
+    fill_distances(rows)
     return rows
 
 
@@ -130,6 +132,20 @@ def fill_recovered(rows: list[Row], task: str = "bbox") -> None:
         for name, own in (("recovered", row.ap), ("recovered_precise", row.ap_precise)):
             if own.get(task) is not None:
                 setattr(row, name, (own[task].mean - small.mean) / loss)
+
+
+def fill_distances(rows: list[Row], task: str = "bbox") -> None:
+    """Set how far each row's plain AP is from GN's at the same split.
+
+    GN normalises every image for itself, so where it was not trained at that split, GN with the
+    same total batch at another one serves as well.
+    """
+    gn = [row for row in rows if row.norm == "GN" and row.ap.get(task)]
+    for row in rows:
+        same = [g for g in gn if g.split.total == row.split.total]
+        same.sort(key=lambda g: g.split != row.split)
+        if same and row.ap.get(task) and row.norm != "GN":
+            row.to_gn = row.ap[task].mean - same[0].ap[task].mean
 
 
 def _status(finished: int, runs: int) -> str:

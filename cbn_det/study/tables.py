@@ -48,6 +48,7 @@ def cells(rows: list[Row]) -> list[dict[str, str]]:
         if shares:
             line["recovered"] = _percent(row.recovered)
             line["recovered, PreciseBN"] = _percent(row.recovered_precise)
+            line["AP - GN"] = "-" if row.to_gn is None else f"{row.to_gn:+.1f}"
         line["s/iter"] = f"{row.sec_per_iter.mean:.3f}" if row.sec_per_iter else "-"
         line["peak MB"] = f"{row.peak_memory_mb.mean:.0f}" if row.peak_memory_mb else "-"
         line["status"] = row.status
@@ -78,7 +79,8 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
         said.append("PreciseBN: the same weights, BatchNorm statistics recomputed after training.")
     if any(row.recovered is not None for row in rows):
         said.append(
-            "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split)."
+            "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split); "
+            "BN on one rank stands in for SyncBN where that was not trained."
         )
     if len(by_total_batch(rows)) > 1:
         said.append("Tables of different total batch are not comparable with each other.")

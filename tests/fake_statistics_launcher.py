@@ -1,0 +1,66 @@
+"""Stands in for tools/train_net.py with --statistics-error: leaves the files of a run at once.
+
+Every error is 0.1, times the images per GPU, times the place of the norm in the request. The first
+line is there twice, as after a resume. The environment's FAKE_FAILS names a number of images per
+GPU whose run fails."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+KEYS = ("mean", "var", "mean_fixed", "var_fixed", "var_bias")
+RUNNING = ("running_mean", "running_var", "running_var_bias")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config-file")
+    parser.add_argument("--engine")
+    parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--statistics-error")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("options", nargs="*")
+    args = parser.parse_args()
+    cfg = dict(zip(args.options[::2], args.options[1::2], strict=True))
+    out, images = Path(cfg["OUTPUT_DIR"]), int(cfg["SOLVER.IMS_PER_BATCH"])
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "attempts", "a") as file:
+        file.write("start\n")
+    request = json.loads(args.statistics_error)
+    points = [point(at, images, request) for at in request["at"]]
+    twice = json.loads(json.dumps(points[0]).replace("0.", "7."))
+    text = "\n".join(map(json.dumps, [twice, *points])) + '\n{"iteration": 99, "la'
+    (out / "statistics_error.jsonl").write_text(text)
+    if os.environ.get("FAKE_FAILS") == str(images):
+        sys.exit("RuntimeError: it broke")
+    result = {
+        "status": "finished",
+        "message": None,
+        "results": {},
+        "iterations": int(cfg["SOLVER.MAX_ITER"]),
+        "engine": args.engine,
+        "machine": {"cpu": "a CPU", "cores": 2, "threads": 1, "gpu": None},
+        "versions": {"python": "3.11"},
+        "test_sets": cfg["DATASETS.TEST"],
+    }
+    (out / "result.json").write_text(json.dumps(result))
+
+
+def point(at: int, images: int, request: dict) -> dict:
+    layers = {}
+    for name in ("backbone.stem.norm", "roi_heads.box_head.conv1.norm"):
+        norms = {
+            norm: dict.fromkeys((*KEYS, *RUNNING), 0.1 * images * (place + 1))
+            for place, norm in enumerate(request["norms"])
+        }
+        layers[name] = {"channels": 4, "values": 9, "floor": {"mean": 0.01, "var": None}}
+        layers[name]["norms"] = norms
+    layers["backbone.stem.norm"]["norms"]["KN"]["mean"] = 0.05 * images
+    used = {"images": request["images"], "images_per_batch": images}
+    return {"iteration": at, **used, "layers": layers}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""tools/benchmark.py: its arithmetic, and that it runs. How fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import arguments, run_loggers_removed, tiny_inputs
+
+from cbn_det.benchmark.iteration import BATCHES, iteration_workload, parse
+from cbn_det.benchmark.layer import layer_workload
+from cbn_det.benchmark.worker import _end_burn_in
+from cbn_det.norms import CBN2d, MBN2d
+from cbn_det.study import benchmark
+from cbn_det.study.benchmark import Settings, Shape, Worker, WorkerFailed, take_turns
+from cbn_det.study.benchmark_report import Case, text_report
+from cbn_det.study.ratios import median_interval, paired_ratio
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
+
+inputs = tiny_inputs
+
+
+@pytest.fixture(scope="module")
+def main():
+    return runpy.run_path(str(TOOL))["main"]
+
+
+# ---- the arithmetic --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n, rank",  # printed in tables of nonparametric statistics
+    [(6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (15, 4), (20, 6), (25, 8), (30, 10), (50, 18)],
+)
+def test_the_interval_has_the_ranks_of_the_tables(n, rank):
+    values = np.random.default_rng(0).permutation(np.arange(1, n + 1)).tolist()
+    assert median_interval(values) == (rank, n + 1 - rank)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    samples = np.random.default_rng(0).lognormal(size=(4000, 20))  # true median 1
+    intervals = np.array([median_interval(sample.tolist()) for sample in samples])
+    share = ((intervals[:, 0] <= 1) & (intervals[:, 1] >= 1)).mean()
+    assert share == pytest.approx(0.9586, abs=0.01)  # 1 - 2 P(binomial(20, 1/2) <= 5)
+
+
+def test_a_machine_that_slows_down_does_not_change_a_ratio():
+    rng = np.random.default_rng(1)
+    speed = np.where(np.arange(30) < 12, 1.0, 3.0)
+    reference = speed * rng.normal(0.5, 0.01, 30)
+    times = 1.25 * speed * rng.normal(0.5, 0.01, 30)
+    times[[3, 20]] *= 9  # something else ran
+    ratio = paired_ratio(times.tolist(), reference.tolist())
+    assert ratio.median == pytest.approx(np.median(times / reference))
+    assert ratio.low < 1.25 < ratio.high and ratio.high - ratio.low < 0.05
+
+
+def test_the_same_against_the_same_is_one():
+    rng = np.random.default_rng(2)
+    times, reference = rng.gamma(5, size=(2, 40))
+    ratio = paired_ratio(times.tolist(), reference.tolist())
+    assert ratio.low < 1 < ratio.high
+    assert str(paired_ratio([1.0] * 6, [1.0] * 6)) == "1.000 [1.000, 1.000]"
+
+
+def test_too_few_repetitions_are_no_interval():
+    with pytest.raises(ValueError, match="5 repetitions: an interval needs 6 or more"):
+        median_interval([1.0] * 5)
+    with pytest.raises(ValueError):
+        paired_ratio([1.0] * 7, [1.0] * 6)
+
+
+# ---- taking turns ----------------------------------------------------------------------------
+
+
+class FakeWorker:
+    def __init__(self, norm, turns):
+        self.norm, self.turns = norm, turns
+
+    def ask(self, request):
+        self.turns.append(self.norm)
+        assert request == "time 3"
+        return {"wall": float(len(self.turns)), "cpu": 0.0}
+
+
+def test_every_worker_has_a_turn_in_each_repetition_in_changing_order():
+    turns = []
+    workers = [FakeWorker(norm, turns) for norm in "abc"]
+    taken = take_turns(workers, steps=3, repetitions=20, seconds=1e9)
+    rounds = [tuple(turns[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 3
+    assert [t["wall"] for t in taken["b"]] == [i + 1 for i, n in enumerate(turns) if n == "b"]
+
+
+def test_it_ends_when_the_time_is_over_but_not_before_there_is_an_interval(capsys):
+    taken = take_turns([FakeWorker("a", [])], steps=3, repetitions=50, seconds=0.0)
+    assert len(taken["a"]) == 6
+    assert "--seconds 0 are over: 6 repetitions instead of 50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["exits", "is killed when asked"])
+def test_a_worker_that_dies_is_an_error_that_names_norm_and_log(tmp_path, how):
+    code = "print('{}', flush=True); input(); raise SystemExit" if "asked" in how else "pass"
+    worker = Worker("CBN", [sys.executable, "-c", code], tmp_path / "log")
+    with pytest.raises(WorkerFailed, match=f"CBN: it died; {tmp_path}/log may say why"):
+        worker.answer()
+        worker.ask("time 1")
+    worker.end()
+
+
+# ---- the report ------------------------------------------------------------------------------
+
+
+def made_up_case():
+    times = {
+        "BN": [{"wall": 0.2, "cpu": 0.1}] * 6,
+        "CBN": [{"wall": 0.6, "cpu": 0.15 + i / 100} for i in range(7)][:6],
+    }
+    machine = {"cpu": "a processor", "cores": 2, "threads": 1, "gpu": None}
+    return Case("a case", times, {"BN": 100.0, "CBN": 107.0}, 4, machine, {"torch": "9"})
+
+
+def test_the_report_says_what_was_measured_and_on_what():
+    text = text_report([made_up_case()], "iteration", "wall", "python x", (1.5, 2.5))
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    assert rows[0][1:-1] == ["norm", "s/iteration", "ratio to BN", "peak MB", "memory ratio"]
+    assert rows[2][1:-1] == ["BN", "0.200", "1", "100", "1"]
+    assert rows[3][1:-1] == ["CBN", "0.600", "3.000 [3.000, 3.000]", "107", "1.070"]
+    assert "Wall-clock time" in text and "6 repetitions of 4 steps" in text
+    assert "a processor, 2 cores, 1 threads; torch 9." in text
+    # (6 * 0.1 + 6 * 0.175) processor seconds in 4.8 seconds
+    assert "Load average 1.5 before and 2.5 after; timed threads had 34% of a core each." in text
+    by_cpu = text_report([made_up_case()], "step", "cpu", "python x", (1.5, 2.5))
+    assert "| 175.00 " in by_cpu and "1.750 [1.500, 2.000]" in by_cpu  # ms/step
+    assert "Processor time" in by_cpu
+
+
+def test_layers_are_timed_and_reported(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "layer"])
+    words = ["layer", "--norms", "BN", "CBN(window=3)", "MBN(window=2)", "--shapes", "2,4,6,5,8,3"]
+    options = ["--repetitions", "7", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
+    assert main([*words, *options, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "layer.md").read_text() in printed and "**3x3 4->8, 2x6x5**" in printed
+    report = json.loads((tmp_path / "layer.json").read_text())
+    (case,) = report["cases"]
+    assert list(case["seconds"]) == ["BN", "CBN(window=3)", "MBN(window=2)"]
+    assert case["steps"] == 1 and case["machine"]["threads"] == 1
+    bn, cbn = ([t["wall"] for t in case["seconds"][norm]] for norm in ("BN", "CBN(window=3)"))
+    assert len(bn) == 7 and min(bn + cbn) > 0
+    expected = np.median(np.array(cbn) / np.array(bn))
+    assert case["ratios"]["CBN(window=3)"]["median"] == pytest.approx(expected)
+    assert all(peak >= 0 for peak in case["peak_mb"].values())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["layer", "--norms", "BN"], "--norms: name two or more"),
+        (["layer", "--norms", "BN", "CBN", "BN"], "--norms: name two or more, each once"),
+        (["layer", "--norms", "BN", "GN", "--repetitions", "5"], "--repetitions 5"),
+        (["layer", "--norms", "BN", "GN", "--warm-up", "0"], "--warm-up 0"),
+        (["layer", "--norms", "BN", "GN", "--seconds", "0"], "--seconds"),
+        (["layer", "--norms", "BN", "GN", "--threads", "0"], "--threads 0"),
+        (["layer", "--norms", "BN", "GN", "--shapes", "1,2,3"], "--shapes 1,2,3: expected N,C,H,W"),
+        (["layer", "--norms", "BN", "GN", "--shapes", "1,2,3,4,5,x"], "--shapes 1,2,3,4,5,x"),
+        (
+            ["layer", "--norms", "BN", "GN", "--shapes", "1,2,3,4,5,2"],
+            "--shapes 1,2,3,4,5,2: numbers",
+        ),
+        (["iteration", "--norms", "BN", "GN", "--opts", "SEED"], "--opts takes KEY VALUE"),
+        (["iteration", "--norms", "BN", "GN", "--images", "0"], "--images 0"),
+    ],
+)
+def test_settings_that_cannot_be_followed_name_their_option(main, tmp_path, capsys, words, message):
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert f"benchmark: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_norm_that_cannot_be_built_is_told(main, tmp_path, capsys):
+    words = ["layer", "--norms", "BN", "CNB(window=3)", "--shapes", "1,2,3,3,4,1"]
+    assert main([*words, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("benchmark: CNB(window=3): unknown norm 'CNB(window=3)'. Known: BN, GN")
+    assert not (tmp_path / "layer.md").exists()
+
+
+# ---- what is timed ---------------------------------------------------------------------------
+
+
+def test_a_layer_step_trains_and_does_all_of_a_norms_work():
+    work = layer_workload("CBN(window=3)", (2, 4, 6, 5), 8, 3, "cpu")
+    conv, norm = work.model
+    assert isinstance(norm, CBN2d) and norm.conv is conv
+    steps = _end_burn_in(work.model) + 2
+    before = conv.weight.clone()
+    for _ in range(steps):
+        work.step()
+    assert len(norm._window) == 2 and not torch.equal(conv.weight, before)
+    work = layer_workload("MBN(window=3)", (2, 4, 6, 5), 8, 3, "cpu")
+    _end_burn_in(work.model)
+    staged = []
+    work.model[1].register_forward_pre_hook(lambda m, _: staged.append(m._in_second_pass))
+    work.step()
+    assert staged == [False, True]  # Double Forward is part of the step
+    assert isinstance(layer_workload("GN", (1, 4, 3, 3), 64, 1, "cpu").model[1], torch.nn.GroupNorm)
+
+
+@pytest.mark.parametrize(
+    "engine", ["standalone", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+)
+def test_an_iteration_trains_and_its_batches_come_again(inputs, tmp_path, engine):
+    config = "tiny.yaml" if engine == "detectron2" else "standalone.yaml"
+    keys = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM"]
+    norms = [word for key in keys for word in (key, "MBN(window=2)")]
+    words = arguments(inputs, tmp_path, "--engine", engine, *norms, config=config)
+    with run_loggers_removed():
+        work = iteration_workload(parse(words))
+        layers = [m for m in work.model.modules() if isinstance(m, MBN2d)]
+        assert layers and _end_burn_in(work.model) == 2
+        images, second = [], []
+
+        def note(model, args):
+            images.append(pixels(args[0]))
+            second.append(layers[0]._in_second_pass)
+
+        work.model.register_forward_pre_hook(note)
+        weight = next(p for p in work.model.parameters() if p.requires_grad and p.dim() == 4)
+        before = weight.detach().clone()
+        for _ in range(BATCHES + 1):
+            work.step()
+    assert not torch.equal(weight, before)
+    assert second == [False, True] * (BATCHES + 1)
+    first = images[::2]
+    assert torch.equal(first[0], first[BATCHES]) and not torch.equal(first[0], first[1])
+    assert not list(tmp_path.iterdir())
+
+
+def pixels(batch: list) -> torch.Tensor:
+    return (batch[0]["image"] if isinstance(batch[0], dict) else batch[0]).float().clone()
+
+
+def test_iterations_get_each_norm_at_the_sites_asked_for(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
+    settings = Settings(["BN", "CBN(window=8)"], tmp_path)
+    benchmark.benchmark_iterations(
+        settings,
+        recipe="finetune",
+        norm_keys=["MODEL.FPN.NORM"],
+        engine="standalone",
+        device="cuda",
+        images=4,
+        datasets=[("a", "b", "c")],
+        overrides=["MODEL.WEIGHTS", "w.pth"],
+    )
+    ((title, commands),) = seen["args"][2].items()
+    assert title.endswith("4 images, standalone; norm in FPN")
+    kind, *words = commands["CBN(window=8)"]
+    from cbn_det.run.arguments import argument_parser
+
+    args: argparse.Namespace = argument_parser().parse_args(words)
+    assert kind == "iteration" and args.config_file.endswith("Finetune-RCNN-R18-FPN-digits.yaml")
+    assert args.coco_dataset == [["a", "b", "c"]] and args.engine == "standalone"
+    options = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+    assert options == {
+        "SOLVER.IMS_PER_BATCH": "4",
+        "MODEL.WEIGHTS": "w.pth",
+        "MODEL.DEVICE": "cuda",
+        "MODEL.FPN.NORM": "CBN(window=8)",
+    }
+
+
+def test_shapes_read_as_they_are_written():
+    shape = Shape.parse("128,256,7,9,64,3")
+    assert str(shape) == "3x3 256->64, 128x7x9"
+    assert shape.words() == ["128", "256", "7", "9", "64", "3"]

@@ -1,0 +1,129 @@
+"""The statistics experiment's command, with a fake launcher that leaves what a real one leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from cbn_det.study.statistics_error import NORMS, Experiment, measure
+from cbn_det.study.statistics_figure import error_figure
+from cbn_det.study.statistics_results import geometric_mean, read_points, rows_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_statistics_launcher.py")))
+
+
+def experiment(folder: Path, **changes) -> Experiment:
+    settings = {
+        "norms": ["KN", "MBN(window=4)"],
+        "images": [1, 4],
+        "seeds": [1],
+        "engine": "detectron2",
+        "iterations": 40,
+    }
+    return Experiment(folder / "out", launcher=LAUNCHER, **(settings | changes))
+
+
+def attempts(folder: Path) -> list[int]:
+    files = sorted((folder / "out" / "runs").glob("*/attempts"))
+    return [len(file.read_text().split()) for file in files]
+
+
+def test_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(experiment(tmp_path, seeds=[1, 2]), jobs=4) == 0
+    printed = capsys.readouterr().out
+    output = tmp_path / "out"
+    data = json.loads((output / "statistics_error.json").read_text())
+    rows = {(row["images"], row["norm"]): row for row in data["rows"]["second_half"]}
+    assert set(rows) == {(i, n) for i in (1, 4) for n in ("BN", "KN", "MBN(window=4)")}
+    row = rows[4, "KN"]
+    # half of BN's in one of two layers, twice as much in the other
+    assert row["mean"] == pytest.approx((0.05 * 4 + 0.2 * 4) / 2)
+    assert row["mean_ratio"] == pytest.approx(math.sqrt(0.5 * 2.0))
+    assert (row["mean_better"], row["var_better"]) == (0.5, 0.0)
+    assert row["var_ratio"] == pytest.approx(2.0) and row["running_var"] == pytest.approx(0.8)
+    assert [(run["seed"], run["images_per_gpu"]) for run in data["runs"]] == [
+        (1, 1), (1, 4), (2, 1), (2, 4),
+    ]  # fmt: skip
+    run = data["runs"][0]
+    assert run["versions"] == {"python": "3.11"} and run["machine"]["cpu"] == "a CPU"
+    at = [point["iteration"] for point in run["points"]]
+    assert at == sorted(set(at)) and 99 not in at and max(at) == 39
+    text = [x for point in run["points"] for x in json.dumps(point).split() if x.startswith("7.")]
+    assert not text, "the line of before the resume"
+    table = (output / "statistics_error.md").read_text()
+    assert table.startswith("# Errors of norms' statistics: scratch, trained with BN, detectron2")
+    assert "1 image per GPU" in table and "4 images per GPU" in table
+    assert "Made with: seeds 1 2; a CPU, 2 cores, 1 threads a process; python 3.11." in table
+    line = next(x for x in table.splitlines() if x.startswith("| KN"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["KN", "0.125", "1.00", "50 %", "0.200", "2.00", "0 %", "0.200", "0.200"]
+    assert (output / "statistics_error.png").read_bytes().startswith(b"\x89PNG")
+    assert "4 images per GPU" in printed and "Files: " in printed
+
+
+def test_finished_runs_are_kept(tmp_path: Path) -> None:
+    measure(experiment(tmp_path), jobs=2)
+    measure(experiment(tmp_path), jobs=2)
+    assert attempts(tmp_path) == [1, 1]
+    measure(experiment(tmp_path, truth_images=50), jobs=2)
+    assert attempts(tmp_path) == [1, 1, 1, 1]
+
+
+def test_a_run_that_fails_is_told_and_tried_again(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "4")
+    assert measure(experiment(tmp_path), jobs=2) == 1
+    assert "BN 1x4 seed 1: failed: crashed (exit code 1)" in capsys.readouterr().out
+    monkeypatch.delenv("FAKE_FAILS")
+    assert measure(experiment(tmp_path), jobs=2) == 0
+    assert sorted(attempts(tmp_path)) == [1, 2]
+
+
+def test_what_a_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = experiment(tmp_path, norms=["KN", "BN"], trained_with="CBN", images=[2])
+    assert measure(wanted, jobs=1, dry_run=True) == 0
+    words = shlex.split(capsys.readouterr().out)
+    request = json.loads(words[words.index("--statistics-error") + 1])
+    assert request == {"norms": ["BN", "KN"], "at": wanted.moments(), "images": 200}
+    assert words[words.index("MODEL.FPN.NORM") + 1] == "CBN"
+    assert words[words.index("SOLVER.IMS_PER_BATCH") + 1] == "2"
+    assert words[words.index("DATASETS.TEST") + 1] == "()"
+    assert not wanted.output.exists()
+
+
+def test_moments_of_short_and_long_trainings(tmp_path: Path) -> None:
+    for length in (2, 3, 10, 90_000):
+        at = experiment(tmp_path, iterations=length).moments()
+        assert at == sorted(set(at)) and at[0] >= 1 and at[-1] == length - 1
+
+
+def test_the_config_s_own_length(tmp_path: Path) -> None:
+    assert experiment(tmp_path, iterations=None).length == 2400
+    config = tmp_path / "c.yaml"
+    config.write_text("SOLVER:\n  BASE_LR: 0.1\n")
+    with pytest.raises(ValueError, match="--iters says how long to train"):
+        experiment(tmp_path, iterations=None, config=config)
+
+
+def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:
+    assert read_points(tmp_path) == []
+    assert error_figure([], ["BN"]) is None
+    assert rows_of([], late=True) == []
+    assert geometric_mean([]) is None
+
+
+def test_the_tool_parses_its_own_examples() -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "statistics_error.py"))
+    text = tool["__doc__"].replace("\\\n", " ")
+    examples = [line for line in text.splitlines() if "python tools/statistics_error.py" in line]
+    assert len(examples) == 4
+    for example in examples:
+        args = tool["make_parser"]().parse_args(shlex.split(example)[2:])
+        assert args.norms and args.iters == 600
+    assert tool["make_parser"]().parse_args([]).norms == NORMS
