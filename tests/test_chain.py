@@ -167,16 +167,15 @@ def test_a_norm_without_a_convolution_before_it():
     assert follows(model, "3").follows == "- (fed by Relu, not by a convolution)"
 
 
-def test_frozen_parts_end_it_and_released_ones_do_not():
+def test_what_is_frozen_is_followed_like_the_rest():
     model = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), conv(), KN2d(4), nn.ReLU(), conv(), KN2d(4))
     for p in model[:5].parameters():
         p.requires_grad_(False)
-    model(torch.randn(2, 3, 8, 8))
-    assert follows(model, "4").follows == "- (its convolution is frozen)"
-    assert follows(model, "7").follows == "- (a model input, or frozen)"
-    model.requires_grad_(True)
-    model(torch.randn(2, 3, 8, 8))
-    assert follows(model, "4").follows == "relu(1)" and follows(model, "7").follows == "relu(4)"
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8))
+        assert follows(model, "1").follows == "- (a model input, or frozen)"
+        assert follows(model, "4").follows == "relu(1)" and follows(model, "7").follows == "relu(4)"
+        model.requires_grad_(True)
 
 
 def test_replacing_a_module_has_layers_look_anew():
@@ -320,25 +319,78 @@ def test_faster_rcnn_r18_fpn(zoo):
     assert len(found) == 21 + 8 + 2
 
 
+def give_statistics(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if type(module).__name__ == "FrozenBatchNorm2d":
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+
+
 @pytest.mark.detectron2
-def test_freeze_at_2_starts_the_chain_at_res3(zoo):
+def test_freeze_at_2_seeds_the_chain_at_res3(zoo):
+    model = zoo.build("mask_rcnn", "KN(gain=0.5)", [("MODEL.BACKBONE.FREEZE_AT", 2)])
+    trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    give_statistics(model)
+    zoo.train(model, 1, lr=0.01)
+    found = {row.name: row for row in kn_chain(model)}
+    body = "backbone.bottom_up."
+    res2 = [f"{body}res2.{k}.conv3.norm" for k in (2, 1, 0)]
+    seed = f"relu({res2[0]} + relu({res2[1]} + relu({res2[2]} + {body}res2.0.shortcut.norm)))"
+    first = [f"{body}res3.0.conv1.norm", f"{body}res3.0.shortcut.norm"]
+    for name in ("backbone.fpn_lateral2.norm", *first):
+        assert found[name].follows == seed
+        assert found[name].sources == (*res2, f"{body}res2.0.shortcut.norm")
+    assert not [name for name, row in found.items() if row.follows.startswith(("-", "?"))]
+    assert trained == {n: p.requires_grad for n, p in model.named_parameters()}
+    # frozen while it runs: what follows takes the statistics that were gathered
+    before = found[f"{body}res4.0.conv1.norm"]
+    for block in model.backbone.bottom_up.res3.children():
+        block.freeze()
+    zoo.train(model, 1, lr=0.01)
+    after = {row.name: row for row in kn_chain(model)}[f"{body}res4.0.conv1.norm"]
+    assert after == before and after.follows.startswith(f"relu({body}res3.")
+
+
+@pytest.mark.detectron2
+def test_a_frozen_backbone_seeds_the_fpn(zoo):
+    """The papers' recipe: frozen norms in the whole backbone, of which res3 to res5 are trained."""
+    changes = [("MODEL.BACKBONE.FREEZE_AT", 2), ("MODEL.RESNETS.DEPTH", 18)]
+    changes += [("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)]
+    sections = {"RESNETS": "FrozenBN"}
+    model = zoo.build("faster_rcnn_fpn", "KN(gain=0.5)", changes, sections=sections)
+    give_statistics(model)
+    zoo.train(model, 1, lr=0.01)
+    found = {row.name: row.follows for row in kn_chain(model)}
+    body = "backbone.bottom_up.res"
+    for number in (3, 4, 5):
+        last, short = (f"{body}{number}.{end}" for end in ("1.conv2.norm", "0.shortcut.norm"))
+        expected = f"relu({last} + relu({body}{number}.0.conv2.norm + {short}))"
+        assert found[f"backbone.fpn_lateral{number}.norm"] == expected
+    assert len(found) == 10 and not [t for t in found.values() if t.startswith(("-", "?"))]
+
+
+@pytest.mark.detectron2
+def test_frozen_norms_without_statistics_end_the_chain(zoo):
     model = zoo.build("mask_rcnn", "KN(gain=0.5)", [("MODEL.BACKBONE.FREEZE_AT", 2)])
     zoo.train(model, 1, lr=0.01)
     found = {row.name: row.follows for row in kn_chain(model)}
-    end = "- (a model input, or frozen)"
+    end = "- (a frozen norm without statistics)"
     body = "backbone.bottom_up."
     assert not any(".res2." in name or ".stem." in name for name in found)
     ends = [name for name, text in found.items() if text.startswith("-")]
     assert [found[name] for name in ends] == [end] * 3
     first = [f"{body}res3.0.conv1.norm", f"{body}res3.0.shortcut.norm"]
     assert set(ends) == {"backbone.fpn_lateral2.norm", *first}
-    before = found[f"{body}res4.0.conv1.norm"]
-    # frozen while it runs: what follows ends there now
-    for block in model.backbone.bottom_up.res3.children():
-        block.freeze()
+    # weights that come later bring statistics
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    for key, value in state.items():
+        if "running_mean" in key:
+            value.copy_(torch.randn(value.shape, generator=generator))
+    model.load_state_dict(state)
     zoo.train(model, 1, lr=0.01)
-    found = {row.name: row.follows for row in kn_chain(model)}
-    assert "res3" in before and found[f"{body}res4.0.conv1.norm"] == end
+    assert not [row for row in kn_chain(model) if row.follows.startswith("-")]
 
 
 @pytest.mark.detectron2

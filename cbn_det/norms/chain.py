@@ -14,8 +14,17 @@ Found by walking ``grad_fn`` from a norm's input, once, and kept as an
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
 
-Everything else ends the chain: inputs of the model, frozen parts (they have no ``grad_fn``;
-detectron2's FrozenBN gives it no parameters), segments of a re-entrant activation checkpoint,
+Frozen parts have no ``grad_fn``. Before the first training forward of a model that has any, one
+forward in evaluation mode is traced in which all parameters take part (:func:`find_chain`), so that
+what is frozen is followed like the rest. The norms in it that normalise by running statistics and
+are not trained (detectron2's and torchvision's FrozenBatchNorm2d, ``nn.BatchNorm2d`` in evaluation)
+are where predictions start from: they put out N(bias, weight^2), as far as their input is
+distributed as their statistics say. Those that never gathered any (mean 0 and variance 1
+everywhere, as in untrained models and in weights into which statistics were folded) do not know,
+and end the chain. Where that forward fails there is a warning, and frozen parts end the chain; so
+they do for layers that it does not reach.
+
+Everything else ends the chain: inputs of the model, segments of a re-entrant activation checkpoint,
 multiplications of two activations, unknown operations. A layer behind such an end is the first of
 a chain and takes the statistics of the mini-batch as they are.
 """
@@ -23,6 +32,8 @@ a chain and takes the statistics of the mini-batch as they are.
 from __future__ import annotations
 
 import re
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +51,11 @@ from . import clock
 from .prediction import (
     Affine,
     Concat,
+    Constant,
     Conv,
     End,
     Expression,
+    FrozenNorm,
     Mixture,
     Norm,
     OtherNorm,
@@ -66,6 +79,9 @@ _KEEPS = {
 }
 #: norm layers with the edges (input, weight, bias, ...)
 _OTHER_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm"}
+
+
+_NO_STATISTICS = "a frozen norm without statistics"
 
 
 class _ChainEnds(Exception):
@@ -106,6 +122,10 @@ def _expression(node: Any) -> Expression:
     if node is None:
         raise _ChainEnds("a model input, or frozen")
     layer = node.metadata.get(_MARK)
+    if layer in _frozen_norms:
+        if _without_statistics(layer):
+            raise _ChainEnds(_NO_STATISTICS)
+        return FrozenNorm(layer)
     if layer is not None:
         return Norm(layer)
     operation = _operation(node)
@@ -202,10 +222,13 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
 
 
 def watch() -> None:
-    """Starts watching for replaced modules in this process; calling it again does nothing."""
+    """Starts watching, in this process, for replaced modules and for forwards of models with layers
+    that do not know what precedes them; calling it again does nothing."""
     global _watching
     if not _watching:
         register_module_module_registration_hook(_on_registration)
+        register_module_forward_pre_hook(_before_forward)
+        register_module_forward_hook(_after_forward, always_call=True)
         _watching = True
 
 
@@ -225,11 +248,18 @@ class Chained:
     _chain_revision: int
     _chain_unsure: bool  # copied or moved: look anew as soon as there is a graph
     _chain_from: int | None  # found inside a backward pass: not before the clock has moved on
+    _chain_traced: int | None  # the revision for which a forward was traced through frozen parts
+    _constant: Constant | None  # what is predicted from frozen parts, computed once
     handed: Pair | None
 
     def _start_chain(self) -> None:
         self.__dict__.update(
-            _chain=None, _chain_revision=_revision, _chain_unsure=False, _chain_from=None
+            _chain=None,
+            _chain_revision=_revision,
+            _chain_unsure=False,
+            _chain_from=None,
+            _chain_traced=None,
+            _constant=None,
         )
         self.handed = None
         watch()
@@ -239,8 +269,13 @@ class Chained:
         raise NotImplementedError
 
     @property
+    def predicts(self) -> bool:
+        """Whether the layer needs to know what precedes it."""
+        return True
+
+    @property
     def predicts_in_evaluation(self) -> bool:
-        """Whether the layer needs to know what precedes it in evaluation, too."""
+        """Whether it does in evaluation, too."""
         return False
 
     @property
@@ -250,7 +285,7 @@ class Chained:
 
     def forget_chain(self) -> None:
         """Has the layer look anew, at its next forward with a graph."""
-        self.__dict__.update(_chain=None, _chain_from=None)
+        self.__dict__.update(_chain=None, _chain_from=None, _chain_traced=None)
 
     def _find_chain(self, y: Tensor) -> Expression | None:
         """What precedes this layer, for its input ``y``; None where nothing is to be predicted."""
@@ -268,13 +303,21 @@ class Chained:
             return
         if not torch.is_grad_enabled():
             return
+        found = follow(y, self.channels)
+        if isinstance(found, End) and isinstance(known, End) and self._traced and not _tracing:
+            return  # the tracing forward saw more
         self.__dict__.update(
-            _chain=follow(y, self.channels),
+            _chain=found,
             _chain_revision=_revision,
             _chain_unsure=False,
             # the forward that this one recomputes knew nothing, and both must give the same
             _chain_from=clock.now() if recomputing else None,
         )
+
+    @property
+    def _traced(self) -> bool:
+        """Whether the modules are those through which a forward was traced."""
+        return self._chain_traced == _revision and not self._chain_unsure
 
     # ---- what the previous layers know, handed on within a forward ----
 
@@ -303,6 +346,8 @@ class Chained:
             "_chain": self.chain,
             "_chain_unsure": self.chain is not None,
             "_chain_from": None,
+            "_chain_traced": None,
+            "_constant": None,
             "handed": handed,
         }
 
@@ -313,13 +358,14 @@ class Chained:
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
-        self.__dict__["_chain_unsure"] = self._chain is not None  # new parameters in some modes
+        # new parameters in some modes
+        self.__dict__.update(_chain_unsure=self._chain is not None, _constant=None)
         if self.handed is not None:
             self.handed = tuple(fn(value.detach()) for value in self.handed)
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any):
-        if metadata.get("assign_to_params_buffers"):
+        if metadata.get("assign_to_params_buffers") or _hangs_on_statistics(self._chain):
             self.forget_chain()
         return super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
@@ -329,11 +375,21 @@ def _may_go_on(known: Expression, y: Tensor) -> bool:
     return isinstance(known, End) and y.grad_fn is not None
 
 
-# ---- evaluation without a graph --------------------------------------------------------------
+def _hangs_on_statistics(known: Expression | None) -> bool:
+    """Whether a chain may end or go on with other running statistics in frozen norms."""
+    parts = [] if known is None else known.walk()
+    return any(
+        isinstance(part, FrozenNorm) or isinstance(part, End) and part.reason == _NO_STATISTICS
+        for part in parts
+    )
 
-_watching_evaluation = False
+
+# ---- tracing a forward --------------------------------------------------------------
+
 _outermost: int | None = None  # id of the module whose forward in evaluation contains all others
+_outermost_training: weakref.ref[nn.Module] | None = None  # the same in training
 _tracing = False
+_frozen_norms: set[nn.Module] = set()  # of the model that is being traced
 
 
 def tracing() -> bool:
@@ -341,21 +397,19 @@ def tracing() -> bool:
     return _tracing
 
 
-def watch_evaluation() -> None:
-    """From now on, a model in evaluation that contains a layer which does not know its chain yet
-    runs once more, with gradients enabled, before its forward."""
-    global _watching_evaluation
-    if not _watching_evaluation:
-        register_module_forward_pre_hook(_before_forward)
-        register_module_forward_hook(_after_forward, always_call=True)
-        _watching_evaluation = True
-
-
 def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-    global _outermost
+    """Traces a forward before that of a model with layers that need it."""
+    global _outermost, _outermost_training
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if _outermost is not None or _tracing or module.training or _wraps(module):
+    if _tracing or _outermost is not None or _wraps(module):
+        return
+    if module.training:
+        containing = None if _outermost_training is None else _outermost_training()
+        # itself: a forward that was interrupted
+        if torch.is_grad_enabled() and containing in (None, module):
+            _outermost_training = weakref.ref(module)
+            _trace_frozen_parts(module, args)
         return
     _outermost = id(module)
     if _ignorant(module):
@@ -370,9 +424,15 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    global _outermost
-    if not torch.compiler.is_compiling() and id(module) == _outermost:
+    global _outermost, _outermost_training
+    if torch.compiler.is_compiling():
+        return
+    if module in _frozen_norms and isinstance(output, Tensor):
+        mark(output, module)
+    if id(module) == _outermost:
         _outermost = None
+    if _outermost_training is not None and _outermost_training() is module:
+        _outermost_training = None
 
 
 def _wraps(module: nn.Module) -> bool:
@@ -385,45 +445,110 @@ def _ignorant(module: nn.Module) -> list[Chained]:
     return [m for m in layers if m.predicts_in_evaluation and m.chain is None]
 
 
+def _trace_frozen_parts(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Has the layers of a model with frozen parts look through them, once. Where a forward cannot
+    be traced they will look as far as the graph of the training forward reaches."""
+    if torch._C._current_graph_task_id() != -1:
+        return
+    layers = [m for m in model.modules() if isinstance(m, Chained) and m.predicts]
+    if all(m._traced or (m.chain is not None and not m._chain_unsure) for m in layers):
+        return
+    parameters = list(model.parameters())
+    if not all(type(p) is nn.Parameter for p in parameters):
+        return  # sharded ones, which are whole in a forward of their own only
+    if all(p.requires_grad for p in parameters) and not _norms_that_are_frozen(model):
+        return
+    try:
+        find_chain(model, *args)
+    except Exception as error:
+        warnings.warn(
+            f"no look through the frozen parts of this {type(model).__name__}: tracing one forward"
+            f" in evaluation failed ({error}). KN and GKN layers behind them take the statistics of"
+            " the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of your own.",
+            stacklevel=2,
+        )
+        for layer in layers:
+            layer.__dict__["_chain_traced"] = _revision  # and not again
+
+
+def _norms_that_are_frozen(model: nn.Module) -> set[nn.Module]:
+    """Those that normalise by running statistics and are not trained."""
+    averaged = not any(p.requires_grad for p in model.parameters())
+    return {m for m in model.modules() if _is_frozen_norm(m, averaged)}
+
+
+def _is_frozen_norm(module: nn.Module, averaged: bool) -> bool:
+    if isinstance(module, nn.BatchNorm2d):
+        # of a model of which nothing is trained, all layers would be
+        released = averaged or any(p.requires_grad for p in module.parameters())
+        own = isinstance(module, Chained)
+        return not (own or released or module.training or module.running_mean is None)
+    buffers = module._buffers
+    tensors = [buffers.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    return all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors)
+
+
+def _without_statistics(norm: Any) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    return not bool(mean.any()) and bool((var == var[0]).all())
+
+
 @contextmanager
 def _with_gradients(module: nn.Module) -> Iterator[None]:
-    """Of a model of which nothing is trained (an average of weights), all parameters."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    if any(p.requires_grad for p in parameters):
-        parameters = []
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    """Of all parameters, of a model in parts or as a whole not trained."""
+    parameters = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Autocast keeps no casts of weights, which would be part of a graph of no use."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
 def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Runs ``model(*args, **kwargs)`` once in evaluation mode, with gradients enabled, so that its
-    KN and GKN layers find what precedes them.
+    KN and GKN layers find what precedes them, through frozen parts, too.
 
     A training forward does that by itself, and so does the first forward in evaluation of a model
-    with GKN, on its own input. Random state and modes are left as they were.
+    with GKN, on its own input. Random state, modes and what is trained are left as they were.
     """
-    global _tracing
+    global _tracing, _frozen_norms
     modes = {module: module.training for module in model.modules()}
+    handed = {module: module.handed for module in modes if isinstance(module, Chained)}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     target = getattr(model, "_orig_mod", model)  # of a compiled model, the one that was compiled
-    previous, _tracing = _tracing, True
+    previous = _tracing, _frozen_norms
+    _tracing, _frozen_norms = True, _norms_that_are_frozen(model)
     try:
         model.eval()
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
+            torch.random.fork_rng(devices=list(devices)),
+            _without_cached_casts(),
             _with_gradients(model),
         ):
             target.forward(*_plain(args), **_plain(kwargs))
+        for layer in handed:
+            layer.__dict__["_chain_traced"] = _revision
     finally:
-        _tracing = previous
+        _tracing, _frozen_norms = previous
         for module, training in modes.items():
             module.training = training
+        for layer, value in handed.items():
+            layer.handed = value
 
 
 def _plain(value: Any) -> Any:
@@ -471,7 +596,7 @@ def kn_chain(model: nn.Module) -> list[ChainRow]:
             rows.append(ChainRow(name, "?", ()))
             continue
         shown = chain.source if isinstance(chain, Conv) else chain
-        found = [part for part in chain.walk() if isinstance(part, (Norm, OtherNorm))]
+        found = [part for part in chain.walk() if isinstance(part, (Norm, OtherNorm, FrozenNorm))]
         sources = dict.fromkeys(part.describe(names) for part in found)
         rows.append(ChainRow(name, shown.describe(names), tuple(sources)))
     return rows

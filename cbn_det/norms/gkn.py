@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import is_number
-from .chain import mark, watch_evaluation
+from .chain import mark
 from .functional import Moments, mixture, moments, normalize, statistics_dtype
 from .kn import DEFAULT_GAIN, Predicting, observed
 from .prediction import Pair, pooled_samples
@@ -76,7 +76,6 @@ class GKN2d(Predicting, nn.GroupNorm):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
         super().__init__(groups, num_channels, eps=eps, affine=affine)
         self._start_predicting(gain, recursion, detach)
-        watch_evaluation()
 
     @property
     def channels(self) -> int:
@@ -84,7 +83,7 @@ class GKN2d(Predicting, nn.GroupNorm):
 
     @property
     def predicts_in_evaluation(self) -> bool:
-        return self.gain != 0
+        return self.predicts
 
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from .base import Estimate, SmallBatchNorm2d, is_number
 from .chain import Chained, mark, tracing
 from .functional import Moments, mixture
-from .prediction import Pair, Setting, pooled_samples
+from .prediction import Pair, Setting, constant_moments, pooled_samples
 from .spec import register_norm
 
 #: Weight of the prediction, chosen for 1 or 2 images: in the first 100 iterations of a Faster R-CNN
@@ -80,6 +80,10 @@ class Predicting(Chained):
             self.gain_logit = nn.Parameter(torch.logit(torch.tensor(DEFAULT_GAIN)))
 
     @property
+    def predicts(self) -> bool:
+        return self.gain != 0
+
+    @property
     def diagnostics(self) -> dict[str, Tensor]:
         """Of the latest forward that predicted, 0-dim tensors: the share of predictions that the
         guard refused; of the others, the error of the mean in standard deviations of the
@@ -107,9 +111,11 @@ class Predicting(Chained):
         if chain is None:
             return None
         setting = Setting(like.detach().new_empty(0), self.recursion == "authors")
-        if not self.detach:
-            return chain.moments(setting)
-        with torch.no_grad():
+        if not torch.compiler.is_compiling():
+            self._constant = constant_moments(chain.source, setting, self._constant)
+            if self._constant is not None:
+                return chain.through(*self._constant.pair)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             mean, var = chain.source.moments(setting)
         return chain.through(mean, var)
 

@@ -156,6 +156,14 @@ class Expression:
         for part in self.parts():
             yield from part.walk()
 
+    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
+        """The tensors that the moments are computed from; None for what a forward hands on."""
+        for value in (getattr(self, field.name) for field in fields(self)):
+            if isinstance(value, Tensor):
+                yield value
+        for part in self.parts():
+            yield from part.made_of(setting)
+
     def moments(self, setting: Setting) -> Pair:
         """Mean and variance of the activations here."""
         return self.parts()[0].moments(setting)
@@ -170,6 +178,10 @@ def _affine_pair(weight: Tensor | None, bias: Tensor | None, width: int, like: T
     return mean, like.new_ones(width) if weight is None else weight.to(like.dtype).square()
 
 
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 @dataclass(frozen=True, eq=False)
 class Norm(Expression):
     """The output of a KN or GKN layer."""
@@ -179,6 +191,11 @@ class Norm(Expression):
     @property
     def width(self) -> int:
         return self.layer.channels
+
+    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
+        if setting.authors:
+            yield None
+        yield from _present(self.layer.weight, self.layer.bias)
 
     def moments(self, setting: Setting) -> Pair:
         handed = self.layer.hands_on() if setting.authors else None
@@ -206,6 +223,34 @@ class OtherNorm(Expression):
 
     def describe(self, names: dict[int, str]) -> str:
         return names.get(id(self.weight), "(outside this model)").removesuffix(".weight")
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenNorm(Expression):
+    """The output of a norm that is not trained and normalises by its running statistics, of an
+    input that is distributed as they say. ``eps`` makes its variance smaller than weight^2, which
+    matters in channels that are nearly constant."""
+
+    layer: nn.Module
+
+    @property
+    def width(self) -> int:
+        return len(self.layer.running_mean)
+
+    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
+        layer = self.layer
+        yield from _present(layer.weight, layer.bias, layer.running_mean, layer.running_var)
+
+    def moments(self, setting: Setting) -> Pair:
+        dtype, layer = setting.like.dtype, self.layer
+        mean, var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+        if setting.authors:
+            return mean, var
+        mean, scale = _affine_pair(layer.weight, layer.bias, self.width, setting.like)
+        return mean, scale * (var / (var + layer.eps))
+
+    def describe(self, names: dict[int, str]) -> str:
+        return names.get(id(self.layer), "(outside this model)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,3 +404,35 @@ class End(Expression):
 
     def describe(self, names: dict[int, str]) -> str:
         return f"- ({self.reason})"
+
+
+class Constant:
+    """Moments of an expression, kept while it is made of tensors that are not trained and have not
+    changed: behind frozen parts."""
+
+    def __init__(self, made_of: list[Tensor], setting: Setting, pair: Pair) -> None:
+        self._made_of = made_of  # also keeps their ids from being given away
+        self._state = _state(made_of, setting)
+        self.pair = pair
+
+    def holds(self, made_of: list[Tensor], setting: Setting) -> bool:
+        return self._state == _state(made_of, setting)
+
+
+def _state(tensors: list[Tensor], setting: Setting) -> tuple[Any, ...]:
+    like = setting.like
+    return like.dtype, like.device, [(id(t), t.data_ptr(), t._version) for t in tensors]
+
+
+def constant_moments(source: Expression, setting: Setting, kept: Constant | None) -> Any:
+    """The :class:`Constant` of an expression, ``kept`` if it still holds; None where anything that
+    the moments are computed from is trained or changes from forward to forward."""
+    made_of = []
+    for tensor in source.made_of(setting):
+        if tensor is None or tensor.requires_grad or tensor.is_inference():
+            return None
+        made_of.append(tensor)
+    if kept is not None and kept.holds(made_of, setting):
+        return kept
+    with torch.inference_mode(False), torch.no_grad():
+        return Constant(made_of, setting, source.moments(setting))
