@@ -26,6 +26,10 @@ inputs = tiny_inputs
         (("SOLVER.MAX_ITER",), "KEY VALUE"),
         (("SOLVER.AMP.ENABLED", "True"), "SOLVER.AMP.ENABLED"),
         (("SOLVER.REFERENCE_WORLD_SIZE", "4"), "SOLVER.REFERENCE_WORLD_SIZE"),
+        (
+            ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all"),
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE 'all'",
+        ),
         (("MODEL.WEIGHTS", "absent.pth"), "MODEL.WEIGHTS absent.pth"),
         (("MODEL.FPN.NORM", "CNB"), "MODEL.FPN.NORM"),
         (("MODEL.FPN.NORM", "CBN(windows=3)"), "MODEL.FPN.NORM"),

@@ -10,9 +10,12 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..run.errors import ConfigError, one_line
+from .optimizer import FULL_MODEL
 from .registry import check_config_norms, norm_keys, register
-from .trainer import Trainer
+from .scaling import describe_schedule, scale_schedule
 
+# of each gradient's elements, of each gradient, and of all gradients together
+_CLIP_TYPES = ("value", "norm", FULL_MODEL)
 _SYNC_NORMS = ("SyncBN", "nnSyncBN")
 # the one synchronised norm that runs on CPU and survives zero RoIs
 _CPU_SYNC_NORM = "naiveSyncBN_N"
@@ -36,13 +39,21 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     notes += _replace_sync_norms(cfg, world_size)
     register()
     check_config_norms(cfg)
+    if args.accumulate < 1:
+        raise ConfigError("--accumulate must be 1 or more")
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by"
             f" SOLVER.REFERENCE_WORLD_SIZE {reference}"
         )
-    cfg = Trainer.auto_scale_workers(cfg, world_size)
+    scaled = scale_schedule(cfg, world_size, args.accumulate)
+    if scaled is not cfg:
+        notes.append(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, processes are {world_size}: scaled to"
+            f" {describe_schedule(scaled)}"
+        )
+    cfg = scaled
     _check(cfg, args, world_size)
     cfg.freeze()
     return cfg, notes
@@ -51,9 +62,9 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
 def _read(args: argparse.Namespace) -> CfgNode:
     if args.config_file.endswith(".py"):
         raise ConfigError(
-            f"--config-file {args.config_file}: this launcher reads YAML configs. For a LazyConfig,"
-            " call cbn_det.register() before anything is instantiated and run detectron2's"
-            " tools/lazyconfig_train_net.py with it"
+            f"--config-file {args.config_file}: a LazyConfig is for"
+            " tools/lazyconfig_train_net.py; detectron2's own takes it too if the file calls"
+            " cbn_det.register()"
         )
     if not os.path.isfile(args.config_file) and "://" not in args.config_file:
         raise ConfigError(f"--config-file {args.config_file}: no such file")
@@ -77,8 +88,6 @@ def _read(args: argparse.Namespace) -> CfgNode:
 def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
     if args.precise_bn_iters < 0:
         raise ConfigError("--precise-bn-iters must be 0 or more")
-    if args.accumulate < 1:
-        raise ConfigError("--accumulate must be 1 or more")
     if not cfg.OUTPUT_DIR:
         raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
     if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < world_size:
@@ -89,6 +98,11 @@ def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError(
             "SOLVER.AMP.ENABLED needs a GPU: set it to False, or MODEL.DEVICE to cuda"
+        )
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE not in _CLIP_TYPES:
+        raise ConfigError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r}: expected {', '.join(_CLIP_TYPES)}"
         )
     if args.eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("--eval-only: DATASETS.TEST is empty")

@@ -21,7 +21,7 @@ def launch(args: argparse.Namespace) -> int:
         args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
     """
     try:
-        layout = _layout(args)
+        layout = read_layout(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
@@ -44,7 +44,7 @@ def launch(args: argparse.Namespace) -> int:
     return code
 
 
-def _layout(args: argparse.Namespace) -> Layout:
+def read_layout(args: argparse.Namespace) -> Layout:
     if under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1 or args.dist_url:
             raise ConfigError(

@@ -125,6 +125,8 @@ class NormOfLevels(CycleBatchNormList):
     """detectron2's list of norms that take turns, one for each feature level. A turn that ends by
     an exception is over, too: Double Forward leaves its second pass so, inside the last norm."""
 
+    plain_class = CycleBatchNormList  #: what it becomes together with its norms (deploy)
+
     def forward(self, x: Tensor) -> Tensor:
         turn = self._pos
         try:
@@ -214,9 +216,12 @@ def _applies(cfg: CfgNode, key: str) -> bool:
     return known.get(key, True)
 
 
-# where in a model the layers of a config key are, by module name
+#: where a model has its pretrained part, by module name
+BACKBONE_SITES = r"backbone\.(?!fpn_)|roi_heads\.res5"
+
+# where in a model the layers of a config key are
 _SITES = {
-    "MODEL.RESNETS.NORM": r"backbone\.(?!fpn_)|roi_heads\.res5",
+    "MODEL.RESNETS.NORM": BACKBONE_SITES,
     "MODEL.FPN.NORM": r"backbone\.fpn_",
     "MODEL.ROI_BOX_HEAD.NORM": r"roi_heads\.box_head",
     "MODEL.ROI_MASK_HEAD.NORM": r"roi_heads\.mask_head",

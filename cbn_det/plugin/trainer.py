@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -41,10 +41,13 @@ from .hooks import (
     StopOnRequest,
 )
 from .loading import build_loader, place, seed_step
+from .optimizer import build_optimizer
 from .registry import norms_in_use, unused_norms
 from .reports import Reports
 from .resume import ResumableTrainer
+from .scaling import scale_schedule
 from .step import CheckedAMPStep, CheckedStep
+from .weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,17 @@ _WRITE_PERIOD = 20  # iterations between two lines of metrics.json
 
 
 class AtomicCheckpointer(AtomicSave, DetectionCheckpointer):
-    """detectron2's checkpointer, whose files are either whole or not there."""
+    """detectron2's checkpointer, whose files are either whole or not there.
+
+    Attributes:
+        incompatible: what was missing or left over when a file was loaded last; None before.
+    """
+
+    incompatible: Any = None
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
 
 
 class Trainer(ResumableTrainer):
@@ -76,7 +89,7 @@ class Trainer(ResumableTrainer):
     def __init__(self, cfg: CfgNode, accumulate: int = 1) -> None:
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_schedule(cfg, comm.get_world_size(), accumulate)
         model = self.build_model(cfg)
         check_bindings(model)
         in_use = norms_in_use(cfg)
@@ -110,6 +123,20 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
+
+    auto_scale_workers = staticmethod(scale_schedule)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """See :class:`.resume.ResumableTrainer`.
+
+        Raises:
+            ConfigError: the weights of ``MODEL.WEIGHTS`` do not fit the norms; see
+                :func:`.weights.check_weights`.
+        """
+        super().resume_or_load(resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if self.checkpointer.incompatible is not None and not resumed:
+            check_weights(self.bare_model, self.checkpointer.incompatible, self.cfg)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         cfg = self.cfg
@@ -196,6 +223,11 @@ class Trainer(ResumableTrainer):
     def evaluate_precise(self, iterations: int) -> dict[str, Any] | None:
         """Evaluates once more with PreciseBN statistics, which are taken back afterwards."""
         return evaluate_precise(self.cfg, self.bare_model, iterations)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
