@@ -68,6 +68,31 @@ def test_running_statistics_of_ranks_are_pooled(world, tmp_path):
         assert abs(after[2]).max() > 0.01
 
 
+def pool_batchnorms(rank, world):
+    model = nn.Sequential(*[nn.BatchNorm2d(3) for _ in range(3)])
+    model[1].eval()  # frozen
+    for norm in model:
+        norm.running_mean.fill_(float(rank))
+        norm.running_var.fill_(2.0 + rank)
+    if rank > 0:
+        model[0](batch(rank, 0))
+        model[2].num_batches_tracked += 1
+    before = numbers(model[0].running_mean, model[0].running_var)
+    sync_running_stats(model)
+    return before, [numbers(norm.running_mean, norm.running_var) for norm in model]
+
+
+def test_plain_batchnorms_are_pooled_too(tmp_path):
+    """Else a checkpoint would be rank 0's, and an evaluation that of several models."""
+    results = run_ranks(pool_batchnorms, 3, tmp_path)
+    mean, var = (np.stack([before[i] for before, _ in results[1:]]) for i in (0, 1))
+    for rank, (_, (seen, frozen, last)) in enumerate(results):
+        np.testing.assert_allclose(seen[0], mean.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(seen[1], var.mean(0) + mean.var(0), rtol=1e-5)
+        np.testing.assert_array_equal(frozen, [[rank] * 3, [2 + rank] * 3])
+        np.testing.assert_allclose(last, [[1.5] * 3, [3.5 + 0.25] * 3], rtol=1e-6)
+
+
 def pool_nothing(rank, world):
     model = model_of()
     model[1].running_mean.fill_(3.0)  # as loaded from a checkpoint that counts no batches

@@ -11,8 +11,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class CocoReport:
     categories: dict[int, str]
     has_rle_masks: bool
     warnings: tuple[str, ...]
+    image_ids: frozenset = field(default=frozenset(), repr=False)
 
     @property
     def class_names(self) -> list[str]:
@@ -67,6 +68,7 @@ def check_coco(
     for_training: bool = True,
     for_evaluation: bool = True,
     decode: int = 5000,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CocoReport:
     """
     Checks an annotation file and the images it names.
@@ -79,6 +81,7 @@ def check_coco(
         for_evaluation: ``area`` and ``iscrowd``, which pycocotools reads, must be there.
         decode: at most this many images are read and decoded completely (evenly spaced over the
             set where it has more). That each file exists is checked for all.
+        progress: called with the number of images decoded so far and to decode.
 
     Returns:
         the counts, and warnings about what is handled but worth knowing.
@@ -98,7 +101,7 @@ def check_coco(
     usable = Counter(a["image_id"] for a in known if not a.get("iscrowd"))
     if for_training and not usable:
         findings.refuse("no image has an object (crowd regions do not count): nothing to train on")
-    num_decoded = _check_images(images, records, findings, decode)
+    num_decoded = _check_images(images, records, findings, decode, progress)
     if findings.refused:
         raise DataError("\n".join(f"{annotations}: {line}" for line in findings.refused))
     return CocoReport(
@@ -112,6 +115,7 @@ def check_coco(
         categories=categories,
         has_rle_masks=has_rle_masks,
         warnings=tuple(f"{annotations}: {line}" for line in findings.warned),
+        image_ids=frozenset(records),
     )
 
 
@@ -369,7 +373,13 @@ def _is_valid_rle(segm: dict) -> bool:
     return mask_util.area(segm) <= height * width and x + w <= width and y + h <= height
 
 
-def _check_images(folder: Path, records: dict, findings: _Findings, decode: int) -> int:
+def _check_images(
+    folder: Path,
+    records: dict,
+    findings: _Findings,
+    decode: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     """Returns the number of images that were decoded."""
     listed: dict[str, set[str]] = {}
     present, missing = [], []
@@ -387,7 +397,9 @@ def _check_images(folder: Path, records: dict, findings: _Findings, decode: int)
     if len(present) > decode:
         present = [present[i] for i in np.linspace(0, len(present) - 1, decode).astype(int)]
     broken, wrong_size = [], []
-    for record in present:
+    for done, record in enumerate(present):
+        if progress:
+            progress(done, len(present))
         label = f"image {record['id']} '{record['file_name']}'"
         try:
             size = _decode(folder / record["file_name"])

@@ -10,6 +10,7 @@ from .cbn import CBN2d
 from .chain import ChainRow, find_chain, format_chain, kn_chain
 from .convert import Conversion, ConvertedNorm, LeftNorm, convert_norm
 from .double_forward import DoubleForward
+from .evaluation import image_share
 from .functional import Moments
 from .gkn import GKN2d
 from .kn import KN2d
@@ -57,6 +58,7 @@ __all__ = [
     "find_chain",
     "format_chain",
     "format_norm_table",
+    "image_share",
     "kn_chain",
     "known_norms",
     "load_memory_state_dict",

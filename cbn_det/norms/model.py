@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import SmallBatchNorm2d
 from .spec import name_of
@@ -49,11 +50,14 @@ def sync_running_stats(model: nn.Module) -> None:
     """Pools the running statistics of all ranks, in place: the mean of the variances plus the
     variance of the means.
 
-    Our norms never communicate in forward, so ranks' statistics drift apart until this runs: before
-    every evaluation and checkpoint. Every rank must call it. Ranks whose layer has seen no data (a
-    mask head without a RoI) do not count. Does nothing without an initialised process group.
+    Our norms never communicate in forward, and torch's BatchNorm does not either, so ranks'
+    statistics drift apart until this runs: before every evaluation and checkpoint. Without it each
+    rank would evaluate its share of the images as another model, and a checkpoint be rank 0's.
+    Every rank must call it. Ranks whose layer has seen no data (a mask head without a RoI) do not
+    count, and BatchNorms in evaluation mode (frozen ones) are left as they are. Does nothing
+    without an initialised process group.
     """
-    layers = list(_layers(model).values())
+    layers = [m for m in model.modules() if _gathers_statistics(m)]
     if not layers or not dist.is_available() or not dist.is_initialized():
         return
     if dist.get_world_size() == 1:
@@ -76,6 +80,12 @@ def sync_running_stats(model: nn.Module) -> None:
     ):
         layer.running_mean.copy_(mu)
         layer.running_var.copy_(sigma2)
+
+
+def _gathers_statistics(module: nn.Module) -> bool:
+    if isinstance(module, SmallBatchNorm2d):
+        return True
+    return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:

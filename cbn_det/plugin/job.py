@@ -18,13 +18,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..run.errors import ConfigError
-from ..run.folder import describe
+from ..run.folder import WORST_IMAGES, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.statistics_error import Request
 from .datasets import prepare_datasets
 from .flops import count_flops
-from .pictures import draw_predictions
+from .pictures import draw_predictions, draw_worst
 from .registry import check_config_norms, norms_in_use, register
 from .statistics import StatisticsHook
 from .step import has_sync_norm
@@ -91,8 +91,8 @@ class Detectron2Job(Job):
         checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=self.args.resume)
         return model
 
-    def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        return Trainer.test(self.cfg, model)
+    def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
+        return Trainer.test(self.cfg, model, folder=folder or "inference")
 
     def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
         return evaluate_precise(self.cfg, model, iterations)
@@ -114,6 +114,8 @@ class Detectron2Job(Job):
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         draw_predictions(self.cfg, model, folder)
+        if self.args.eval_only:
+            draw_worst(self.cfg, self.folder / WORST_IMAGES)
 
     def verify(self, results: dict[str, Any]) -> bool:
         try:

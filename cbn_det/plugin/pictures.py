@@ -1,7 +1,8 @@
-"""A few test images with what the model predicts beside what is annotated."""
+"""Test images with what the model predicts beside what is annotated: a few, and the worst."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from torch import nn
+
+from cbn_det.data.worst_images import write_worst_images
+
+logger = logging.getLogger(__name__)
 
 _SCORE = 0.5
 _FEW = 3  # shown where nothing reaches _SCORE
@@ -44,6 +49,16 @@ def draw_predictions(cfg: CfgNode, model: nn.Module, folder: Path, count: int = 
             Image.fromarray(pair).save(folder / f"{Path(record['file_name']).stem}.png")
     finally:
         model.train(training)
+
+
+def draw_worst(cfg: CfgNode, path: Path) -> None:
+    """Writes the images of the first test set that the last evaluation did worst on as one sheet;
+    see :mod:`cbn_det.data.worst_images`."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    predictions = Path(cfg.OUTPUT_DIR, "coco_instances_results.json")
+    worst = write_worst_images(predictions, metadata.json_file, metadata.image_root, path)
+    if worst:
+        logger.info(f"the {len(worst)} images with the lowest F1: {path}")
 
 
 def _confident(predicted: Any) -> Instances:

@@ -28,6 +28,10 @@ examples
         --coco-dataset shapes_val shapes/val.json shapes/images \\
         DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)"
 
+  COCO 2017 on 8 GPUs with one image each; learning rate and schedule follow the number of GPUs:
+    python tools/train_net.py --num-gpus 8 \\
+        --config-file configs/coco/mask_rcnn_R_50_FPN_1x/cbn_1img.yaml
+
   Eight images a step as 4 processes of 2 images; without so many GPUs they share one, or the CPU:
     python tools/train_net.py --num-gpus 4 --config-file my.yaml SOLVER.IMS_PER_BATCH 8
     torchrun --nproc-per-node 4 tools/train_net.py --config-file my.yaml SOLVER.IMS_PER_BATCH 8
@@ -40,12 +44,23 @@ examples
     python tools/train_net.py --config-file my.yaml --resume OUTPUT_DIR out/cbn
     python tools/train_net.py --config-file my.yaml --eval-only --precise-bn-iters 200 \\
         OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
+    python tools/train_net.py --config-file my.yaml --eval-only --image-share auto \\
+        OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
 
 exit codes
   0 finished   1 crashed, or TEST.EXPECTED_RESULTS missed   2 refused: command line, config or data
   3 diverged (a loss, weight or statistic is not finite)    130 stopped by Ctrl-C or SIGTERM
   The run folder's result.json says the same in words. torchrun itself returns 1 for all but 0.
 """
+
+
+def _share(text: str) -> float | str:
+    if text == "auto":
+        return text
+    share = float(text)
+    if not 0.0 <= share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: expected auto or a number in [0, 1]")
+    return share
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -79,7 +94,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help="go on from the last checkpoint in OUTPUT_DIR; starts anew if there is none",
     )
     parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS instead of training"
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS instead of training; also logs the AP of each class, worst"
+        " first, and leaves worst_images.png",
     )
     parser.add_argument(
         "--precise-bn-iters",
@@ -90,14 +108,24 @@ def argument_parser() -> argparse.ArgumentParser:
         " over N iterations (default: 0, not at all)",
     )
     parser.add_argument(
+        "--image-share",
+        type=_share,
+        metavar="auto|S",
+        help="after the final evaluation, evaluate once more with each test image mixed into the"
+        " BatchNorm statistics that normalise it: with weight S in [0, 1], or (auto) with the share"
+        " that an image had in training, such as 1/2 for BN at 2 images per GPU. Needs no"
+        " training anew; such a model cannot be folded (EvalNorm, arXiv 1904.06031)",
+    )
+    parser.add_argument(
         "--accumulate",
         type=int,
         default=1,
         metavar="N",
         help="gradient accumulation: N mini-batches of SOLVER.IMS_PER_BATCH images for each"
         " optimiser step, which takes the average of their losses. The total batch of SGD is N *"
-        " IMS_PER_BATCH, and SOLVER.BASE_LR should fit that; MAX_ITER and all other periods count"
-        " optimiser steps. Norms take their statistics over single mini-batches, and one step is"
+        " IMS_PER_BATCH, and SOLVER.BASE_LR should fit that (with SOLVER.REFERENCE_WORLD_SIZE it is"
+        " scaled as for N times the processes); MAX_ITER and all other periods count optimiser"
+        " steps. Norms take their statistics over single mini-batches, and one step is"
         " one iteration of their memory (default: 1)",
     )
     parser.add_argument(
@@ -112,8 +140,10 @@ def argument_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="processes on this machine, each with SOLVER.IMS_PER_BATCH / N images; on CPU, or with"
-        " fewer GPUs than N, they communicate over gloo (default: 1)",
+        help="processes on this machine, each with SOLVER.IMS_PER_BATCH / N images; where a config"
+        " sets SOLVER.REFERENCE_WORLD_SIZE, with IMS_PER_BATCH / REFERENCE_WORLD_SIZE and the"
+        " schedule scaled. On CPU, or with fewer GPUs than N, they communicate over gloo (default:"
+        " 1)",
     )
     parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument(

@@ -21,10 +21,14 @@ from .measure import machine
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+#: what an evaluation on its own leaves besides
+WORST_IMAGES = "worst_images.png"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
 # of training; they stay when the same folder is evaluated again
 _TRAINING_FACTS = (
+    "images_per_gpu",
+    "world_size",
     "total_batch",
     "accumulate",
     "iterations",
@@ -63,6 +67,8 @@ def describe(
         "message": None,
         "results": {},
         "results_precise_bn": None,
+        "results_image_share": None,
+        "image_share": None,
         "norm": dict(norms),
         "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
         "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,

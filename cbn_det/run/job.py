@@ -16,7 +16,9 @@ from typing import Any, Protocol, TypeVar
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..norms import image_share
 from . import folder as run_folder
+from .class_table import class_table
 from .clock import RunClock
 from .errors import ConfigError, one_line
 from .files import remove_parts
@@ -84,8 +86,12 @@ class Job(ABC):
         """The model with the weights to evaluate."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Results on ``DATASETS.TEST`` by task: ``{"bbox": {"AP": ...}}``."""
+    def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
+        """Results on ``DATASETS.TEST`` by task: ``{"bbox": {"AP": ...}}``.
+
+        Args:
+            folder: within the run's folder, for the predictions; None: where they are looked for.
+        """
 
     @abstractmethod
     def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
@@ -137,7 +143,8 @@ class Job(ABC):
                 model = self.trainer.bare_model
             iterations = self.args.precise_bn_iters if self.cfg.DATASETS.TEST else 0
             precise = self.evaluate_precise(model, iterations) if iterations else None
-            return self._finish(model, results, precise)
+            shared = self._evaluate_image_share(model)
+            return self._finish(model, results, precise, shared)
         except ConfigError as error:
             self._log_traceback()
             return self._refuse(one_line(error))
@@ -161,13 +168,37 @@ class Job(ABC):
         without_training = self.args.eval_only and not self.args.precise_bn_iters
         built(lambda: self.prepare(without_training))
 
-    def _finish(self, model: nn.Module, results: Any, precise: Any) -> int:
+    def _evaluate_image_share(self, model: nn.Module) -> dict[str, Any] | None:
+        share = self.args.image_share
+        if share is None or not self.cfg.DATASETS.TEST:
+            return None
+        facts = self.result
+        if share == "auto" and self.args.eval_only:
+            facts = run_folder.read_result(self.folder) or {}
+            if facts.get("iterations") is None:
+                raise ConfigError(
+                    "--image-share auto: the images per GPU of the training are not known, as"
+                    f" {self.folder / run_folder.RESULT} is not of a training; give a number"
+                )
+        with image_share(
+            model,
+            None if share == "auto" else share,
+            images_per_gpu=facts.get("images_per_gpu"),
+            world_size=facts.get("world_size", 1),
+        ) as layers:
+            if not layers:
+                return None
+            logger.info(f"Evaluating with --image-share {share}: {len(layers)} layers")
+            return self.evaluate(model, "inference_image_share")
+
+    def _finish(self, model: nn.Module, results: Any, precise: Any, shared: Any) -> int:
         code, message = OK, None
         if self.rank == 0:
             self._measure(model)
-            self._add_results(results, precise)
+            self._add_results(results, precise, shared)
             if self.args.eval_only:
                 run_folder.keep_training_facts(self.result, self.folder)
+                self._show_classes()
             if not self.verify(results):
                 code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
             if self.cfg.DATASETS.TEST:
@@ -181,12 +212,22 @@ class Job(ABC):
             logger.info(f"{self.result['status']}: {self.folder / run_folder.RESULT}")
         return self.gather(code)[0]  # the others wait here
 
-    def _add_results(self, results: Any, precise: Any) -> None:
+    def _add_results(self, results: Any, precise: Any, shared: Any) -> None:
         names = self.cfg.DATASETS.TEST
         if len(names) > 1:  # one table a data set; the first one's stands for the run
             self.result["results_by_dataset"] = results
-            results, precise = results[names[0]], precise and precise[names[0]]
-        self.result.update(results=results, results_precise_bn=precise)
+            results, precise, shared = (r and r[names[0]] for r in (results, precise, shared))
+        self.result.update(
+            results=results,
+            results_precise_bn=precise,
+            results_image_share=shared,
+            image_share=self.args.image_share,
+        )
+
+    def _show_classes(self) -> None:
+        table = class_table(self.result["results"])
+        if table:
+            logger.info(f"AP of each class, worst first:\n{table}")
 
     def _measure(self, model: nn.Module) -> None:
         self.result.update(parameters=count_parameters(model), peak_memory_mb=peak_memory_mb())

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from ..run.errors import ConfigError
-from ..run.folder import describe
+from ..run.folder import WORST_IMAGES, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
@@ -26,7 +26,7 @@ from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
 from .loading import batches
 from .model import build_model
-from .pictures import draw_predictions
+from .pictures import draw_predictions, draw_worst
 from .trainer import Trainer, losses_of
 from .weights import load_weights
 
@@ -79,8 +79,8 @@ class StandaloneJob(Job):
         logger.info(load_weights(model, path, complete=True))
         return model
 
-    def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        return self._evaluate(model, self.folder)
+    def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
+        return self._evaluate(model, self.folder / folder if folder else self.folder)
 
     def _evaluate(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Results by task; with several test sets by set and task. The first set's predictions are
@@ -135,6 +135,9 @@ class StandaloneJob(Job):
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         draw_predictions(model, self._test_set(), self.cfg, folder)
+        if self.args.eval_only:
+            files = self.files[self.cfg.DATASETS.TEST[0]]
+            draw_worst(files, self.folder, self.folder / WORST_IMAGES)
 
     def _training_set(self) -> ConcatDataset:
         return ConcatDataset(

@@ -1,8 +1,9 @@
-"""A few test images with what the model predicts beside what is annotated."""
+"""Test images with what the model predicts beside what is annotated: a few, and the worst."""
 
 from __future__ import annotations
 
 import colorsys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from .datasets import DetectionDataset
+from cbn_det.data.worst_images import write_worst_images
+
+from .datasets import CocoFiles, DetectionDataset
+from .evaluation import PREDICTIONS
+
+logger = logging.getLogger(__name__)
 
 _SCORE = 0.5
 _FEW = 3  # shown where nothing reaches _SCORE
@@ -58,6 +64,19 @@ def draw_predictions(
             pair.save(folder / f"{Path(file_name).stem}.png")
     finally:
         model.train(training)
+
+
+def draw_worst(files: CocoFiles, folder: Path, path: Path) -> None:
+    """Writes the images of a test set that the last evaluation did worst on as one sheet; see
+    :mod:`cbn_det.data.worst_images`.
+
+    Args:
+        files: of the set.
+        folder: holds the predictions.
+    """
+    worst = write_worst_images(folder / PREDICTIONS, files.annotations, files.images, path)
+    if worst:
+        logger.info(f"the {len(worst)} images with the lowest F1: {path}")
 
 
 Drawn = tuple[Tensor, list[str], list[Color], Tensor | None]  # boxes, texts, colours, masks

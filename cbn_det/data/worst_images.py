@@ -1,0 +1,207 @@
+"""The images that a detector did worst on, from its predictions and the annotations.
+
+An image's score is F1: twice the objects found, divided by the objects there are and the
+predictions made. Predictions count from a confidence of 0.5, an object is found by a prediction of
+its class with an IoU of 0.5; which is matched with which, and that predictions on crowd regions do
+not count, is decided by pycocotools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cbn_det.data.coco_check import BROKEN_IMAGE
+
+__all__ = ["ImageScore", "score_images", "write_worst_images"]
+
+CONFIDENCE = 0.5
+IOU = 0.5
+
+_COLUMNS = 3
+_PICTURE = (300, 220)  # pixels of an image on the sheet; a place holds two of them and a caption
+_CAPTION = 18
+_GAP = 6
+_GREEN, _RED, _ORANGE, _GREY = (40, 180, 60), (230, 40, 40), (255, 150, 0), (130, 130, 130)
+_LEGEND = (
+    "left: predictions (green: right, red: false alarm); right: annotations (green: found, orange: "
+    "missed, grey: crowd)"
+)
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What was found in an image.
+
+    Attributes:
+        found, missed, false: numbers of objects found and missed, and of false alarms.
+        right_predictions: indices of the predictions that found an object.
+        found_annotations: ids of the objects found.
+    """
+
+    image_id: Any
+    found: int
+    missed: int
+    false: int
+    right_predictions: frozenset[int] = frozenset()
+    found_annotations: frozenset[int] = frozenset()
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.found / (2 * self.found + self.missed + self.false)
+
+
+def score_images(
+    coco: COCO, predictions: Sequence[dict[str, Any]], confidence: float = CONFIDENCE
+) -> list[ImageScore]:
+    """
+    Scores every image in which there was anything to find or anything was predicted.
+
+    Args:
+        coco: the annotations.
+        predictions: in COCO's result format, with boxes.
+        confidence: predictions below it do not count.
+
+    Returns:
+        worst first: by F1, then by the number of errors, then by image id.
+    """
+    chosen = [dict(p, index=i) for i, p in enumerate(predictions) if p["score"] >= confidence]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if chosen:
+            results = coco.loadRes(
+                [{k: v for k, v in p.items() if k != "segmentation"} for p in chosen]
+            )
+        else:  # loadRes refuses an empty list
+            results = COCO()
+        scores = COCOeval(coco, results, "bbox")
+        scores.params.imgIds = sorted(coco.imgs)
+        scores.params.iouThrs = np.array([IOU])
+        scores.params.areaRng, scores.params.areaRngLbl = [[0, 1e10]], ["all"]
+        scores.evaluate()
+    by_text = {str(image): image for image in coco.imgs}
+    right: dict[Any, set[int]] = {}
+    there: dict[Any, set[int]] = {}
+    counts: dict[Any, np.ndarray] = {}
+    for entry in filter(None, scores.evalImgs):
+        image = by_text[str(entry["image_id"])]  # the evaluation makes numpy's numbers of ids
+        matches, ignored = entry["dtMatches"][0], entry["dtIgnore"][0]
+        hits = [
+            i for i, m, skip in zip(entry["dtIds"], matches, ignored, strict=True) if m and not skip
+        ]
+        false = sum(1 for m, skip in zip(matches, ignored, strict=True) if not m and not skip)
+        objects = sum(1 for skip in entry["gtIgnore"] if not skip)
+        counted = np.array([len(hits), objects - len(hits), false])
+        counts[image] = counts.get(image, 0) + counted
+        right.setdefault(image, set()).update(results.anns[i]["index"] for i in hits)
+        there.setdefault(image, set()).update(
+            int(m) for m, skip in zip(matches, ignored, strict=True) if m and not skip
+        )
+    found = [
+        ImageScore(image, *map(int, numbers), frozenset(right[image]), frozenset(there[image]))
+        for image, numbers in counts.items()
+        if numbers.sum()
+    ]
+    return sorted(found, key=lambda s: (s.f1, -s.missed - s.false, s.image_id))
+
+
+def write_worst_images(
+    predictions: str | os.PathLike,
+    annotations: str | os.PathLike,
+    images: str | os.PathLike,
+    path: str | os.PathLike,
+    count: int = 12,
+) -> list[ImageScore]:
+    """
+    Writes one PNG of the images with the lowest scores, predictions beside annotations.
+
+    Args:
+        predictions: JSON file in COCO's result format.
+        annotations: JSON file in COCO's instance format.
+        images: folder that the ``file_name`` of each image is relative to.
+        path: of the PNG; its folder is there.
+        count: of images on the sheet, less where fewer have an error.
+
+    Returns:
+        the scores of the images on the sheet; without any, no file is written.
+    """
+    made = json.loads(Path(predictions).read_text(encoding="utf-8"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(annotations))
+    worst = [score for score in score_images(coco, made) if score.f1 < 1][:count]
+    if worst:
+        places = [_place(coco, made, Path(images), score) for score in worst]
+        _sheet(places).save(path)
+    return worst
+
+
+def _sheet(places: list[Image.Image]) -> Image.Image:
+    width, height = places[0].size
+    columns = min(_COLUMNS, len(places))
+    lines = -(-len(places) // columns)
+    size = (columns * (width + _GAP) + _GAP, lines * (height + _GAP) + _GAP + _CAPTION)
+    sheet = Image.new("RGB", size, "white")
+    for i, place in enumerate(places):
+        at = (i % columns * (width + _GAP) + _GAP, i // columns * (height + _GAP) + _GAP)
+        sheet.paste(place, at)
+    _write(sheet, (_GAP, sheet.height - _CAPTION), _LEGEND, "black")
+    return sheet
+
+
+def _place(coco: COCO, predictions: list[dict], folder: Path, score: ImageScore) -> Image.Image:
+    """The image twice, side by side, under a caption."""
+    record = coco.imgs[score.image_id]
+    try:
+        with Image.open(folder / record["file_name"]) as file:
+            image = file.convert("RGB")
+    except BROKEN_IMAGE:
+        image = Image.new("RGB", (record["width"], record["height"]), _GREY)
+    scale = min(_PICTURE[0] / image.width, _PICTURE[1] / image.height)
+    image = image.resize([max(1, round(side * scale)) for side in image.size])
+    left, right = image.copy(), image
+    made = [
+        (i, p)
+        for i, p in enumerate(predictions)
+        if p["image_id"] == score.image_id and p["score"] >= CONFIDENCE
+    ]
+    for i, one in sorted(made, key=lambda pair: pair[1]["score"]):
+        text = f"{coco.cats[one['category_id']]['name']} {one['score']:.0%}"
+        _box(left, one["bbox"], scale, text, _GREEN if i in score.right_predictions else _RED)
+    for one in coco.imgToAnns[score.image_id]:
+        color = _GREEN if one["id"] in score.found_annotations else _ORANGE
+        name = coco.cats[one["category_id"]]["name"]
+        _box(right, one["bbox"], scale, name, _GREY if one.get("iscrowd") else color)
+    place = Image.new("RGB", (2 * _PICTURE[0] + 2, _PICTURE[1] + _CAPTION), (235, 235, 235))
+    place.paste(left, (0, _CAPTION))
+    place.paste(right, (_PICTURE[0] + 2, _CAPTION))
+    caption = (
+        f"{record['file_name']}: F1 {score.f1:.2f}, {score.found} found, {score.missed} missed, "
+        f"{score.false} false"
+    )
+    _write(place, (3, 2), caption, "black")
+    return place
+
+
+def _box(image: Image.Image, box: list[float], scale: float, text: str, color) -> None:
+    x, y, width, height = (side * scale for side in box)
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=color, width=2)
+    font = ImageFont.load_default(10)
+    length, top = canvas.textlength(text, font) + 2, max(0.0, y - 11)
+    left = max(0.0, min(x, image.width - length))
+    canvas.rectangle((left, top, left + length, top + 11), fill=color)
+    canvas.text((left + 1, top - 1), text, fill="white", font=font)
+
+
+def _write(image: Image.Image, at: tuple[int, int], text: str, color: str) -> None:
+    ImageDraw.Draw(image).text(at, text, fill=color, font=ImageFont.load_default(12))

@@ -1,0 +1,133 @@
+"""Evaluation in which a test image has a share in the statistics that normalise it.
+
+In training an image is normalised with statistics that it is part of: at one image per GPU it is
+all of BatchNorm's, half at two. Evaluation leaves it out, and the smaller the batch was, the
+further what the layers then put out is from what the next ones were trained with. Mixing the image
+back in, with the share that it had in training, closes that gap without training anything anew. The
+cause and the remedy are published: EvalNorm (Singh, Shrivastava; ICCV 2019, arXiv 1904.06031) and
+inference example weighing (Summers, Dinneen; ICLR 2020, arXiv 1906.03548). With the image's own
+moments ``m`` and ``v``, the running ``mu`` and ``sigma^2`` and the share ``s``, per channel::
+
+    mean = s m + (1 - s) mu
+    var  = s (v + (m - mean)^2) + (1 - s) (sigma^2 + (mu - mean)^2)
+
+A layer evaluated like this depends on its input, so it cannot be folded into the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .base import SmallBatchNorm2d
+from .functional import mixture, moments
+
+#: Norms below a module of this name see regions, not images. Those proposed at test time are
+#: another selection than those sampled in training: their own moments say nothing about it.
+_REGIONS = "roi_heads"
+
+
+@contextmanager
+def image_share(
+    model: nn.Module,
+    share: float | None = None,
+    *,
+    images_per_gpu: int | None = None,
+    world_size: int = 1,
+) -> Iterator[list[str]]:
+    """While the block runs, BatchNorm layers in evaluation mode normalise each image by a mixture
+    of its own moments and the running statistics.
+
+    Ours and torch's BatchNorms take part, but those of RoI heads (see this module's source for the
+    reason), frozen ones, and BRN, whose training already looks like its evaluation.
+
+    Args:
+        model: any; nothing in it is changed.
+        share: weight of the image, in [0, 1], for all layers: 0 is plain evaluation, 1 leaves the
+            running statistics out (instance normalisation). None: each layer's share in training,
+            which is ``layer.batch_share / images_per_gpu``.
+        images_per_gpu: in training; for ``share=None``.
+        world_size: of the training; SyncBN's statistics were those of ``world_size *
+            images_per_gpu`` images.
+
+    Yields:
+        Names of the layers that take part.
+
+    Raises:
+        ValueError: ``share`` out of range, or neither it nor ``images_per_gpu`` given.
+    """
+    if share is None:
+        if not images_per_gpu or images_per_gpu < 1:
+            raise ValueError("image_share: give share, or the training's images_per_gpu")
+    elif not 0.0 <= share <= 1.0:
+        raise ValueError(f"share={share!r}: expected a number in [0, 1]")
+    handles, names = [], []
+    for name, layer in model.named_modules():
+        if not _takes_part(name, layer):
+            continue
+        own = share
+        if own is None:
+            own = _batch_share(layer) / images_per_gpu
+            own /= world_size if "SyncBatchNorm" in type(layer).__name__ else 1
+        if own > 0.0:
+            handles.append(layer.register_forward_hook(_Weighing(own)))
+            names.append(name)
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _takes_part(name: str, layer: nn.Module) -> bool:
+    if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
+        return False
+    parameters = list(layer.parameters())
+    frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+    return not frozen and _REGIONS not in name.split(".")
+
+
+def _batch_share(layer: nn.Module) -> float:
+    return layer.batch_share if isinstance(layer, SmallBatchNorm2d) else 1.0
+
+
+class _Weighing:
+    """A forward hook that normalises anew."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x = args[0]
+        if layer.training or x.numel() == 0:
+            return None
+        mean, var = self._statistics(layer, x)
+        count, channels = mean.shape
+        # images side by side as channels: one call of BatchNorm's own kernel
+        flat = F.batch_norm(
+            x.reshape(1, count * channels, *x.shape[2:]),
+            mean.flatten(),
+            var.flatten(),
+            *(None if p is None else p.repeat(count) for p in (layer.weight, layer.bias)),
+            eps=layer.eps,
+        )
+        return flat.view(x.shape)
+
+    def _statistics(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C] each."""
+        take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
+        images = [take(image) for image in x.split(1)]
+        weights = torch.tensor([[self.share], [1.0 - self.share]], device=x.device)
+        mixed = []
+        for image in images:
+            means = torch.stack([image.mean, layer.running_mean.to(image.mean.dtype)])
+            variances = torch.stack([image.var, layer.running_var.to(image.var.dtype)])
+            mixed.append(mixture(means, variances, weights.to(means.dtype)))
+        means, variances = zip(*mixed, strict=True)
+        return torch.stack(means), torch.stack(variances)

@@ -1,0 +1,376 @@
+"""tools/check_coco.py: what goes wrong with a COCO folder is one line that names the fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cbn_det.data import DataError, coco_folder
+from cbn_det.data.coco_folder import check_disk, check_folder, check_weights, find_coco
+from cbn_det.data.pretrained import pretrained_files
+from cbn_det.data.progress import StatusLine
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COUNTS = {"train2017": 4, "val2017": 2}
+FIRST_ID = {"train2017": 100, "val2017": 200}
+
+
+class TinyCoco:
+    """COCO's layout with 4 + 2 images: crowd regions, an image without an object, id gaps."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "coco"
+        (self.folder / "annotations").mkdir(parents=True)
+        for split, number in COUNTS.items():
+            (self.folder / split).mkdir()
+            self.write(split, self.make(split, number))
+
+    def make(self, split: str, number: int) -> dict:
+        rng = np.random.default_rng(0)
+        first, images, annotations = FIRST_ID[split], [], []
+        for i in range(first, first + number):
+            pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.image(split, i))
+            images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64})
+        for i in range(first + 1, first + number):  # the first one has no object
+            box = {"id": i, "image_id": i, "category_id": 90, "bbox": [10, 10, 20, 20]}
+            polygon = {"segmentation": [[10, 10, 30, 10, 30, 30]], "area": 200, "iscrowd": 0}
+            annotations.append({**box, **polygon})
+        crowd = {"segmentation": {"size": [48, 64], "counts": [0, 48 * 64]}, "iscrowd": 1}
+        annotations.append({**annotations[-1], **crowd, "id": first + 50})
+        categories = [{"id": i, "name": f"c{i}"} for i in [*range(1, 80), 90]]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def image(self, split: str, image_id: int) -> Path:
+        return self.folder / split / f"{image_id:012d}.jpg"
+
+    def annotations(self, split: str) -> Path:
+        return self.folder / "annotations" / f"instances_{split}.json"
+
+    def read(self, split: str) -> dict:
+        return json.loads(self.annotations(split).read_text())
+
+    def write(self, split: str, data: dict) -> None:
+        self.annotations(split).write_text(json.dumps(data))
+
+    def problems(self, expected=COUNTS) -> list[str]:
+        found = check_folder(find_coco(self.root), expected=expected)
+        return [finding.text for finding in found if finding.level == "problem"]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> TinyCoco:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return TinyCoco(tmp_path)
+
+
+def test_a_good_folder(tiny) -> None:
+    found = list(check_folder(find_coco(tiny.root), expected=COUNTS))
+    assert {finding.level for finding in found} == {"ok"}
+    text = "\n".join(finding.text for finding in found)
+    assert "train2017: 4 annotations of 4 images (1 without an object, 1 crowd" in text
+    assert "val2017: 2 annotations of 2 images" in text
+    assert "4 images decoded" in text and "no image is in both" in text
+
+
+def test_the_real_subset(shared_data, tmp_path) -> None:
+    source, folder = shared_data / "coco2017_subset", tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    counts = {}
+    for split, name in (("train2017", "train.json"), ("val2017", "val.json")):
+        shutil.copy(source / name, folder / "annotations" / f"instances_{split}.json")
+        (folder / split).mkdir()
+        images = json.loads((source / name).read_text())["images"]
+        counts[split] = len(images)
+        for image in images:
+            os.symlink(source / "images" / image["file_name"], folder / split / image["file_name"])
+    found = list(check_folder(find_coco(tmp_path), expected=counts))
+    assert not [finding for finding in found if finding.level == "problem"]
+    assert counts == {"train2017": 40, "val2017": 32}
+
+
+def test_either_folder_may_be_given_and_the_note_says_what_to_export(tiny, monkeypatch) -> None:
+    assert find_coco(tiny.root) == find_coco(tiny.folder) == tiny.folder
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    note = next(check_folder(tiny.folder, expected=COUNTS))
+    assert note.level == "note"
+    assert note.text.endswith(f"export DETECTRON2_DATASETS={tiny.root}")
+
+
+def test_a_folder_of_another_name_is_a_problem(tiny) -> None:
+    tiny.folder.rename(tiny.root / "coco2017")
+    found = check_folder(find_coco(tiny.root / "coco2017"), expected=COUNTS)
+    problems = [finding.text for finding in found if finding.level == "problem"]
+    assert len(problems) == 1 and "ln -s" in problems[0] and "name coco" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["nothing-here", "empty"])
+def test_no_coco_at_all(tmp_path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="give the one that|unpack COCO 2017 into") as error:
+        find_coco(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_annotation_file(tiny) -> None:
+    tiny.annotations("val2017").unlink()
+    (problem,) = tiny.problems()
+    assert "instances_val2017.json' is missing: unpack annotations_trainval2017.zip" in problem
+
+
+def test_a_missing_image_folder(tiny) -> None:
+    shutil.rmtree(tiny.folder / "train2017")
+    (problem,) = tiny.problems()
+    assert problem.endswith(f"is missing: unpack train2017.zip into '{tiny.folder}'")
+
+
+def test_images_one_folder_too_deep(tiny) -> None:
+    (tiny.folder / "val2017").rename(tiny.folder / "deeper")
+    (tiny.folder / "val2017").mkdir()
+    (tiny.folder / "deeper").rename(tiny.folder / "val2017" / "val2017")
+    (problem,) = tiny.problems()
+    assert "one folder too deep" in problem
+
+
+def test_bad_json(tiny) -> None:
+    path = tiny.annotations("train2017")
+    path.write_text(path.read_text()[:-40])
+    (problem,) = tiny.problems()
+    assert str(path) in problem and "cut off" in problem
+
+
+def test_a_missing_image(tiny) -> None:
+    tiny.image("train2017", 102).unlink()
+    counts, missing = tiny.problems()
+    assert "holds 3 of 4 images: unpack train2017.zip again" in counts
+    assert "image 102 '000000000102.jpg'" in missing
+
+
+@pytest.mark.parametrize("sample", [1000, 0])
+def test_a_truncated_image_is_found_by_decoding(tiny, sample: int) -> None:
+    path = tiny.image("val2017", 201)
+    path.write_bytes(path.read_bytes()[:-300])
+    found = check_folder(tiny.folder, expected=COUNTS, sample=sample)
+    problems = [finding.text for finding in found if finding.level == "problem"]
+    assert len(problems) == (1 if sample else 0)
+    assert not problems or "cannot be decoded: copy them again" in problems[0]
+
+
+def test_wrong_counts(tiny) -> None:
+    data = tiny.read("val2017")
+    data["images"] = data["images"][1:]  # the one without an object
+    tiny.write("val2017", data)
+    (problem,) = tiny.problems()
+    assert "lists 1 images, COCO's own 2" in problem
+    assert not tiny.problems(expected=None)
+
+
+def test_more_images_than_cocos_are_a_note(tiny) -> None:
+    shutil.copy(tiny.image("val2017", 200), tiny.folder / "val2017" / "mine.jpg")
+    found = list(check_folder(tiny.folder, expected=COUNTS))
+    (note,) = [finding.text for finding in found if finding.level != "ok"]
+    assert note == "val2017: 3 images, 1 more than COCO's"
+
+
+@pytest.mark.parametrize("what", ["annotations", "images"])
+def test_swapped_train_and_val(tiny, what: str) -> None:
+    if what == "annotations":
+        pair = [tiny.annotations(split) for split in COUNTS]
+    else:
+        pair = [tiny.folder / split for split in COUNTS]
+    pair[0].rename(tiny.root / "aside")
+    pair[1].rename(pair[0])
+    (tiny.root / "aside").rename(pair[1])
+    problems = tiny.problems()
+    assert len(problems) == 2 and all("swapped" in text for text in problems)
+    assert "instances_train2017.json' names images that lie in val2017" in problems[0]
+
+
+def test_an_image_in_both_splits(tiny) -> None:
+    """AP would be too high, and nothing else would look wrong."""
+    shutil.copy(tiny.image("train2017", 101), tiny.folder / "val2017")
+    train, val = tiny.read("train2017"), tiny.read("val2017")
+    val["images"].append(train["images"][1])
+    tiny.write("val2017", val)
+    (problem,) = tiny.problems(expected=None)
+    assert problem.startswith("1 images are in both train2017 and val2017 (ids 101)")
+
+
+def test_another_number_of_categories(tiny) -> None:
+    data = tiny.read("train2017")
+    data["categories"].pop(0)
+    tiny.write("train2017", data)
+    (problem,) = tiny.problems()
+    assert "has 79 categories, COCO 80" in problem
+
+
+def test_a_full_disk(tmp_path, monkeypatch) -> None:
+    free = SimpleNamespace(free=25e9)
+    monkeypatch.setattr(coco_folder.shutil, "disk_usage", lambda place: free)
+    output = tmp_path / "not" / "there" / "yet"
+    assert check_disk(output, runs=2).level == "ok"
+    finding = check_disk(output, runs=3)
+    assert finding.level == "problem"
+    assert "25.0 GB free" in finding.text and "3 of them 30 GB" in finding.text
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch) -> Path:
+    """Two configs of one base with MSRA's weights, one with GN's, one from scratch."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    msra = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    (folder / "base.yaml").write_text(f'MODEL:\n  WEIGHTS: "{msra}"\n')
+    (folder / "leaf.yaml").write_text("_BASE_: base.yaml\nMODEL:\n  FPN:\n    NORM: CBN\n")
+    gn = "catalog://ImageNetPretrained/FAIR/R-50-GN"
+    (folder / "gn.yaml").write_text(f'_BASE_: base.yaml\nMODEL:\n  WEIGHTS: "{gn}"\n')
+    (folder / "scratch.yaml").write_text('_BASE_: base.yaml\nMODEL:\n  WEIGHTS: ""\n')
+    return folder
+
+
+def test_weights_that_are_missing_there_or_cut_off(configs) -> None:
+    msra, gn = pretrained_files(sorted(configs.glob("*.yaml")))
+    assert (msra.num_configs, gn.num_configs) == (2, 1)
+    assert [f.level for f in check_weights([msra, gn])] == ["note", "note"]
+    assert [f.level for f in check_weights([msra, gn], offline=True)] == ["problem", "problem"]
+    for file, content in ((msra, b"\x80\x02}q\x00."), (gn, b"\x80\x02}q\x00")):
+        file.path.parent.mkdir(parents=True)
+        file.path.write_bytes(content)
+    there, cut = check_weights([msra, gn], offline=True)
+    assert there.level == "ok" and str(msra.path) in there.text
+    assert cut.level == "problem" and "is cut off" in cut.text
+
+
+def test_a_weights_file_that_nobody_can_download(tmp_path) -> None:
+    (tmp_path / "own.yaml").write_text("MODEL:\n  WEIGHTS: output/pretrain/backbone.pth\n")
+    (finding,) = check_weights(pretrained_files([tmp_path / "own.yaml"]))
+    assert finding.level == "problem" and "MODEL.WEIGHTS names it" in finding.text
+
+
+@pytest.mark.detectron2
+def test_weights_lie_where_detectron2_looks_for_them(configs) -> None:
+    """Oracle: detectron2 opens the file from there and has no reason to download."""
+    from detectron2.checkpoint import catalog  # noqa: F401 (registers catalog://)
+    from detectron2.utils.file_io import PathManager
+
+    for file in pretrained_files(sorted(configs.glob("*.yaml"))):
+        file.path.parent.mkdir(parents=True)
+        file.path.write_bytes(b"x")
+        assert Path(PathManager.get_local_path(file.spec)) == file.path
+
+
+@pytest.mark.detectron2
+def test_the_catalogue_is_detectron2s() -> None:
+    from detectron2.checkpoint.catalog import ModelCatalog
+
+    from cbn_det.data.pretrained import _CATALOG
+
+    for name, path in _CATALOG.items():
+        assert ModelCatalog.get(name).endswith("/detectron/" + path)
+
+
+def run_tool(*arguments: str, env: dict) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools" / "check_coco.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_tool_says_ready_or_lists_problems(tiny, configs, tmp_path, source_env) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    env = source_env | {"FVCORE_CACHE": str(tmp_path / "cache")}
+    env |= {"DETECTRON2_DATASETS": str(tmp_path)}
+    arguments = ["--subset", "--configs", str(configs), "--output", str(tmp_path)]
+    done = run_tool(*arguments, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "ready for training"
+    assert sorted(tmp_path.rglob("*")) == before, "a check leaves nothing behind"
+    tiny.image("train2017", 103).unlink()
+    done = run_tool(*arguments, "--offline", env=env)
+    assert done.returncode == 1
+    assert done.stdout.count("PROBLEM ") == 3  # the image and two weights
+    assert done.stdout.splitlines()[-1] == "3 problems found"
+    done = run_tool(str(tmp_path / "nowhere"), env=env)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "there is no folder" in done.stdout
+    assert run_tool("--runs", "0", env=env).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped: nothing was changed"),
+        (
+            PermissionError(13, "Permission denied", "train2017"),
+            1,
+            "Permission denied: 'train2017'",
+        ),
+    ],
+)
+def test_ctrl_c_and_a_folder_without_permission_are_one_line(
+    tiny, monkeypatch, capsys, error: BaseException, code: int, said: str
+) -> None:
+    def fail(folder: Path) -> list[str]:
+        raise error
+
+    path = REPOSITORY / "tools" / "check_coco.py"
+    spec = importlib.util.spec_from_file_location("check_coco_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(coco_folder.os, "listdir", fail)
+    assert tool.main([str(tiny.root)]) == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if said in line]
+    assert "Traceback" not in line
+
+
+class Stream:
+    def __init__(self, terminal: bool) -> None:
+        self.terminal, self.text = terminal, ""
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_progress_overwrites_itself_on_a_terminal_only(monkeypatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("cbn_det.data.progress.time.monotonic", lambda: clock.now)
+    overwritten = "\rreading\rdecoding: 0 of 9\rdecoding: 2 of 9\r                \r"
+    for terminal, texts in (
+        (True, overwritten),
+        (False, "reading\ndecoding: 0 of 9\ndecoding: 2 of 9\n"),
+    ):
+        stream = Stream(terminal)
+        status = StatusLine(stream)
+        status.show("reading")  # a new thing is shown at once
+        status.show("decoding", 0, 9)
+        status.show("decoding", 1, 9)  # too soon
+        clock.now += 20
+        status.show("decoding", 2, 9)
+        status.clear()
+        assert stream.text == texts
+
+
+def test_progress_of_a_check(tiny) -> None:
+    shown = []
+    list(check_folder(tiny.folder, expected=COUNTS, progress=lambda *what: shown.append(what)))
+    assert ("reading the annotations of train2017",) in shown
+    assert [what[1:] for what in shown if what[0] == "decoding images of train2017"] == [
+        (done, 4) for done in range(4)
+    ]
