@@ -445,6 +445,39 @@ def test_as_many_positions_as_there_are_equal_all(mode):
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+def test_crops_move_on_with_the_iterations_and_draw_no_random_numbers():
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(8, 16, 3, padding=1, bias=False), window=4, positions=16)
+    x, before = images(model[0], 0, size=(24, 24)), torch.get_rng_state()
+    for _ in range(4):
+        model(x)
+        tick()
+    assert torch.equal(torch.get_rng_state(), before)
+    gradients = model[1]._window["gradient"]
+    pairs = [(0, 1), (1, 2), (0, 2)]  # of the same input at the same weight
+    assert not any(torch.equal(gradients[a], gradients[b]) for a, b in pairs)
+    assert torch.equal(model[1]._window["patch"][0], model[1]._window["patch"][1])
+
+
+def test_the_default_is_close_to_all_positions():
+    """Weights that move by 5 % an iteration leave the variance off by less than 1 %, where two
+    images of a detection set leave 20 to 40 %."""
+    found = []
+    for positions in (None, build_norm("CBN", 16).positions):
+        torch.manual_seed(0)
+        model = layer(nn.Conv2d(8, 16, 3, padding=1, bias=False), window=4, positions=positions)
+        for t in range(4):
+            model(images(model[0], t, size=(64, 64)))
+            tick()
+            perturb(model[0], 0.003, t)
+        mean, var, _ = model[1]._compensated()
+        found.append((mean, var))
+    assert model[1].positions < 2 * 64 * 64
+    assert torch.equal(found[0][0], found[1][0])
+    error = (found[1][1].mean(0) - found[0][1].mean(0)).norm() / found[0][1].mean(0).norm()
+    assert 0 < float(error) < 0.01
+
+
 def test_noise_of_a_crop_multiplies_the_small_change_of_the_weight_only():
     """The anchored form: at an unchanged weight a crop changes nothing, and its error shrinks with
     the change; the means are exact throughout."""

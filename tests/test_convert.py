@@ -240,6 +240,14 @@ def test_a_norm_of_ours_to_another() -> None:
     train(model, images())
 
 
+def test_a_learned_gain_is_left_behind() -> None:
+    model = with_history(small_model(lambda channels: build_norm("KN(gain='learned')", channels)))
+    before = evaluated(model, images())
+    assert len(convert_norm(model, CBN).converted) == 3
+    assert not [key for key in model.state_dict() if "gain" in key]
+    assert torch.equal(evaluated(model, images()), before)
+
+
 def test_a_binding_that_only_the_user_knew_is_kept() -> None:
     model = nn.ModuleDict({"norm": build_norm(CBN, 4), "conv": nn.Conv2d(3, 4, 1)})
     model["norm"].bind(model["conv"])
@@ -327,6 +335,7 @@ def without_bias() -> nn.BatchNorm2d:
         (without_bias(), "only one of weight and bias"),
         (hooked(), "hooks"),
         (nn.GroupNorm(2, 4), "no BatchNorm2d"),
+        (build_norm("GKN(groups=2)", 4), "no BatchNorm2d"),
         (nn.BatchNorm1d(4), "no BatchNorm2d"),
         (nn.BatchNorm3d(4), "no BatchNorm2d"),
         (FrozenBatchNorm2d(), "frozen"),

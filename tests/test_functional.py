@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from oracles import conv_moments, conv_patches
 from torch import nn
 
+from cbn_det.norms import functional
 from cbn_det.norms.functional import (
     ConvGeometry,
-    choose_crop,
+    choose_crops,
     mean_patch,
     moments,
     normalize,
@@ -50,12 +51,12 @@ def case(request):
     return conv, x
 
 
-def closed_form(conv, x, crop=None):
+def closed_form(conv, x, crops=None):
     y = conv(x)
     geometry = ConvGeometry.of(conv)
     patch = mean_patch(x, geometry, tuple(y.shape[2:]))
     mean = y.detach().mean((0, 2, 3))
-    gradient = variance_gradient(x, y, mean, patch, geometry, conv.weight.shape, crop)
+    gradient = variance_gradient(x, y, mean, patch, geometry, conv.weight.shape, crops)
     return y.detach(), patch, gradient
 
 
@@ -175,10 +176,11 @@ def test_every_position_is_taken_equally_often(shape, positions):
     seen, taken = np.zeros((n, height, width)), []
     turns = 20000
     for turn in range(turns):
-        crop = choose_crop(shape, positions, turn)
-        box = seen[crop.n0 : crop.n1, crop.i0 : crop.i1, crop.j0 : crop.j1]
-        box += 1 / box.size
-        taken.append(box.size)
+        crops = choose_crops(shape, positions, turn)
+        boxes = [seen[c.images, c.i0 : c.i1, c.j0 : c.j1] for c in crops]
+        for box in boxes:
+            box += 1 / (box.size * len(crops))
+        taken.append(sum(box.size for box in boxes))
     seen *= seen.size / turns
     assert abs(seen - 1).max() < 0.05, "the estimate would be biased towards some positions"
     assert 0.4 * positions <= np.mean(taken) <= 2.3 * positions
@@ -192,10 +194,10 @@ def test_crop_estimates_average_to_the_gradient_over_all_positions(case):
     y, patch, full = closed_form(conv, x)
     total, turns, cache = torch.zeros_like(full), 4000, {}
     for turn in range(turns):
-        crop = choose_crop(tuple(y.shape), 20, turn)
-        if crop not in cache:
-            cache[crop] = [closed_form(conv, x, crop)[2], 0]
-        cache[crop][1] += 1
+        crops = choose_crops(tuple(y.shape), 20, turn)
+        if crops not in cache:
+            cache[crops] = [closed_form(conv, x, crops)[2], 0]
+        cache[crops][1] += 1
     for value, times in cache.values():
         total += value * times / turns
     assert len(cache) >= 9
@@ -206,32 +208,51 @@ def test_crop_estimates_average_to_the_gradient_over_all_positions(case):
     assert float((total - full).square().mean().sqrt()) < 0.05 * float(noise)
 
 
-def test_crop_is_the_weight_gradient_of_the_cropped_positions(case):
+@pytest.mark.parametrize("most", [1, 3])
+def test_crops_are_the_weight_gradients_of_the_cropped_positions(case, most, monkeypatch):
+    """The average of those of each crop."""
+    monkeypatch.setattr(functional, "_MOST_CROPS", most)
+    monkeypatch.setattr(functional, "_CROP_POSITIONS", 8)
     conv, x = case
     x = torch.randn(5, 4, 22, 23, dtype=torch.float64) + 1.0
     y, patch, _ = closed_form(conv, x)
     patches = torch.from_numpy(conv_patches(x.numpy(), conv))
     centred = y - y.mean((0, 2, 3)).view(1, -1, 1, 1)
     for turn in range(25):
-        crop = choose_crop(tuple(y.shape), 30, turn)
-        box = (slice(crop.n0, crop.n1), slice(crop.i0, crop.i1), slice(crop.j0, crop.j1))
-        cut = patches[(slice(None), *box)] - patch.view(conv.groups, 1, 1, 1, -1)
-        out = centred[box[0], :, box[1], box[2]].unflatten(1, (conv.groups, -1))
-        size = cut[0, ..., 0].numel()
-        expected = 2 * torch.einsum("gnijd,ngoij->god", cut, out).flatten(0, 1) / size
-        got = closed_form(conv, x, crop)[2]
+        crops = choose_crops(tuple(y.shape), 30, turn)
+        assert len(crops) <= most
+        gradients, covariances = [], []
+        for crop in crops:
+            box = (crop.images, slice(crop.i0, crop.i1), slice(crop.j0, crop.j1))
+            cut = patches[(slice(None), *box)] - patch.view(conv.groups, 1, 1, 1, -1)
+            out = centred[box[0], :, box[1], box[2]].unflatten(1, (conv.groups, -1))
+            size = cut[0, ..., 0].numel()
+            gradients.append(2 * torch.einsum("gnijd,ngoij->god", cut, out).flatten(0, 1) / size)
+            flat = cut.flatten(1, 3)
+            covariances.append(flat.transpose(1, 2) @ flat / size)
+        expected = torch.stack(gradients).mean(0)
+        got = closed_form(conv, x, crops)[2]
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
-        covariance = patch_covariance(x, y, patch, ConvGeometry.of(conv), crop)
-        flat = cut.flatten(1, 3)
-        expected = flat.transpose(1, 2) @ flat / size
+        covariance = patch_covariance(x, y, patch, ConvGeometry.of(conv), crops)
+        expected = torch.stack(covariances).mean(0)
         torch.testing.assert_close(covariance, expected, rtol=1e-9, atol=1e-10)
 
 
+def test_a_large_map_gives_several_crops_and_many_maps_every_so_manieth():
+    crops = choose_crops((2, 8, 100, 100), 512, 5)
+    assert len(set(crops)) == 4 and {(c.n0, c.step) for c in crops} == {(0, 1)}
+    assert {(c.i1 - c.i0) * (c.j1 - c.j0) for c in crops} <= set(range(49, 82))
+    assert not set(crops) & set(choose_crops((2, 8, 100, 100), 512, 6))  # it goes on from there
+    (crop,) = choose_crops((128, 8, 7, 7), 512, 5)
+    assert crop.step == 12 and (crop.i0, crop.i1, crop.j0, crop.j1) == (0, 7, 0, 7)
+    assert {choose_crops((128, 8, 7, 7), 512, turn)[0].n0 for turn in range(100)} == set(range(12))
+
+
 def test_enough_positions_are_all_positions():
-    assert choose_crop((2, 8, 10, 10), None, 3) is None
-    assert choose_crop((2, 8, 10, 10), 200, 3) is None
-    assert choose_crop((2, 8, 10, 10), 10**9, 3) is None
-    assert choose_crop((2, 8, 10, 10), 199, 3) is not None
+    assert choose_crops((2, 8, 10, 10), None, 3) is None
+    assert choose_crops((2, 8, 10, 10), 200, 3) is None
+    assert choose_crops((2, 8, 10, 10), 10**9, 3) is None
+    assert choose_crops((2, 8, 10, 10), 199, 3) is not None
 
 
 # ---- moments and normalisation ---------------------------------------------------------------

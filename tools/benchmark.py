@@ -14,7 +14,7 @@ told, makes intervals wide, and is better measured with --clock cpu.
 
 examples:
   # at the four shapes by which the layers are tuned, on CPU
-  python tools/benchmark.py layer --norms BN CBN "CBN(positions=1024)" GN
+  python tools/benchmark.py layer --norms BN CBN "CBN(positions=None)" GN
 
   # a shape of your own (input N, C, H, W, output channels, kernel), on a GPU
   python tools/benchmark.py layer --norms BN CBN --shapes 2,256,200,304,256,3 --device cuda

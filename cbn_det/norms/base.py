@@ -87,6 +87,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     #: whether what an iteration staged is staged anew, with the updated weights, in the second pass
     #: of :class:`cbn_det.norms.DoubleForward`
     double_forward = False
+    #: names of state, beside BatchNorm's, that evaluation does not use
+    training_state: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -127,6 +129,12 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         return self.momentum == 1.0 and without_grad
 
     # ---- what a method defines ----
+
+    @property
+    def batch_share(self) -> float:
+        """Weight of the current mini-batch in the statistics it is normalised with, after burn-in
+        and with a full memory."""
+        return 1.0
 
     def batch_moments(self, y: Tensor) -> Moments:
         """Moments of one mini-batch as this method takes them, expanded to [C]."""

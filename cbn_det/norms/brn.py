@@ -77,8 +77,7 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         self.r_max = r_max
         self.d_max = d_max
         self._set_times(burn_in=burn_in, ramp=ramp)
-        #: of the latest forward, 0-dim tensors: shares of channels whose r or d is at its limit
-        self.diagnostics: dict[str, Tensor] = {}
+        self._compared: tuple[Tensor, ...] = ()  # r and d before and after, for diagnostics
 
     def options(self) -> dict[str, Any]:
         return {
@@ -87,6 +86,23 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
             "burn_in": self.burn_in,
             "ramp": self.ramp,
             **super().options(),
+        }
+
+    @property
+    def batch_share(self) -> float:
+        """Within its limits the running statistics normalise."""
+        return 0.0
+
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Of the latest forward, 0-dim tensors: shares of channels whose r or d is at its limit.
+        Empty during burn-in."""
+        if not self._compared:
+            return {}
+        ratio, scale, distance, shift = self._compared
+        return {
+            "r_at_limit": (scale != ratio).to(scale.dtype).mean(),
+            "d_at_limit": (shift != distance).to(shift.dtype).mean(),
         }
 
     def limits(self) -> tuple[float, float]:
@@ -109,10 +125,7 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         ratio = (batch.var + self.eps).sqrt() / sigma
         distance = (batch.mean - mean) / sigma
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
-        self.diagnostics = {
-            "r_at_limit": (scale != ratio).to(scale.dtype).mean(),
-            "d_at_limit": (shift != distance).to(shift.dtype).mean(),
-        }
+        self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift)
 
     def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:

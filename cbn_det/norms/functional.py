@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+#: mean, in standard deviations, up to which the fast sums of :func:`moments` lose no digit
+_LARGEST_MEAN = 2.0
+
 
 @dataclass
 class Moments:
@@ -40,16 +43,35 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def moments(x: Tensor) -> Moments:
     """Mean and biased variance over N, H, W of a non-empty ``x`` [N, C, H, W], without gradient.
 
-    The variance is accumulated about the mean (torch's own batch-norm kernel), because
-    ``mean(x * x) - mean(x) ** 2`` loses all digits once the mean exceeds the standard deviation by
-    three orders of magnitude.
+    The variance is accumulated about the mean, because ``mean(x * x) - mean(x) ** 2`` loses all
+    digits once the mean exceeds the standard deviation by three orders of magnitude.
     """
     x = x.detach().to(statistics_dtype(x))
-    if x.device.type in ("cpu", "cuda"):
+    count = x.numel() // x.shape[1]
+    if x.device.type == "cpu" and x.is_contiguous() and not torch.compiler.is_compiling():
+        mean, var = _moments_on_cpu(x, count)
+    elif x.device.type in ("cpu", "cuda"):
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    return Moments(mean, var, x.numel() // x.shape[1])
+    return Moments(mean, var, count)
+
+
+def _moments_on_cpu(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same as torch's batch-norm kernel, which takes one value at a time for contiguous input:
+    five times as long as the vectorised sums of BatchNorm's backward kernel that are used here.
+    Those give ``sum of x (x - mean)``, in which digits are lost as ``mean / std`` grows, so that
+    channels whose mean is large beside their deviation are left to the slow kernel."""
+    mean = x.sum((0, 2, 3)) / count
+    _, product, _ = torch.ops.aten.native_batch_norm_backward(
+        x, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, False]
+    )
+    var = product.div_(count).clamp_(min=0.0)
+    rough = mean.square() > _LARGEST_MEAN**2 * var
+    if rough.any():
+        exact = torch.batch_norm_update_stats(x[:, rough], None, None, 0.0)
+        mean[rough], var[rough] = exact
+    return mean, var
 
 
 def mixture(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,18 +138,25 @@ class _Normalize(torch.autograd.Function):
         # BatchNorm's own backward kernel with our statistics: the gradient for share 1 and no
         # groups, and the sums of grad and grad * x_hat that every other gradient below is made of,
         # in fused passes.
+        wanted = ctx.needs_input_grad[0]
+        in_one = wanted and (ctx.is_batchnorm or x.dtype != mean.dtype)
         dx, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
-            grad, x, w, None, None, mean, invstd, True, ctx.eps, [True, True, True]
+            grad, x, w, None, None, mean, invstd, True, ctx.eps, [in_one, True, True]
         )
         scale = w * invstd
-        if not ctx.is_batchnorm and ctx.needs_input_grad[0]:
-            # exchange the kernel's projection terms for ours; both are affine in x_hat, so their
-            # difference is a batch norm of its own, whose kernel is fused and computes in float32
-            # also for 16-bit x
-            gain, offset = (_surplus(w * total, share, ctx.groups) for total in (sum_gx, sum_g))
-            unit = invstd * (x.shape[1] / x.numel())
+        if wanted and not ctx.is_batchnorm:
+            # the projection terms are affine in x_hat, so they are a batch norm of their own, whose
+            # kernel is fused and computes in float32 also for 16-bit x
+            projected = [_projected(w * total, share, ctx.groups) for total in (sum_gx, sum_g)]
+            if in_one:  # 16 bits: exchange the kernel's terms for ours
+                projected = [
+                    own - w * total for own, total in zip(projected, (sum_gx, sum_g), strict=True)
+                ]
+            unit = invstd * (-x.shape[1] / x.numel())
             var = invstd.square().reciprocal()
-            dx = dx.add_(F.batch_norm(x, mean, var, unit * gain, unit * offset, eps=0.0))
+            gain, offset = (unit * value for value in projected)
+            terms = F.batch_norm(x, mean, var, gain, offset, eps=0.0)
+            dx = dx.add_(terms) if in_one else terms.addcmul_(grad, scale.view(1, -1, 1, 1))
         d_mean = -scale * sum_g if ctx.needs_input_grad[1] else None
         d_var = -0.5 * scale * invstd * sum_gx if ctx.needs_input_grad[2] else None
         weight_dtype, bias_dtype = ctx.affine_dtypes
@@ -145,10 +174,10 @@ class _Normalize(torch.autograd.Function):
         )
 
 
-def _surplus(total: Tensor, share: Tensor, groups: int | None) -> Tensor:
-    """By how much a sum over a channel, as BatchNorm projects it out, exceeds what an estimate of
-    this share over groups of channels projects out."""
-    return total - share * (total if groups is None else group_mean(total, groups))
+def _projected(total: Tensor, share: Tensor, groups: int | None) -> Tensor:
+    """What an estimate of this share over groups of channels projects out of the gradient, from the
+    sums over each channel."""
+    return share * (total if groups is None else group_mean(total, groups))
 
 
 def _is_nhwc(x: Tensor) -> bool:
@@ -223,29 +252,43 @@ class ConvGeometry:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of output positions of some images: images [n0, n1), rows [i0, i1), columns [j0,
-    j1)."""
+    """A box of output positions of some images: images n0, n0 + step, ..., rows [i0, i1), columns
+    [j0, j1)."""
 
     n0: int
-    n1: int
+    step: int
     i0: int
     i1: int
     j0: int
     j1: int
 
+    @property
+    def images(self) -> slice:
+        return slice(self.n0, None, self.step)
+
 
 # Of a feature map at least this many positions are taken together, so that many small maps (RoIs)
-# are sampled as a slice of whole maps and few large ones as a crop of each.
-_CROP_POSITIONS = 256
+# are sampled as whole maps and few large ones as crops of each.
+_MAP_POSITIONS = 256
+# Up to so many positions a weight gradient is faster as a product of matrices than as a
+# convolution's, which reorders as many numbers as there are weights.
+_FEW_POSITIONS = 128
+# Neighbouring positions resemble each other, so a large map gives several crops, of at least so
+# many positions each.
+_CROP_POSITIONS = 64
+_MOST_CROPS = 4
 
 
-def choose_crop(shape: tuple[int, ...], positions: int | None, turn: int) -> Crop | None:
-    """The output positions that a conv statistic is estimated on.
+def choose_crops(
+    shape: tuple[int, ...], positions: int | None, turn: int
+) -> tuple[Crop, ...] | None:
+    """The output positions that a conv statistic is estimated on: the average over the crops.
 
-    Contiguous positions only: strided or scattered ones save no time in convolution kernels. The
-    map is cut into tiles, and the tile walks with ``turn`` along a low-discrepancy sequence, so
-    that it is the same in a repeated run, needs no random state, and visits every position equally
-    often: borders, where there is padding, count neither more nor less than the rest.
+    Contiguous positions only: strided or scattered ones save no time in convolution kernels. Of
+    many maps every so-manieth is taken (RoIs of one image follow each other). The map is cut into
+    tiles, and the crops walk over them with ``turn`` along a low-discrepancy sequence, so that they
+    are the same in a repeated run, need no random state, and visit every position equally often:
+    borders, where there is padding, count neither more nor less than the rest.
 
     Args:
         shape: (N, C, H, W) of the convolution's output.
@@ -253,34 +296,43 @@ def choose_crop(shape: tuple[int, ...], positions: int | None, turn: int) -> Cro
         turn: a counter, one more each iteration.
 
     Returns:
-        The crop, or None when all positions are used.
+        The crops, or None when all positions are used.
     """
     n, _, height, width = shape
     if positions is None or positions >= n * height * width:
         return None
-    each = min(height * width, max(positions // n, min(positions, _CROP_POSITIONS)))
-    images = max(1, min(n, positions // each))
+    each = min(height * width, max(positions // n, min(positions, _MAP_POSITIONS)))
+    step = max(1, n // max(1, positions // each))
+    count = max(1, min(_MOST_CROPS, each // _CROP_POSITIONS, height * width // each))
+    each //= count
     rows = min(height, max(1, round((each * height / width) ** 0.5)))
     columns = min(width, max(1, each // rows))
     rows = min(height, max(1, each // columns))
 
-    def tile(size: int, extent: int, step: float) -> tuple[int, int]:
+    def place(at: int, extent: int, ratio: float) -> int:
+        return int((at * ratio % 1.0) * extent)
+
+    def tile(size: int, extent: int, at: int) -> tuple[int, int]:
         # tiles of nearly equal size, each as likely as it is large
         tiles = max(1, round(extent / size))
-        at = (int((turn * step % 1.0) * extent) * tiles + tiles - 1) // extent
-        return at * extent // tiles, (at + 1) * extent // tiles
+        index = (at * tiles + tiles - 1) // extent
+        return index * extent // tiles, (index + 1) * extent // tiles
 
-    return Crop(
-        *tile(images, n, 0.8191725134),
-        *tile(rows, height, 0.6710436067),
-        *tile(columns, width, 0.5497004779),
+    return tuple(
+        Crop(
+            place(turn, n, 0.8191725134) % step,
+            step,
+            *tile(rows, height, place(at, height, 0.6710436067)),
+            *tile(columns, width, place(at, width, 0.5497004779)),
+        )
+        for at in range(turn * count, (turn + 1) * count)
     )
 
 
 def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[Tensor, Tensor]:
     """The crop of ``y`` and the part of the padded ``x`` that it is computed from."""
-    y = y[crop.n0 : crop.n1, :, crop.i0 : crop.i1, crop.j0 : crop.j1]
-    x = x[crop.n0 : crop.n1]
+    y = y[crop.images, :, crop.i0 : crop.i1, crop.j0 : crop.j1]
+    x = x[crop.images]
     left, _, top, _ = geometry.pad
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
     if geometry.pad_mode != "constant":
@@ -292,6 +344,15 @@ def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[
     x = x[:, :, max(r0, 0) : min(r1, height), max(c0, 0) : min(c1, width)]
     outside = (max(-c0, 0), max(c1 - width, 0), max(-r0, 0), max(r1 - height, 0))
     return (F.pad(x, outside) if any(outside) else x), y
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Tensors [N, C, H, W] of nearly the same size as one, filled up with zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    height, width = (max(part.shape[dim] for part in parts) for dim in (2, 3))
+    missing = [(0, width - part.shape[3], 0, height - part.shape[2]) for part in parts]
+    return torch.cat([F.pad(p, m) if any(m) else p for p, m in zip(parts, missing, strict=True)])
 
 
 def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> Tensor:
@@ -309,16 +370,66 @@ def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> 
         [groups, C_in / groups * kh * kw]
     """
     n, channels = x.shape[:2]
-    total = geometry.padded(x.detach().sum(0, keepdim=True, dtype=statistics_dtype(x)))[0]
+    x = x.detach()
+    dtype = statistics_dtype(x)
+    if n >= 8:  # many small maps: their sum takes fewer and longer rows
+        x = x.sum(0, keepdim=True, dtype=dtype)
+    if geometry.pad_mode != "constant":
+        x = geometry.padded(x)
+        left = top = 0
+    else:
+        left, _, top, _ = geometry.pad
     (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
-    height, width = out_size
-    patch = []
-    for a in range(kh):
-        row = total[:, a * dh : a * dh + (height - 1) * sh + 1 : sh].sum(1)
-        for b in range(kw):
-            patch.append(row[:, b * dw : b * dw + (width - 1) * sw + 1 : sw].sum(1))
-    mean = torch.stack(patch, dim=1) / (n * height * width)  # [C_in, kh * kw]
+    rows = [_taps(a * dh - top, sh, out_size[0], x.shape[2]) for a in range(kh)]
+    columns = [_taps(b * dw - left, sw, out_size[1], x.shape[3]) for b in range(kw)]
+    first, last = _middle(rows)
+    if sh == 1 and first < last:
+        # all rows of the kernel see the middle of the map, and most of its columns: one pass
+        middle = torch.stack(_sums_over(x[:, :, first:last], columns, (0, 2, 3), dtype))
+        outer = [_edges(x, row, first, last, 2) for row in rows]
+        outer = [sum((e.sum((0, 2), dtype=dtype) for e in edges), 0.0) for edges in outer]
+        outer = torch.stack([middle.new_zeros(x.shape[1], x.shape[3]) + edge for edge in outer])
+        total = middle.unsqueeze(1) + torch.stack(_sums_over(outer, columns, (2,), dtype))
+    else:
+        total = torch.stack([x[:, :, row].sum((0, 2), dtype=dtype) for row in rows])
+        total = torch.stack(_sums_over(total, columns, (2,), dtype))
+    mean = total.permute(2, 1, 0) / (n * out_size[0] * out_size[1])  # total: [kw, kh, C_in]
     return mean.reshape(geometry.groups, -1)
+
+
+def _middle(taps: list[slice]) -> tuple[int, int]:
+    """The range that several ranges have in common; empty if the second is not larger."""
+    return max(tap.start for tap in taps), min(tap.stop for tap in taps)
+
+
+def _edges(x: Tensor, tap: slice, first: int, last: int, dim: int) -> list[Tensor]:
+    """What a range sees of a dimension outside the middle."""
+    before = (slice(None),) * dim
+    parts = [slice(tap.start, first), slice(last, tap.stop)]
+    return [x[(*before, part)] for part in parts if part.start < part.stop]
+
+
+def _sums_over(
+    x: Tensor, taps: list[slice], dims: tuple[int, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    """Sums of ``x`` over dimensions, for each of several ranges of the last of them."""
+    dim = dims[-1]
+    before = (slice(None),) * dim
+    first, last = _middle(taps)
+    if len(taps) == 1 or taps[0].step != 1 or first >= last:
+        return [x[(*before, tap)].sum(dims, dtype=dtype) for tap in taps]
+    middle = x[(*before, slice(first, last))].sum(dims, dtype=dtype)
+    edges = [_edges(x, tap, first, last, dim) for tap in taps]
+    return [sum((e.sum(dims, dtype=dtype) for e in parts), middle) for parts in edges]
+
+
+def _taps(start: int, step: int, count: int, size: int) -> slice:
+    """Which of ``size`` input rows one row of a kernel sees: ``start + i * step``, i < count, less
+    those that lie in the padding."""
+    before = -(start // step) if start < 0 else 0  # of i, rounded up
+    stop = start + (count - 1) * step + 1
+    first = start + before * step
+    return slice(first, max(first, min(stop, size)), step)
 
 
 def variance_gradient(
@@ -328,11 +439,11 @@ def variance_gradient(
     patch: Tensor,
     geometry: ConvGeometry,
     weight_shape: torch.Size,
-    crop: Crop | None,
+    crops: tuple[Crop, ...] | None,
 ) -> Tensor:
     """``d var(y_j) / dw_j = 2 E[(p - E[p]) (y_j - mean_j)]``, without autograd.
 
-    One convolution weight gradient. With a crop it is an unbiased estimate from those positions.
+    One convolution weight gradient. With crops it is an unbiased estimate from those positions.
     From it the derivative of the second moment, which CBN's equations use, follows as
     ``d E[y_j**2] / dw_j = d var / dw_j + 2 mean_j E[p]``.
 
@@ -343,44 +454,67 @@ def variance_gradient(
         patch: [groups, C_in / groups * kh * kw], from :func:`mean_patch`.
         geometry: of the convolution.
         weight_shape: [C_out, C_in / groups, kh, kw]
-        crop: from :func:`choose_crop`.
+        crops: from :func:`choose_crops`.
 
     Returns:
         [C_out, C_in / groups * kh * kw]
     """
     left, right, top, bottom = geometry.pad
     x, y = x.detach(), y.detach()
-    if crop is not None:
-        x, y = _cropped(x, y, geometry, crop)
-        padding = (0, 0)
-    elif geometry.pad_mode == "constant" and (left, top) == (right, bottom):
-        padding = (top, left)
+    padding = (0, 0)
+    if crops is not None:
+        inputs, outputs = zip(*(_cropped(x, y, geometry, crop) for crop in crops), strict=True)
+        x = _side_by_side(inputs)
+        # each crop counts the same, whatever its size; zeros beside the smaller ones add nothing
+        sizes = [part.numel() // part.shape[1] for part in outputs]
+        count = sum(sizes)
+        centred = _side_by_side(
+            [
+                (part.to(mean.dtype) - mean.view(1, -1, 1, 1)).mul_(count / (len(crops) * size))
+                for part, size in zip(outputs, sizes, strict=True)
+            ]
+        )
     else:
-        x, padding = geometry.padded(x), (0, 0)
+        count = y.numel() // y.shape[1]
+        centred = y.to(mean.dtype) - mean.view(1, -1, 1, 1)
+        if geometry.pad_mode == "constant" and (left, top) == (right, bottom):
+            padding = (top, left)
+        else:
+            x = geometry.padded(x)
     # bf16 has float32's range; float16 has not, and a sum over positions would overflow in it
     dtype = torch.bfloat16 if y.dtype == torch.bfloat16 else statistics_dtype(y)
-    count = y.numel() // y.shape[1]
-    centred = y.to(mean.dtype) - mean.view(1, -1, 1, 1)
+    # spread 1/M over operand and result, or low precision underflows
+    scaled = (centred * (2.0 / count**0.5)).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        # spread 1/M over operand and result, or low precision underflows
-        gradient = torch.nn.grad.conv2d_weight(
-            x.to(dtype),
-            weight_shape,
-            (centred * (2.0 / count**0.5)).to(dtype),
-            geometry.stride,
-            padding,
-            geometry.dilation,
-            geometry.groups,
+        if count <= _FEW_POSITIONS and geometry.groups == 1:
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+            x = F.unfold(x.to(dtype), geometry.kernel, geometry.dilation, 0, geometry.stride)
+            gradient = scaled.movedim(1, 0).flatten(1) @ x.transpose(1, 2).flatten(0, 1)
+        else:
+            gradient = torch.nn.grad.conv2d_weight(
+                x.to(dtype),
+                weight_shape,
+                scaled,
+                geometry.stride,
+                padding,
+                geometry.dilation,
+                geometry.groups,
+            ).flatten(1)
+    gradient = gradient.to(mean.dtype).div_(count**0.5)
+    if crops is not None:  # the crops' own mean differs from the mean over all positions
+        offset = centred.sum((0, 2, 3)).div_(count).view(patch.shape[0], -1, 1)
+        gradient.view(len(patch), -1, patch.shape[1]).baddbmm_(
+            offset, patch.unsqueeze(1), alpha=-2.0
         )
-    gradient = gradient.to(mean.dtype).flatten(1) / count**0.5
-    if crop is not None:  # the crop's own mean differs from the mean over all positions
-        offset = centred.mean((0, 2, 3)).view(patch.shape[0], -1, 1)
-        gradient -= (2.0 * offset * patch.unsqueeze(1)).flatten(0, 1)
     return gradient
 
 
 def patch_covariance(
-    x: Tensor, y: Tensor, patch: Tensor, geometry: ConvGeometry, crop: Crop | None
+    x: Tensor,
+    y: Tensor,
+    patch: Tensor,
+    geometry: ConvGeometry,
+    crops: tuple[Crop, ...] | None,
 ) -> Tensor:
     """Covariance of the input patches, ``E[(p - E[p]) (p - E[p])^T]``: the variance for *any*
     weight.
@@ -389,13 +523,20 @@ def patch_covariance(
     ``d = C_in / groups * kh * kw``.
 
     Args:
-        x, y, patch, geometry, crop: as in :func:`variance_gradient`.
+        x, y, patch, geometry, crops: as in :func:`variance_gradient`.
 
     Returns:
         [groups, d, d]
     """
     x, y = x.detach(), y.detach()
-    x = geometry.padded(x) if crop is None else _cropped(x, y, geometry, crop)[0]
+    if crops is None:
+        return _covariance(geometry.padded(x), patch, geometry)
+    parts = [_covariance(_cropped(x, y, geometry, c)[0], patch, geometry) for c in crops]
+    return torch.stack(parts).mean(0)
+
+
+def _covariance(x: Tensor, patch: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Of all patches of an ``x`` that is padded already, about ``patch``."""
     groups, d = patch.shape
     total = patch.new_zeros(groups, d, d)
     count = 0

@@ -192,6 +192,8 @@ class KN2d(Predicting, SmallBatchNorm2d):
         ValueError: an option out of range.
     """
 
+    training_state = ("gain_logit",)
+
     def __init__(
         self,
         num_features: int,
@@ -214,6 +216,11 @@ class KN2d(Predicting, SmallBatchNorm2d):
 
     def options(self) -> dict[str, Any]:
         return self._predicting_options() | super().options()
+
+    @property
+    def batch_share(self) -> float:
+        """Of layers for which something is predicted, none of whose predictions is refused."""
+        return float(self._weights(self.running_mean)[1].detach())
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and not tracing():

@@ -101,6 +101,11 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         }
 
     @property
+    def batch_share(self) -> float:
+        """eta_0."""
+        return 1.0 / sum(self.decay**age for age in range(self.window))
+
+    @property
     def remembers(self) -> bool:
         """Whether the present iteration will be remembered: there is a window, and burn-in is
         over."""
