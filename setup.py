@@ -26,6 +26,8 @@ EXTRAS = {
         "tensorboard",
         "jinja2",
     ],
+    # compare_norms.py --submit: runs as jobs of a SLURM cluster.
+    "slurm": ["submitit"],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 NO_DETECTRON2 = "detectron2 is missing"
 NO_SHARED_DATA = "the example data is missing"
+NO_SUBMITIT = "submitit is missing"
 
 
 def _why_no_detectron2() -> str | None:
@@ -41,6 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = {
         NO_DETECTRON2: "make detectron2 builds it",
         NO_SHARED_DATA: "they expect ../shared/data beside the repository",
+        NO_SUBMITIT: "pip install submitit",
     }
     for reason, remedy in counts.items():
         number = sum(reason in text for text in reasons)
@@ -63,6 +66,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(NO_SHARED_DATA)
     return folder
+
+
+@pytest.fixture(scope="session")
+def submitit() -> None:
+    """Skips where there is no submitit."""
+    if importlib.util.find_spec("submitit") is None:
+        pytest.skip(NO_SUBMITIT)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ it ends; the file "attempts" counts starts."""
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config-file")
     parser.add_argument("--engine", choices=["detectron2", "standalone"], required=True)
-    parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--num-gpus", type=int, default=1)
+    parser.add_argument("--coco-dataset", nargs=3, action="append")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--dist-url")
     parser.add_argument("--precise-bn-iters", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("options", nargs="*")
@@ -27,6 +32,10 @@ def main() -> None:
     out = Path(cfg["OUTPUT_DIR"])
     out.mkdir(parents=True, exist_ok=True)
     norm, seed = cfg.get("MODEL.FPN.NORM", "pretrain"), int(cfg.get("SEED", 0))
+    world = int(os.environ.get("WORLD_SIZE", args.num_gpus * args.num_machines))
+    images = int(cfg.get("SOLVER.IMS_PER_BATCH", 8)) // world
+    if int(os.environ.get("RANK", args.machine_rank)) > 0:
+        return  # the first speaks for all
     with open(out / "attempts", "a") as file:
         file.write("resume\n" if args.resume else "start\n")
     (out / "config.yaml").write_text("SOLVER:\n  MAX_ITER: 40\n")
@@ -44,6 +53,10 @@ def main() -> None:
         os.kill(os.getpid(), 9)
     if norm == "HANG":
         hang(out, args.resume)
+    if norm == "SLOW":
+        wait_to_be_told(out)
+    if norm == "OTHER":  # than asked for
+        images *= 2
     if norm == "DIVERGE":
         result = {"status": "diverged", "message": "loss is nan at fpn_output2"}
         (out / "result.json").write_text(json.dumps(result))
@@ -64,9 +77,28 @@ def main() -> None:
         "peak_memory_mb": 500.0,
         "weights": cfg.get("MODEL.WEIGHTS"),
         "engine": args.engine,
-        "threads": os.environ["OMP_NUM_THREADS"],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "world_size": world,
+        "images_per_gpu": images,
+        "machines": [args.num_machines, args.machine_rank, args.dist_url],
     }
     (out / "result.json").write_text(json.dumps(result))
+
+
+def wait_to_be_told(out: Path) -> None:
+    """Train until there is a file "go"; leave a checkpoint and stop when asked to."""
+
+    def stop(number: int, frame: object) -> None:
+        (out / "last_checkpoint").write_text("model_0000019.pth")
+        (out / "result.json").write_text('{"status": "failed", "message": "interrupted"}')
+        sys.exit(130)
+
+    signal.signal(signal.SIGTERM, stop)
+    (out / "pid").write_text(str(os.getpid()))
+    deadline = time.monotonic() + 60
+    while not (out / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def hang(out: Path, resumed: bool) -> None:

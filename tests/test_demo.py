@@ -54,12 +54,9 @@ def test_the_demo_shows_its_steps_and_ends_with_table_and_report(
     steps = [line for line in lines if line.startswith("[") and "/3]" in line]
     assert [step[:5] for step in steps] == ["[1/3]", "[2/3]", "[3/3]"]
     assert steps[1].startswith(f"[2/3] training GN, BN, CBN with the {engine} engine: 3 runs")
-    table = lines[lines.index(steps[2]) :]
-    assert [line.split()[0] for line in table if line.startswith(("GN", "BN", "CBN"))] == [
-        "GN",
-        "BN",
-        "CBN",
-    ]
+    tables = lines[lines.index(steps[2]) :]
+    rows = [line.split()[0] for line in tables if line.startswith(("GN", "BN", "CBN"))]
+    assert rows == 2 * ["GN", "BN", "CBN"], "AP, then what it costs"
     report = tmp_path / "out" / "report.html"
     assert lines[-1].endswith(str(report)) and report.exists()
     assert (tmp_path / "out" / "ap_curves.png").exists(), "evaluated on the way"
@@ -169,23 +166,24 @@ def test_torch_has_words_of_its_own_for_a_full_disk(tmp_path) -> None:
 
 
 def test_no_room_for_a_run_folder_ends_the_other_runs(tmp_path, monkeypatch) -> None:
-    start, ended = runner._start, []
+    ended = []
 
-    def second_fails(run, jobs):
-        if run.norm == "GN":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return start(run, jobs)
+    class SecondFails(runner.Process):
+        def __init__(self, run, jobs, gpus) -> None:
+            if run.norm == "GN":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().__init__(run, jobs, gpus)
 
     def end_all(processes) -> None:
         ended.extend(processes)
         real(processes)
 
     real = runner._end_all
-    monkeypatch.setattr(runner, "_start", second_fails)
+    monkeypatch.setattr(runner, "Process", SecondFails)
     monkeypatch.setattr(runner, "_end_all", end_all)
     plan = make_plan(tmp_path, ["HANG", "GN"])
     assert guarded("compare_norms", lambda: compare(plan, jobs=2)) == 1
-    assert len(ended) == 1 and ended[0].returncode is not None
+    assert len(ended) == 1 and ended[0].ended()
 
 
 def make_plan(tmp_path: Path, norms: list[str]) -> Plan:

@@ -15,7 +15,7 @@ import pytest
 
 from cbn_det.study import files
 from cbn_det.study.figures import COLOURS, colours, to_svg
-from cbn_det.study.final_ap import final_ap
+from cbn_det.study.final_ap import ap_over_images, final_ap
 from cbn_det.study.pictures import MAX_WIDTH, picture_strip
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.report import Comparison
@@ -120,7 +120,8 @@ def test_the_page_says_what_was_compared_and_what_came_out(tmp_path) -> None:
     assert "with the standalone engine: recipe “scratch”" in text
     assert "100 iterations, images per GPU: 2, seeds: 1 2." in text
     assert "Trained on shapes_train, evaluated on shapes_val." in text
-    assert page.row("GN")[:4] == ["GN", "2", "21.0 ± 1.4", "42.0 ± 2.8"]
+    assert page.row("GN")[:3] == ["GN", "21.0 ± 1.4", "42.0 ± 2.8"]
+    assert "Total SGD batch 2 (world size 1, 2 images per GPU), 100 iterations" in text
     assert "mean ± sample standard deviation" in text
     assert "Short runs, 100 of the config's 2400 iterations" in text
     assert "Z80 <8 bit>, 2 cores" in text and "python 3.11, torch 2.14" in text
@@ -196,13 +197,27 @@ def test_figures_take_the_colour_of_the_page(tmp_path) -> None:
     assert r"<!-- $\frac$ -->" in svg  # drawn as it is; as a formula it would be an error
 
 
-def test_figures_keep_total_batches_apart(tmp_path) -> None:
+def test_figures_keep_world_sizes_and_total_batches_apart(tmp_path) -> None:
     spread = {"bbox": Spread(10.0, None, 1)}
     small = Row("GN", Split(1, 2), "finished", ap=spread)
     rows = [small, dataclasses.replace(small, split=Split(1, 8))]
     assert len(final_ap(rows).axes) == 2
     rows.append(dataclasses.replace(small, split=Split(4, 2)))
-    assert len(final_ap(rows).axes) == 2
+    assert len(final_ap(rows).axes) == 3
+
+
+def test_ap_over_images_is_drawn_where_one_thing_stays(tmp_path) -> None:
+    """Of 8x1, 1x8 and 1x2: one total batch, and one world size; 8x1 and 1x2 share neither."""
+    aps = {Split(8, 1): 30.0, Split(1, 8): 40.0, Split(1, 2): 20.0}
+    rows = [
+        Row("GN", split, "finished", ap={"bbox": Spread(ap, None, 1)}) for split, ap in aps.items()
+    ]
+    titles = [axes.get_title() for axes in ap_over_images(rows).axes]
+    assert titles == ["total batch 8", "world size 1: total batch grows with images"]
+    drawn = [axes.lines[0].get_xydata().tolist() for axes in ap_over_images(rows).axes]
+    assert drawn == [[[1.0, 30.0], [8.0, 40.0]], [[2.0, 20.0], [8.0, 40.0]]]
+    assert ap_over_images(rows[:1]) is None
+    assert ap_over_images([rows[0], rows[2]]) is None
 
 
 def test_pictures_are_sorted_shrunk_and_whole(tmp_path) -> None:
@@ -215,11 +230,14 @@ def test_pictures_are_sorted_shrunk_and_whole(tmp_path) -> None:
     assert image.shape == (100, MAX_WIDTH, 3)
 
 
-def test_a_strip_is_of_a_run_that_left_pictures(tmp_path) -> None:
+def test_pictures_are_of_runs_that_left_some_and_stand_image_by_image(tmp_path) -> None:
     entries = [("GN", 1, {"status": "failed", "message": "x"}), ("GN", 2, finished(20.0))]
-    page = page_of(compared(tmp_path, entries))
-    assert page.tags.count("img") == 2
-    assert "GN, 2 images per GPU, seed 2" in page.text
+    page = page_of(compared(tmp_path, [*entries, ("BN", 1, finished(10.0))]))
+    assert page.tags.count("img") == 4
+    text = " ".join(page.text.split())
+    gn, bn = "GN, world size 1, 2 images per GPU, seed 2", "BN, world size 1, 2 images per GPU"
+    first, second = text.index("000001"), text.rindex("000002")
+    assert first < text.index(gn) < text.index(bn) < second < text.rindex(gn) < text.rindex(bn)
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:

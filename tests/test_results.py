@@ -9,7 +9,7 @@ import pytest
 
 from cbn_det.study.plan import Run, Split
 from cbn_det.study.results import Row, Spread, make_rows, read_metrics
-from cbn_det.study.tables import by_total_batch, text_report
+from cbn_det.study.tables import by_total_batch, make_tables, text_report
 
 
 def finished(ap: float | None, precise: float | None = None) -> dict:
@@ -46,7 +46,10 @@ def test_recovered_share_reproduces_the_published_control() -> None:
     assert round(100 * by_name["CBN", small].recovered, 1) == 72.5
     assert by_name["CBN", small].recovered_precise is None
     assert by_name["CBN", Split(4, 2)].recovered is None, "there is no BN at 4x2 to compare with"
-    assert by_name["CBN", small].to_gn is None, "GN was not trained"
+    assert by_name["CBN", small].to_gn == {}, "GN was not trained"
+    assert by_name["CBN", small].to_sync["bbox"] == pytest.approx(37.8 - 43.4)
+    assert by_name["CBN", Split(4, 2)].to_sync["bbox"] == pytest.approx(40.0 - 43.4)
+    assert by_name["BN", large].to_sync == {}, "it stands in for SyncBN itself"
     assert by_name["BN", large].recovered is None, "one rank has the whole batch: nothing is lost"
     assert "73 %" in text_report(rows, [], "t") and "recovered" in text_report(rows, [], "t")
 
@@ -58,6 +61,50 @@ def test_syncbn_is_the_reference_where_it_was_run() -> None:
         [(n, s, finished(ap)) for n, s, ap in results] + [("BN", Split(1, 8), finished(99.0))]
     )
     assert [row.recovered for row in rows[:3]] == [1.0, 0.0, 0.5]
+    assert [row.to_sync.get("bbox") for row in rows] == [None, -10.0, -5.0, None]
+    text = text_report(rows, [], "t")
+    assert "-5.0" in text and "AP - SyncBN" in text and "AP - GN" not in text
+
+
+def test_mask_ap_has_distances_of_its_own() -> None:
+    rows = []
+    for norm, box, mask in (("GN", 40.0, 36.0), ("SyncBN", 38.0, 35.0), ("CBN", 39.0, 32.0)):
+        result = finished(box)
+        result["results"]["segm"] = {"AP": mask}
+        rows.append((norm, Split(8, 2), result))
+    rows = make_rows(rows)
+    assert rows[2].to_gn == {"bbox": -1.0, "segm": -4.0}
+    assert rows[2].to_sync == {"bbox": 1.0, "segm": -3.0}
+    assert rows[0].to_sync == {"bbox": 2.0, "segm": 1.0}
+
+
+def test_every_number_of_a_result_has_its_place() -> None:
+    """The oracle is the result itself: all its numbers differ, and each is under its own name."""
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    result = {
+        "status": "finished",
+        "results": {
+            "bbox": {name: 10.0 + place for place, name in enumerate(names)},
+            "segm": {name: 20.0 + place for place, name in enumerate(names)},
+        },
+        "sec_per_iter": 0.125,
+        "peak_memory_mb": 777.0,
+        "parameters": 44_300_000,
+        "flops": 201_000_000_000,
+        "iterations": 90,
+    }
+    box, mask, cost = make_tables(make_rows([("GN", Split(8, 2), result)]))
+    assert [box.lines[0][name] for name in names] == [
+        "10.0",
+        "11.0",
+        "12.0",
+        "13.0",
+        "14.0",
+        "15.0",
+    ]
+    assert [mask.lines[0][f"mask {name}"] for name in names] == [f"{20 + i}.0" for i in range(6)]
+    assert list(cost.lines[0].values()) == ["GN", "0.125", "777", "44.30", "201.00"]
+    assert box.heading == "Total SGD batch 16 (world size 8, 2 images per GPU), 90 iterations"
 
 
 def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
@@ -65,9 +112,17 @@ def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> N
     results = [("GN", middle, 60.0), ("GN", small, 62.0), ("BN", small, 23.0), ("BN", middle, 38.0)]
     results += [("BN", Split(1, 8), 43.0), ("BN", other, 30.0)]
     rows = make_rows([(norm, split, finished(ap)) for norm, split, ap in results])
-    distances = [row.to_gn for row in rows]
+    distances = [row.to_gn.get("bbox") for row in rows]
     assert distances == [None, None, -39.0, -22.0, -17.0, None]
     assert "-39.0" in text_report(rows, [], "t")
+
+
+def test_no_share_of_a_loss_within_the_spread() -> None:
+    """BN at 39 ± 1.4: 1 AP below SyncBN is noise, 10 AP are not."""
+    for above, known in ((1.0, False), (10.0, True)):
+        results = [("BN", ap) for ap in (38.0, 40.0)] + [("SyncBN", 39.0 + above), ("KN", 39.5)]
+        rows = make_rows([(norm, Split(8, 1), finished(ap)) for norm, ap in results])
+        assert (rows[2].recovered is not None) == known
 
 
 def test_no_share_where_nothing_was_lost() -> None:
@@ -83,15 +138,31 @@ def test_failed_runs_do_not_enter_the_mean() -> None:
     assert "1 of 2 finished; failed: disk full" in text_report([row], [], "t")
 
 
-def test_different_total_batches_never_share_a_table() -> None:
+def test_different_world_sizes_and_total_batches_never_share_a_table_or_a_column() -> None:
+    """Each run's AP names its split, so a table tells whose numbers it holds."""
+    aps = {Split(1, 2): 12.0, Split(1, 8): 18.0, Split(4, 2): 42.0, Split(8, 1): 81.0}
     rows = make_rows(
-        [("BN", Split(1, 2), finished(1.0)), ("BN", Split(1, 8), finished(2.0))]
-        + [("BN", Split(4, 2), finished(3.0))]
+        [(norm, split, finished(ap)) for norm in ("BN", "GN") for split, ap in aps.items()]
     )
-    assert {total: len(group) for total, group in by_total_batch(rows).items()} == {2: 1, 8: 2}
-    text = text_report(rows, [], "t")
-    assert text.count("norm ") == 2
-    assert "different total batch are not comparable" in text
+    assert {total: len(group) for total, group in by_total_batch(rows).items()} == {2: 2, 8: 6}
+    first, *others = make_tables(rows)
+    columns = [[line[name] for line in first.lines] for name in first.lines[0] if name != "norm"]
+    assert columns == [["12.0"] * 2, ["18.0"] * 2, ["42.0"] * 2, ["81.0"] * 2]
+    assert list(first.lines[0]) == ["norm", "AP, 1 x 2", "AP, 1 x 8", "AP, 4 x 2", "AP, 8 x 1"]
+    accuracy = [table for table in others if "AP" in table.lines[0]]
+    assert [[line["AP"] for line in table.lines] for table in accuracy] == columns
+    assert len({table.heading for table in others}) == len(others) == 4
+    assert "not comparable with each other" in text_report(rows, [], "t")
+
+
+def test_a_norm_that_was_not_run_at_a_split_leaves_its_cell_empty() -> None:
+    results = [("CBN", Split(8, 1), finished(37.0)), ("BN", Split(1, 8), finished(43.0))]
+    results.append(("CBN", Split(4, 2), {"status": "diverged", "message": "nan"}))
+    lines = make_tables(make_rows(results))[0].lines
+    assert [list(line.values()) for line in lines] == [
+        ["CBN", "", "-", "37.0"],
+        ["BN", "43.0", "", ""],
+    ]
 
 
 def test_mask_ap_gets_columns_where_there_is_one() -> None:

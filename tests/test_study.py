@@ -18,6 +18,7 @@ import torch
 from cbn_det.study import engine, progress, runner
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.compare import compare
+from cbn_det.study.gpus import Places
 from cbn_det.study.plan import Plan, Split
 from cbn_det.study.recipes import RECIPES, schedule
 
@@ -45,14 +46,12 @@ def test_compares_and_reports_whoever_wins(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     rows = [
         line.split()
-        for line in printed[printed.index("Total SGD batch 2, 40 iterations") :].splitlines()
+        for line in printed[printed.index("Total SGD batch 2 (world size 1") :].splitlines()
         if line.startswith(("BN ", "GN ", "CBN("))
     ]
-    # norm, images/GPU, world size, total batch, AP ± spread, AP50 ± spread, AP with PreciseBN
-    assert rows[0][:7] == ["BN", "2", "1", "2", "22.0", "±", "1.4"]
-    assert rows[0][10:13] == ["23.0", "±", "1.4"]
-    assert rows[1][:7] == ["GN", "2", "1", "2", "42.0", "±", "1.4"]
-    assert rows[1][10] == "-"
+    # norm, AP ± spread, AP50 ± spread, AP75 and by size, AP with PreciseBN, to SyncBN, to GN
+    assert rows[0] == "BN 22.0 ± 1.4 32.0 ± 1.4 - - - - 23.0 ± 1.4 - -20.0 2 finished".split()
+    assert rows[1] == "GN 42.0 ± 1.4 52.0 ± 1.4 - - - - - +20.0 - 2 finished".split()
     assert rows[2][0] == "CBN(window=4)"
     assert "2 finished" in printed
     summary = json.loads((plan.output / "summary.json").read_text())
@@ -132,6 +131,61 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path, number) -> No
     assert attempts(plan) == {"HANG": ["start", "resume"], "GN": ["start"]}
 
 
+def start_tool(plan: Plan, norms: list[str]) -> subprocess.Popen:
+    """A comparison in a process of its own, at one run at a time."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from pathlib import Path\n"
+        "from cbn_det.study.plan import Plan, Split\n"
+        "from cbn_det.study.compare import compare, guarded\n"
+        f"plan = Plan(Path({str(plan.output)!r}), {norms!r}, [Split(1, 2)], [1],"
+        f" 'detectron2', launcher={LAUNCHER!r})\n"
+        "sys.exit(guarded('test', lambda: compare(plan, jobs=1)))\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def wait_until_it_trains(tool: subprocess.Popen) -> None:
+    assert any("] training " in line for line in tool.stdout), "the comparison ended early"
+
+
+def test_a_run_that_outlived_a_killed_comparison_is_waited_for(tmp_path) -> None:
+    plan = make_plan(tmp_path, ["SLOW", "GN"])
+    folder = plan.runs()[0].folder
+    first = start_tool(plan, plan.norms)
+    wait_for(lambda: (folder / "pid").exists(), 60)
+    first.kill()
+    first.communicate()
+    assert is_running(int((folder / "pid").read_text()))
+    second = start_tool(plan, plan.norms)
+    wait_until_it_trains(second)
+    time.sleep(1.0)  # in which it would start the run a second time
+    (folder / "go").touch()
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, printed
+    assert attempts(plan) == {"SLOW": ["start"], "GN": ["start"]}
+
+
+def test_ctrl_c_ends_a_run_that_somebody_else_started_and_lets_it_save(tmp_path) -> None:
+    plan = make_plan(tmp_path, ["SLOW"])
+    folder = plan.runs()[0].folder
+    first = start_tool(plan, plan.norms)
+    wait_for(lambda: (folder / "pid").exists(), 60)
+    first.kill()
+    first.communicate()
+    second = start_tool(plan, plan.norms)
+    wait_until_it_trains(second)
+    time.sleep(1.0)
+    second.send_signal(signal.SIGINT)
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 130, printed
+    assert not is_running(int((folder / "pid").read_text()))
+    assert (folder / "last_checkpoint").exists(), "it was asked, not killed"
+    (folder / "go").touch()
+    assert compare(plan, jobs=1) == 0
+    assert attempts(plan) == {"SLOW": ["start", "resume"]}
+
+
 def wait_for(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -154,12 +208,15 @@ def test_one_comparison_per_folder(tmp_path) -> None:
         compare(plan, jobs=1)
 
 
-def test_ranks_take_places(tmp_path) -> None:
-    plan = make_plan(tmp_path, ["GN"], splits=[Split(1, 8), Split(4, 2)])
-    one, four = plan.runs()
-    assert runner._fits(four, {}, jobs=2), "a run wider than the machine must run alone"
-    assert not runner._fits(one, {four.label: (four, None)}, jobs=4)
-    assert runner._fits(one, {four.label: (four, None)}, jobs=5)
+def test_ranks_take_places() -> None:
+    narrow = Places(2)
+    assert narrow.take(4) == ["", ""], "a run wider than the machine must run alone"
+    assert narrow.take(1) is None
+    five = Places(5)
+    four = five.take(4)
+    assert len(four) == 4 and five.take(2) is None and len(five.take(1)) == 1
+    five.give_back(four)
+    assert five.take(5) is None and len(five.take(4)) == 4
 
 
 def test_the_reference_is_bn_with_the_same_total_batch_on_one_rank(tmp_path) -> None:
@@ -298,6 +355,16 @@ def test_every_recipe_file_exists_and_its_schedule_scales() -> None:
         }
 
 
+@pytest.mark.parametrize(
+    "iterations, steps", [(100, "(67, 89,)"), (5, "(3, 4,)"), (3, "(2,)"), (2, "(1,)"), (1, "()")]
+)
+def test_steps_of_a_short_schedule_stay_within_it(iterations, steps, tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("SOLVER:\n  MAX_ITER: 90000\n  STEPS: (60000, 80000)\n")
+    options = schedule(config, iterations)
+    assert options[options.index("SOLVER.STEPS") + 1] == steps
+
+
 def test_a_config_without_a_schedule_cannot_be_scaled(tmp_path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("SOLVER:\n  BASE_LR: 0.1\n")
@@ -332,6 +399,44 @@ def test_progress_reads_iteration_loss_and_time_left(tmp_path) -> None:
     assert progress.state_of(tmp_path) == (40, 100, "loss 1.23, 2:00 left")
     metrics.write_text('{"iteration": 99, "total_loss": 1.2, "time": 2.0}\n')
     assert progress.state_of(tmp_path) == (100, 100, "loss 1.20, evaluating")
+
+
+def test_progress_needs_no_rich(tmp_path) -> None:
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "rich":
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, {str(REPOSITORY)!r})
+from pathlib import Path
+from cbn_det.study import progress
+from cbn_det.study.plan import Run
+progress.PLAIN_SECONDS = 0.0
+with progress.Display(total=3) as display:
+    display.update([Run("GN [1x2]", Path("nowhere"), (), "s")], finished=2)
+    display.forget("GN [1x2]")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[2/3 done] GN [1x2]: 0/? starting\n", done.stderr
+
+
+def test_bars_on_a_terminal(tmp_path, monkeypatch) -> None:
+    from rich.console import Console
+
+    run = make_plan(tmp_path, ["GN"]).runs()[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("SOLVER:\n  MAX_ITER: 100\n")
+    (run.folder / "metrics.json").write_text('{"iteration": 39, "total_loss": 1.2, "time": 2}\n')
+    terminal = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))
+    monkeypatch.setattr(progress, "console", terminal)
+    with progress.Display(total=3) as display:
+        display.update([run], finished=2)
+        progress.say("a line above")
+    text = terminal.export_text()
+    assert "a line above" in text and "2/3 done" in text
+    assert "GN 1x2 seed 1" in text and "40/100 loss 1.20, 2:00 left" in text
 
 
 def test_plain_progress_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from cbn_det.study.benchmark_report import Case, write_report
 from cbn_det.study.engine import resolve_engine, source_environment
+from cbn_det.study.processes import end_group
 from cbn_det.study.ratios import FEWEST
 from cbn_det.study.recipes import RECIPES
-from cbn_det.study.runner import end_group, interruptible, locked
+from cbn_det.study.runner import interruptible, locked
 
 WORKER = (sys.executable, "-W", "ignore", "-m", "cbn_det.benchmark")
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.disk import advice
 from cbn_det.study.files import write_files
 from cbn_det.study.plan import Plan, Run, backbone_file
-from cbn_det.study.progress import console
+from cbn_det.study.progress import say
 from cbn_det.study.recipes import config_iterations
 from cbn_det.study.report import Comparison
-from cbn_det.study.results import make_rows
-from cbn_det.study.runner import Outcome, interruptible, locked, run_all
+from cbn_det.study.results import make_rows, reason_of
+from cbn_det.study.runner import Active, Outcome, interruptible, locked, run_all
 from cbn_det.study.tables import text_report
 
 EXIT_FAILED = 1
@@ -26,9 +26,20 @@ STOPPED = (
     "\nStopped; every started run was ended. The same command goes on from here: finished runs are "
     "kept, the others continue at their last checkpoint."
 )
+STOPPED_WATCHING = (
+    "\nStopped watching; submitted jobs go on (squeue shows them, scancel ends them). The same "
+    "command finds them again: finished runs are kept, jobs that are gone are submitted anew."
+)
 
 
-def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0) -> int:
+def compare(
+    plan: Plan,
+    jobs: int,
+    dry_run: bool = False,
+    steps_before: int = 0,
+    gpus: Sequence[str] = (),
+    submit: Callable[[Run], Active] | None = None,
+) -> int:
     """Run everything in the plan that is not finished yet, then print and write the report.
 
     Args:
@@ -36,12 +47,14 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0)
         jobs: single-rank runs side by side.
         dry_run: only print the commands.
         steps_before: steps that the caller has shown already, for the numbers of those to come.
+        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs.
+        submit: starts a run elsewhere, in place of a process here.
 
     Returns:
         an exit code: 0, also when a run diverged (that is a result), 1 when a run failed.
 
     Raises:
-        KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGHUP; every started run was ended.
+        KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGHUP; every run started here was ended.
         OSError: the disk is full, or a file cannot be read or written.
         RuntimeError: another comparison is running in the same output folder.
         ValueError: the schedule of the config cannot be scaled.
@@ -57,17 +70,17 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0)
         broken = None
         if pretrain:
             say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
-            broken = train_backbone(pretrain)
+            broken = train_backbone(pretrain, gpus, submit)
         if broken:
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
             names = ", ".join(dict.fromkeys(plan.norms))
-            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {jobs} at a time"
+            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, {_side_by_side(runs, jobs, gpus)}"
             say(
                 f"[{steps - 1}/{steps}] training {names} with the {plan.engine} engine: {amount}, "
                 f"in {plan.output / 'runs'}"
             )
-            outcomes = run_all(runs, jobs, announce)
+            outcomes = run_all(runs, jobs, announce, gpus=gpus, submit=submit)
         say(f"[{steps}/{steps}] report")
         comparison = Comparison(
             plan,
@@ -76,7 +89,7 @@ def compare(plan: Plan, jobs: int, dry_run: bool = False, steps_before: int = 0)
             command=shlex.join(["python", *sys.argv]),
             seconds=time.monotonic() - started,
             reused=sum(o.reused for o in outcomes),
-            config_iterations=config_iterations(plan.config_file),
+            config_iterations=config_iterations(plan.config_of(plan.norms[0])),
         )
         *others, page = write_files(comparison)
     rows, results = comparison.rows, comparison.results
@@ -116,24 +129,29 @@ def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int
         return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
 
 
-def say(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+def _side_by_side(runs: list[Run], jobs: int, gpus: Sequence[str]) -> str:
+    ranks = max(run.ranks for run in runs)
+    where = f" on GPU {' '.join(gpus)}" if gpus else ""
+    return f"up to {max(1, jobs // ranks)} at a time{where}"
 
 
 def announce(outcome: Outcome) -> None:
-    result = outcome.result
+    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
     boxes = (result.get("results") or {}).get("bbox") or {}
-    text = f"AP {boxes['AP']:.1f}" if boxes.get("AP") is not None else result.get("message") or ""
-    kept = " (kept from before)" if outcome.reused else ""
-    line = f"{outcome.run.label}: {result.get('status')}{kept} {text}"
     if result.get("status") != "finished":
-        line += f"; see {outcome.run.folder / 'console.log'}"
-    say(line)
+        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
+    elif boxes.get("AP") is not None:
+        text = f"finished{kept} AP {boxes['AP']:.1f}"
+    else:
+        text = f"finished{kept} without AP"
+    say(f"{outcome.run.label}: {text}")
 
 
-def train_backbone(pretrain: Run) -> str | None:
+def train_backbone(
+    pretrain: Run, gpus: Sequence[str] = (), submit: Callable[[Run], Active] | None = None
+) -> str | None:
     """Train the recipe's backbone once; None, or why the comparison cannot go on."""
-    outcome = run_all([pretrain], jobs=1, done=announce)[0]
+    outcome = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0]
     if outcome.result.get("status") != "finished":
         result = outcome.result
         return f"the backbone's training {result.get('status')}: {result.get('message')}"

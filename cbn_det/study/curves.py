@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from cbn_det.study.figures import colours, side_by_side
+from cbn_det.study.figures import colours, legend, side_by_side
 from cbn_det.study.plan import Run
 from cbn_det.study.results import read_metrics
 
@@ -57,7 +57,7 @@ def _draw(
         return None
     colour = colours([run.norm for run, _ in results])
     totals = sorted({run.split.total for run in drawn})
-    figure, all_axes = side_by_side(totals)
+    figure, all_axes = side_by_side([f"total batch {total}" for total in totals])
     for axes, total in zip(all_axes, totals, strict=True):
         splits = sorted({run.split for run in drawn if run.split.total == total})
         named = set()
@@ -68,11 +68,11 @@ def _draw(
                 color=colour[run.norm],
                 linestyle=STYLES[splits.index(run.split) % len(STYLES)],
                 linewidth=1.5,
-                marker=marker,
+                marker=marker if len(curves[run.label]) > 1 else "o",
                 markersize=4,
                 label=None if text in named else text,
             )
             named.add(text)
         axes.set(xlabel="iteration", ylabel=name)
-        axes.legend(fontsize="small", frameon=False)
+    legend(figure)
     return figure

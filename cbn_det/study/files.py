@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cbn_det.study.curves import ap_curves, loss_curves
 from cbn_det.study.figures import save_png
-from cbn_det.study.final_ap import final_ap
+from cbn_det.study.final_ap import ap_over_images, final_ap
 from cbn_det.study.report import Comparison, render
 from cbn_det.study.tables import text_report
 
@@ -32,6 +32,10 @@ def write_files(comparison: Comparison) -> list[Path]:
             "ap.png",
             "Final box AP; error bars: spread over seeds, where there are several.",
         ): final_ap(rows),
+        (
+            "ap_over_images.png",
+            "Final box AP over images per GPU, with spread over seeds; dotted: with PreciseBN.",
+        ): ap_over_images(rows),
     }
     page = render(comparison, {caption: figure for (_, caption), figure in figures.items()})
     paths = [

@@ -1,4 +1,7 @@
-"""What a comparison runs: the matrix norms x splits x seeds as launcher command lines."""
+"""What a comparison runs: the matrix norms x splits x seeds as launcher command lines.
+
+A split is a number of processes, one a GPU, and images per process.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,18 @@ from pathlib import Path
 import cbn_det
 from cbn_det.engines import ENGINES
 from cbn_det.study.engine import LAUNCHER
-from cbn_det.study.recipes import DETECTRON2_NORM_KEYS, RECIPES, config_texts, schedule
+from cbn_det.study.recipes import RECIPES, batch, config_texts, device, schedule
+from cbn_det.study.sites import norm_keys, norm_words
+
+# In the path of a base config: the norm's name in small letters, "cbn" for "CBN(window=8)".
+PLACE_OF_NORM = "{norm}"
+# What the matrix sets itself, and the arguments of the tool that say to what.
+SET_BY_THE_PLAN = {
+    "SOLVER.IMS_PER_BATCH": "--images-per-gpu and --num-gpus",
+    "SOLVER.REFERENCE_WORLD_SIZE": "--images-per-gpu and --num-gpus",
+    "SEED": "--seeds",
+    "OUTPUT_DIR": "--output",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -53,18 +67,20 @@ class Run:
 
 @dataclass
 class Plan:
-    """A comparison on one engine. Rows of different total batch never share a table.
+    """A comparison on one engine. Rows of different world size or total batch share no table.
 
     Args:
         output: folder of the comparison; runs go below `output/runs`.
-        norms: norm specs as in a config, e.g. "GN", "CBN(window=4)".
+        norms: norm specs as in a config, e.g. "GN", "CBN(window=4)"; "none" for no norm.
         splits: ranks x images per GPU.
         seeds: one run each.
         reference: whether BN with the same total batches on one rank is trained too: what a norm
             that makes up for the small batch would reach.
         engine: detectron2 or standalone; part of what a run is, so that two engines never mix.
         recipe: a name of `RECIPES`.
-        config: base config in place of the recipe's own.
+        config: base config in place of the recipe's own. With "{norm}" in its path, each norm has a
+            config of its own, whose norms are left as they are where the spec has no options.
+        sites: names of `cbn_det.study.sites.SITES` to put the norm at; None: as the config does.
         iterations: length of the compared runs; the config's schedule is scaled to it. None: as in
             the config.
         precise_bn: iterations over which BatchNorm statistics are recomputed for a second
@@ -72,10 +88,13 @@ class Plan:
         datasets: (name, annotations, images) triples for `--coco-dataset`.
         overrides: KEY VALUE pairs of the config, for every compared run.
         flags: further arguments of the launcher, for every compared run.
+        machines: how many machines the ranks of a run are spread over.
+        torchrun: whether torchrun starts the processes of a run, not the launcher itself.
         launcher: how a run is started.
 
     Raises:
-        ValueError: an unknown engine, or one that cannot run a split.
+        ValueError: an unknown engine or site, an engine that cannot run a split, ranks that the
+            machines cannot share, or an override of what the plan sets.
     """
 
     output: Path
@@ -91,6 +110,9 @@ class Plan:
     datasets: list[list[str]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
+    sites: list[str] | None = None
+    machines: int = 1
+    torchrun: bool = False
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
@@ -103,10 +125,37 @@ class Plan:
                 f"split {' '.join(wide)}: the standalone engine runs one process only; splits with "
                 "more than one rank need --engine detectron2"
             )
+        odd = [str(split) for split in self.splits if split.ranks % self.machines]
+        if odd:
+            raise ValueError(f"split {' '.join(odd)}: {self.machines} machines cannot share that")
+        taken = [key for key in self.overrides[::2] if key in SET_BY_THE_PLAN]
+        if taken:
+            raise ValueError(f"{taken[0]} is set by {SET_BY_THE_PLAN[taken[0]]}, not by --opts")
+        norm_keys(None, self.recipe, self.engine, self.sites)
 
     @property
     def config_file(self) -> Path:
+        """The base config, with "{norm}" in it where each norm has its own."""
         return self.config or RECIPES[self.recipe].config
+
+    @property
+    def config_name(self) -> str:
+        """The base config for a reader: with its folder, where that tells more than the name."""
+        return "/".join(self.config_file.parts[-2 if self.has_config_per_norm else -1 :])
+
+    @property
+    def has_config_per_norm(self) -> bool:
+        return PLACE_OF_NORM in str(self.config_file)
+
+    def config_of(self, norm: str) -> Path:
+        """The base config of a norm's runs."""
+        name = norm.partition("(")[0].strip().lower()
+        return Path(str(self.config_file).replace(PLACE_OF_NORM, name))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the compared runs ask for a GPU."""
+        return device(self.config_of(self.norms[0]), self.overrides) != "cpu"
 
     def pretrain_run(self) -> Run | None:
         """The run that trains the recipe's backbone, the same whatever is compared.
@@ -120,56 +169,67 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """The compared runs, in an order that lets every norm start early."""
-        norm_keys = self._norm_keys()
         pretrain = self.pretrain_run()
         runs = []
         for seed in self.seeds:
             for split, norms in self._rows().items():
                 for norm in norms:
+                    config = self.config_of(norm)
                     options = [
                         *(["--precise-bn-iters", str(self.precise_bn)] if self.precise_bn else []),
                         *self.flags,
                         *self._datasets(),
-                        *[word for key in norm_keys for word in (key, norm)],
-                        *["SOLVER.IMS_PER_BATCH", str(split.total), "SEED", str(seed)],
-                        *(schedule(self.config_file, self.iterations) if self.iterations else []),
+                        *self._norm_words(norm),
+                        *batch(config, split.ranks, split.images, self.iterations),
+                        *("SEED", str(seed)),
+                        *(schedule(config, self.iterations) if self.iterations else []),
                         *(["MODEL.WEIGHTS", str(backbone_file(pretrain))] if pretrain else []),
                         *self.overrides,
                     ]
                     label = f"{norm} {split} seed {seed}"
                     extra = {"norm": norm, "split": split, "seed": seed}
-                    runs.append(self._run(label, self.config_file, split.ranks, options, **extra))
+                    runs.append(self._run(label, config, split.ranks, options, **extra))
         return runs
 
     def _rows(self) -> dict[Split, list[str]]:
         """The norms to compare at each split."""
-        rows = {split: list(self.norms) for split in self.splits}
+        rows = {split: list(dict.fromkeys(self.norms)) for split in self.splits}
         if self.reference:
             for split in self.splits:
                 norms = rows.setdefault(Split(1, split.total), [])
                 norms += [] if "BN" in norms else ["BN"]
         return rows
 
-    def _norm_keys(self) -> tuple[str, ...]:
-        keys = RECIPES[self.recipe].norm_keys
-        if self.config is not None and self.engine == "detectron2":
-            return (*keys, *DETECTRON2_NORM_KEYS)
-        return keys
+    def _norm_words(self, norm: str) -> list[str]:
+        if self.has_config_per_norm and "(" not in norm and self.sites is None:
+            return []
+        config = self.config_of(norm) if self.config is not None else None
+        return norm_words(norm_keys(config, self.recipe, self.engine, self.sites), norm)
 
     def _datasets(self) -> list[str]:
         return [word for triple in self.datasets for word in ("--coco-dataset", *triple)]
 
     def _run(self, label: str, config: Path, ranks: int, options: list[str], **extra) -> Run:
-        head = ["--config-file", str(config), "--engine", self.engine, "--num-gpus", str(ranks)]
-        # The folder's place is no part of what a run is; the configs' contents and our version are.
+        # The folder's place and how the processes are started are no part of what a run is; the
+        # configs' contents and our version are.
         place = str(self.output)
         identity = [*config_texts(config), cbn_det.__version__, self.engine, str(ranks)]
         identity += [option.replace(place, "") for option in options]
         signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")
         folder = self.output / "runs" / f"{slug}-{signature}"
-        command = (*self.launcher, *head, *options, "OUTPUT_DIR", str(folder))
+        head = self._head(config, ranks)
+        command = (*head, *options, "OUTPUT_DIR", str(folder))
         return Run(label, folder, command, signature, ranks, **extra)
+
+    def _head(self, config: Path, ranks: int) -> list[str]:
+        """The command line up to the options that are part of what a run is."""
+        what = ["--config-file", str(config), "--engine", self.engine]
+        if not self.torchrun or ranks == 1:
+            return [*self.launcher, *what, "--num-gpus", str(max(1, ranks // self.machines))]
+        python, *script = self.launcher
+        torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, "--nproc-per-node", str(ranks), *script, *what]
 
 
 def backbone_file(pretrain: Run) -> Path:

@@ -1,4 +1,7 @@
-"""Live progress of runs, read from their folders: bars on a terminal, plain lines elsewhere."""
+"""Live progress of runs, read from their folders: bars on a terminal, plain lines elsewhere.
+
+The bars are rich's; without it there are plain lines on a terminal too.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+except ImportError:
+    Console = None
 
 from cbn_det.study.plan import Run
 from cbn_det.study.results import read_metrics
 
 PLAIN_SECONDS = 15.0
 
-console = Console(highlight=False)
+console = Console(highlight=False) if Console else None
+
+
+def say(text: str) -> None:
+    """Print a line, above the bars where there are any."""
+    if console is None:
+        print(text, flush=True)
+    else:
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def state_of(folder: Path) -> tuple[int, int | None, str]:
@@ -44,12 +58,13 @@ class Display:
         self._last = 0.0
 
     def __enter__(self) -> Display:
-        if console.is_terminal:
+        if console is not None and console.is_terminal:
             label = TextColumn("{task.description}")
             self._bars = Progress(
                 label, BarColumn(), TextColumn("{task.fields[text]}"), console=console
             )
             self._bars.start()
+            self._all = self._bars.add_task("all runs", total=self._total, text="")
         return self
 
     def __exit__(self, *exc) -> None:
@@ -62,6 +77,9 @@ class Display:
         if time.monotonic() - self._last < every:
             return
         self._last = time.monotonic()
+        if self._bars:
+            text = f"{finished}/{self._total} done"
+            self._bars.update(self._all, completed=finished, text=text)
         for run in active:
             done, total, text = state_of(run.folder)
             text = f"{done}/{total or '?'} {text}"
@@ -71,11 +89,7 @@ class Display:
                 task = self._tasks[run.label]
                 self._bars.update(task, completed=done, total=total, text=text)
             else:
-                console.print(
-                    f"[{finished}/{self._total} done] {run.label}: {text}",
-                    markup=False,
-                    soft_wrap=True,
-                )
+                say(f"[{finished}/{self._total} done] {run.label}: {text}")
 
     def forget(self, label: str) -> None:
         """Take a run off the display."""

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from cbn_det.study import tables
-from cbn_det.study.figures import colours, to_svg
+from cbn_det.study.figures import ONE_PANEL, colours, to_svg
 from cbn_det.study.pictures import picture_strip
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.results import Row
@@ -46,10 +46,8 @@ class Comparison:
     @property
     def title(self) -> str:
         plan = self.plan
-        return (
-            f"Comparison of norms, recipe '{plan.recipe}', {plan.config_file.name}, "
-            f"{plan.engine} engine"
-        )
+        recipe = f"recipe '{plan.recipe}', " if plan.config is None else ""
+        return f"Comparison of norms, {recipe}{plan.config_name}, {plan.engine} engine"
 
 
 def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
@@ -68,27 +66,23 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
         headline=_headline(comparison.plan),
         facts=_facts(comparison),
         tables=[
-            (tables.heading(total, rows), list(zip(rows, _narrow(rows), strict=True)))
-            for total, rows in tables.by_total_batch(comparison.rows).items()
+            (table.heading, list(zip(table.rows, table.lines, strict=True)))
+            for table in tables.make_tables(comparison.rows)
         ],
         notes=tables.notes(comparison.rows, comparison.config_iterations),
-        figures=[(caption, Markup(to_svg(f))) for caption, f in figures.items() if f],
-        strips=_strips(comparison),
+        figures=[
+            (caption, Markup(to_svg(f)), f.get_figwidth() > ONE_PANEL)
+            for caption, f in figures.items()
+            if f
+        ],
+        scenes=_scenes(comparison),
         machines=tables.machines(comparison.results),
         versions=tables.versions(comparison.results),
         runs=[(run, _run_facts(run, result), result) for run, result in comparison.results],
         commands=[(run.label, shlex.join(run.command)) for run, _ in comparison.results],
         colours=colours([row.norm for row in comparison.rows]),
+        words=tables.in_words,
     )
-
-
-def _narrow(rows: list[Row]) -> list[dict[str, str]]:
-    """A table's lines without the columns that say nothing below its heading."""
-    known = {"total batch"} | ({"world size"} if all(r.split.ranks == 1 for r in rows) else set())
-    return [
-        {column: text for column, text in line.items() if column not in known}
-        for line in tables.cells(rows)
-    ]
 
 
 def _headline(plan: Plan) -> str:
@@ -114,16 +108,23 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _strips(comparison: Comparison) -> list[tuple[Run, list[tuple[str, str]]]]:
-    """For each norm and split, the pictures of its first run that left any."""
+def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
+    """For each image what all norms make of it: (name, [(run, data URI), ...]).
+
+    Each norm and split is shown by its first run that left pictures.
+    """
     strips: dict[tuple, tuple[Run, list[tuple[str, str]]]] = {}
     for run, _ in comparison.results:
         if (run.norm, run.split) not in strips:
             pictures = picture_strip(run.folder)
             if pictures:
                 strips[run.norm, run.split] = (run, pictures)
-    order = [(row.norm, row.split) for row in comparison.rows]
-    return [strips[key] for key in order if key in strips]
+    scenes: dict[str, list[tuple[Run, str]]] = {}
+    for row in comparison.rows:
+        run, pictures = strips.get((row.norm, row.split), (None, []))
+        for name, uri in pictures:
+            scenes.setdefault(name, []).append((run, uri))
+    return list(scenes.items())
 
 
 def _run_facts(run: Run, result: dict) -> dict[str, str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from cbn_det.study.plan import Split
 
 TASKS = ("bbox", "segm")
+# A small-batch loss has to be larger than so many standard deviations over seeds.
+LOSS_IN_SPREADS = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class Spread:
 class Row:
     """One line of a table: a norm at one split, over seeds.
 
-    AP values are on the 0-100 scale. `reasons` are those of the runs that did not finish.
+    AP values are on the 0-100 scale, by task. `reasons` are those of the runs that did not finish.
     `recovered` and `recovered_precise` are shares (1.0 = all) of the small-batch loss; see
-    `fill_recovered`. `to_gn` is the box AP above GN's (below it: negative), see `fill_distances`.
+    `fill_recovered`. `to_sync` and `to_gn` are by task the AP above SyncBN's and GN's (below it:
+    negative), see `fill_distances`.
     """
 
     norm: str
@@ -45,13 +48,20 @@ class Row:
     reasons: list[str] = field(default_factory=list)
     ap: dict[str, Spread | None] = field(default_factory=dict)
     ap50: dict[str, Spread | None] = field(default_factory=dict)
+    ap75: dict[str, Spread | None] = field(default_factory=dict)
+    ap_small: dict[str, Spread | None] = field(default_factory=dict)
+    ap_medium: dict[str, Spread | None] = field(default_factory=dict)
+    ap_large: dict[str, Spread | None] = field(default_factory=dict)
     ap_precise: dict[str, Spread | None] = field(default_factory=dict)
     sec_per_iter: Spread | None = None
     peak_memory_mb: Spread | None = None
+    parameters: Spread | None = None
+    flops: Spread | None = None
     iterations: int | None = None
     recovered: float | None = None
     recovered_precise: float | None = None
-    to_gn: float | None = None
+    to_sync: dict[str, float] = field(default_factory=dict)
+    to_gn: dict[str, float] = field(default_factory=dict)
 
 
 def read_result(folder: Path) -> dict | None:
@@ -99,12 +109,16 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
             for values, source, metric in (
                 (row.ap, "results", "AP"),
                 (row.ap50, "results", "AP50"),
+                (row.ap75, "results", "AP75"),
+                (row.ap_small, "results", "APs"),
+                (row.ap_medium, "results", "APm"),
+                (row.ap_large, "results", "APl"),
                 (row.ap_precise, "results_precise_bn", "AP"),
             ):
                 numbers = [((r.get(source) or {}).get(task) or {}).get(metric) for r in good]
                 values[task] = Spread.of(numbers)
-        row.sec_per_iter = Spread.of([r.get("sec_per_iter") for r in good])
-        row.peak_memory_mb = Spread.of([r.get("peak_memory_mb") for r in good])
+        for fact in ("sec_per_iter", "peak_memory_mb", "parameters", "flops"):
+            setattr(row, fact, Spread.of([r.get(fact) for r in good]))
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
         rows.append(row)
     fill_recovered(rows)
@@ -115,37 +129,52 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
 def fill_recovered(rows: list[Row], task: str = "bbox") -> None:
     """Set what share of the small-batch loss each row recovers, where the rows for it are there.
 
-    (AP - AP_BN) / (AP_reference - AP_BN): AP_BN is BN at the same split, the reference SyncBN at
-    the same split or, equal to it in what is normalised, BN with the same total batch on one rank.
-    Both are the plain AP, also for `recovered_precise`, so that what better bookkeeping of running
-    statistics gains is visible as a share of its own. No loss (reference not above BN): left out.
+    (AP - AP_BN) / (AP_reference - AP_BN): AP_BN is BN at the same split, the reference that of
+    :func:`_sync_ap`. Both are the plain AP, also for `recovered_precise`, so that what better
+    bookkeeping of running statistics gains is visible as a share of its own. A loss within
+    `LOSS_IN_SPREADS` spreads over seeds (where there are several) is none, and has no share.
     """
     ap = {(row.norm, row.split): row.ap.get(task) for row in rows}
     for row in rows:
         if row.split.ranks == 1:
             continue
         small = ap.get(("BN", row.split))
-        reference = ap.get(("SyncBN", row.split)) or ap.get(("BN", Split(1, row.split.total)))
-        if small is None or reference is None or reference.mean <= small.mean:
+        reference = _sync_ap(ap, row.split)
+        if small is None or reference is None:
             continue
         loss = reference.mean - small.mean
+        if loss <= LOSS_IN_SPREADS * max(small.std or 0.0, reference.std or 0.0):
+            continue
         for name, own in (("recovered", row.ap), ("recovered_precise", row.ap_precise)):
             if own.get(task) is not None:
                 setattr(row, name, (own[task].mean - small.mean) / loss)
 
 
-def fill_distances(rows: list[Row], task: str = "bbox") -> None:
-    """Set how far each row's plain AP is from GN's at the same split.
+def fill_distances(rows: list[Row]) -> None:
+    """Set how far each row's plain AP is from SyncBN's and GN's at the same split.
 
     GN normalises every image for itself, so where it was not trained at that split, GN with the
-    same total batch at another one serves as well.
+    same total batch at another one serves as well. For SyncBN see :func:`_sync_ap`.
     """
-    gn = [row for row in rows if row.norm == "GN" and row.ap.get(task)]
-    for row in rows:
-        same = [g for g in gn if g.split.total == row.split.total]
-        same.sort(key=lambda g: g.split != row.split)
-        if same and row.ap.get(task) and row.norm != "GN":
-            row.to_gn = row.ap[task].mean - same[0].ap[task].mean
+    for task in TASKS:
+        ap = {(row.norm, row.split): row.ap.get(task) for row in rows}
+        gn = [row for row in rows if row.norm == "GN" and row.ap.get(task)]
+        for row in rows:
+            if not row.ap.get(task):
+                continue
+            same = [g for g in gn if g.split.total == row.split.total]
+            same.sort(key=lambda g: g.split != row.split)
+            if same and row.norm != "GN":
+                row.to_gn[task] = row.ap[task].mean - same[0].ap[task].mean
+            sync = _sync_ap(ap, row.split)
+            if sync and sync is not row.ap[task]:
+                row.to_sync[task] = row.ap[task].mean - sync.mean
+
+
+def _sync_ap(ap: dict[tuple[str, Split], Spread | None], split: Split) -> Spread | None:
+    """AP of SyncBN at a split or, equal to it in what is normalised, of BN with the same total
+    batch on one rank."""
+    return ap.get(("SyncBN", split)) or ap.get(("BN", Split(1, split.total)))
 
 
 def _status(finished: int, runs: int) -> str:
@@ -154,6 +183,11 @@ def _status(finished: int, runs: int) -> str:
     return "finished" if runs == 1 else f"{finished} finished"
 
 
+def reason_of(result: dict) -> str:
+    """Why a run did not finish: its status, and its message where that says more."""
+    status, message = str(result.get("status")), result.get("message") or "no message"
+    return message if message.startswith(status) else f"{status}: {message}"
+
+
 def _reasons(group: list[dict]) -> list[str]:
-    bad = [result for result in group if result.get("status") != "finished"]
-    return [f"{r.get('status')}: {r.get('message') or 'no message'}" for r in bad]
+    return [reason_of(result) for result in group if result.get("status") != "finished"]

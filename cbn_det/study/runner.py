@@ -1,29 +1,24 @@
-"""Runs commands side by side, each in a process group of its own."""
+"""Runs a plan's runs side by side, as many as there are places."""
 
 from __future__ import annotations
 
 import fcntl
-import json
-import os
-import shlex
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from cbn_det.study.disk import full_disk_note
-from cbn_det.study.engine import source_environment
+from cbn_det.study.gpus import Places
 from cbn_det.study.plan import Run
-from cbn_det.study.progress import Display
+from cbn_det.study.processes import LeftBehind, Process, is_running
+from cbn_det.study.progress import Display, say
 from cbn_det.study.results import read_result
 
-# What the launcher's exit codes mean where it left no result.json.
-EXIT_USAGE = 2
-# Where a run that failed says why: a traceback fits in.
-LAST_LINES = 60
+# For a run to finish its iteration and write a checkpoint once it is asked to stop.
+STOP_SECONDS = 60.0
 
 
 @dataclass
@@ -35,81 +30,106 @@ class Outcome:
     reused: bool = False
 
 
+class Active(Protocol):
+    """A run under way."""
+
+    def ended(self) -> bool:
+        """Whether it is over; cheap enough for a polling loop."""
+
+    def result(self) -> dict:
+        """After the end: what came out."""
+
+    def stop(self) -> bool:
+        """Ask it to save and end; False where it goes on without us."""
+
+    def kill(self) -> None:
+        """End all that is left of it."""
+
+
 def run_all(
-    runs: list[Run], jobs: int, done: Callable[[Outcome], None], poll_seconds: float = 0.5
+    runs: list[Run],
+    jobs: int,
+    done: Callable[[Outcome], None],
+    poll_seconds: float = 0.5,
+    gpus: Sequence[str] = (),
+    submit: Callable[[Run], Active] | None = None,
 ) -> list[Outcome]:
     """Run everything that is not finished yet, at most `jobs` processes at a time.
 
     A finished or diverged run is taken as it is; a failed one is started again and a broken-off one
-    goes on from its last checkpoint. A run that ends badly is an outcome, never an exception.
+    goes on from its last checkpoint. One that an earlier comparison started and left behind, as it
+    was killed, is watched until it ends. A run that ends badly is an outcome, never an exception.
 
     Args:
         runs: what to run.
         jobs: single-rank processes side by side; a run with more ranks takes as many places.
         done: called with each outcome as it comes.
+        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs; none: it is left alone.
+        submit: starts a run elsewhere, or finds it running there, in place of a process here.
 
     Raises:
         KeyboardInterrupt: after all started processes have been ended.
     """
     outcomes: dict[str, Outcome] = {}
     waiting = []
+
+    def ended(run: Run, result: dict, reused: bool = False) -> None:
+        outcomes[run.label] = Outcome(run, as_asked_for(run, result), reused)
+        done(outcomes[run.label])
+
     for run in runs:
         result = read_result(run.folder)
         if result and result.get("status") in ("finished", "diverged"):
-            outcomes[run.label] = Outcome(run, result, reused=True)
-            done(outcomes[run.label])
+            ended(run, result, reused=True)
         else:
             waiting.append(run)
-    active: dict[str, tuple[Run, subprocess.Popen]] = {}
+    places = Places(jobs, gpus)
+    active: dict[str, tuple[Run, Active, list[str]]] = {}
     with Display(total=len(runs)) as display:
         try:
             while waiting or active:
-                while waiting and _fits(waiting[0], active, jobs):
+                while waiting and (taken := places.take(waiting[0].ranks)) is not None:
                     run = waiting.pop(0)
-                    active[run.label] = (run, _start(run, jobs))
-                for label, (run, process) in list(active.items()):
-                    if process.poll() is None:
+                    if submit is not None:
+                        active[run.label] = (run, submit(run), taken)
+                    elif is_running(run.folder):
+                        active[run.label] = (run, LeftBehind(run), taken)
+                    else:
+                        active[run.label] = (run, Process(run, jobs, taken), taken)
+                for label, (run, process, taken) in list(active.items()):
+                    if not process.ended():
                         continue
                     del active[label]
-                    end_group(process)  # ranks that outlived their parent
-                    outcomes[label] = Outcome(run, _result_of(run, process.returncode))
+                    places.give_back(taken)
                     display.forget(label)
-                    done(outcomes[label])
-                display.update([run for run, _ in active.values()], len(outcomes))
+                    ended(run, process.result())
+                display.update([run for run, _, _ in active.values()], len(outcomes))
                 if active:
                     time.sleep(poll_seconds)
         finally:
             if active:
-                _end_all([process for _, process in active.values()])
+                _end_all([process for _, process, _ in active.values()])
     return [outcomes[run.label] for run in runs]
 
 
-def signal_group(process: subprocess.Popen, number: int) -> bool:
-    """Send a signal to a process and all it started; False when none of them is left."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _end_all(active: list[Active]) -> None:
+    # A second Ctrl-C ends the waiting for checkpoints, and must not leave processes behind.
+    hurry = False
 
+    def again(number: int, frame: object) -> None:
+        nonlocal hurry
+        hurry = True
 
-def end_group(process: subprocess.Popen, patience: float = 5.0) -> None:
-    """End a process and everything it started: politely first, then for certain."""
-    deadline = time.monotonic() + patience
-    while process.poll() is None and time.monotonic() < deadline:
+    previous = {s: signal.signal(s, again) for s in (signal.SIGINT, signal.SIGTERM)}
+    ending = [process for process in active if process.stop()]
+    deadline = time.monotonic() + STOP_SECONDS
+    if not all(process.ended() for process in ending):
+        say("waiting for the last checkpoints; Ctrl-C again ends everything at once")
+    while not hurry and time.monotonic() < deadline and not all(p.ended() for p in ending):
         time.sleep(0.05)
-    signal_group(process, signal.SIGKILL)
-    process.wait()
-
-
-def _end_all(processes: list[subprocess.Popen]) -> None:
-    # A second, impatient Ctrl-C must not leave processes behind.
-    ignored = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    for process in processes:
-        signal_group(process, signal.SIGTERM)
-    for process in processes:
-        end_group(process)
-    for number, handler in ignored.items():
+    for process in ending:
+        process.kill()
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
@@ -140,52 +160,14 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def command_of(run: Run) -> list[str]:
-    """The command line that starts a run, or lets it go on from its last checkpoint."""
-    command = list(run.command)
-    if (run.folder / "last_checkpoint").exists():
-        command.insert(command.index("--config-file"), "--resume")
-    return command
-
-
-def _fits(run: Run, active: dict[str, tuple[Run, subprocess.Popen]], jobs: int) -> bool:
-    return not active or sum(other.ranks for other, _ in active.values()) + run.ranks <= jobs
-
-
-def _start(run: Run, jobs: int) -> subprocess.Popen:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    # A result that is here now is of an attempt that failed; the coming attempt writes its own.
-    (run.folder / "result.json").unlink(missing_ok=True)
-    command = command_of(run)
-    note = {"signature": run.signature, "command": shlex.join(command)}
-    (run.folder / "study.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = str(max(1, (cores or 1) // max(jobs, run.ranks)))
-    env = source_environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    with open(run.folder / "console.log", "ab") as console:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
-
-
-def _result_of(run: Run, code: int) -> dict:
-    log = (run.folder / "console.log").read_text("utf-8", "replace")
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    result = read_result(run.folder)
-    if not result:
-        if code < 0:
-            kind = f"killed by {signal.Signals(-code).name}"
-        else:
-            kind = f"{'refused' if code == EXIT_USAGE else 'crashed'} (exit code {code})"
-        result = {"status": "failed", "message": f"{kind}: {lines[-1] if lines else 'no output'}"}
-    if result.get("status") == "failed":
-        said = "\n".join([str(result.get("message")), *lines[-LAST_LINES:]])
-        note = full_disk_note(said, run.folder)
-        if note:
-            result["message"] = f"{note}; {result.get('message')}"
-    return result
+def as_asked_for(run: Run, result: dict) -> dict:
+    """A result, which is a failure where the run was not the one that its row stands for."""
+    images, ranks = result.get("images_per_gpu"), result.get("world_size")
+    if (
+        run.split is None
+        or images is None
+        or (ranks, images) == (run.split.ranks, run.split.images)
+    ):
+        return result
+    message = f"trained as {ranks}x{images} where {run.split} (processes x images) was asked for"
+    return result | {"status": "failed", "message": message}

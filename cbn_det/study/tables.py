@@ -1,13 +1,31 @@
-"""The tables of a comparison, and what a reader has to know to read them."""
+"""The tables of a comparison, and what a reader has to know to read them.
+
+Rows of one table share world size and images per GPU, and so the total batch; the overview has a
+column for each.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tabulate import tabulate
 
-from cbn_det.study.plan import Run
+from cbn_det.study.plan import Run, Split
 from cbn_det.study.results import TASKS, Row, Spread
 
 TASK_NAMES = {"bbox": "", "segm": "mask "}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: `lines` are column -> cell, one for each of `rows`.
+
+    One with a column "status" is where to say why runs did not finish.
+    """
+
+    heading: str
+    rows: list[Row]
+    lines: list[dict[str, str]]
 
 
 def by_total_batch(rows: list[Row]) -> dict[int, list[Row]]:
@@ -18,42 +36,108 @@ def by_total_batch(rows: list[Row]) -> dict[int, list[Row]]:
     return dict(sorted(groups.items()))
 
 
-def heading(total: int, rows: list[Row]) -> str:
+def by_split(rows: list[Row]) -> dict[Split, list[Row]]:
+    """Rows grouped by split, in the order of total batch, then of world size."""
+    groups: dict[Split, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.split, []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0].total, item[0].ranks)))
+
+
+def heading(split: Split, rows: list[Row]) -> str:
     """What the rows of one table have in common."""
     lengths = sorted({row.iterations for row in rows if row.iterations})
     length = f", {' / '.join(map(str, lengths))} iterations" if lengths else ""
-    return f"Total SGD batch {total}{length}"
+    return f"Total SGD batch {split.total} ({in_words(split)}){length}"
 
 
-def cells(rows: list[Row]) -> list[dict[str, str]]:
-    """The lines of one table, as column -> text; all rows share a total batch.
+def in_words(split: Split) -> str:
+    """E.g. "world size 8, 2 images per GPU"."""
+    images = f"{split.images} image{'s' * (split.images > 1)} per GPU"
+    return f"world size {split.ranks}, {images}"
+
+
+def make_tables(rows: list[Row]) -> list[Table]:
+    """An overview where there are several splits; then for each split accuracy and cost."""
+    groups = by_split(rows)
+    found = [overview(rows)] if len(groups) > 1 else []
+    for split, group in groups.items():
+        for task in tasks_of(group):
+            what = "" if task == "bbox" else ": mask AP"
+            found.append(Table(heading(split, group) + what, group, accuracy(group, task)))
+        if any(row.sec_per_iter or row.parameters for row in group):
+            found.append(Table(heading(split, group) + ": cost", group, cost(group)))
+    return found
+
+
+def tasks_of(rows: list[Row]) -> list[str]:
+    """What any of the rows has an AP of; boxes where none has any."""
+    return [task for task in TASKS if any(row.ap.get(task) for row in rows)] or ["bbox"]
+
+
+def overview(rows: list[Row]) -> Table:
+    """AP of each norm with a column for each split. A line's row is the norm's first."""
+    splits = list(by_split(rows))
+    known = {(row.norm, row.split): row for row in rows}
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.norm, row)
+    lines = []
+    for row in first.values():
+        line = {"norm": row.norm}
+        for task in tasks_of(rows):
+            for split in splits:
+                column = f"{TASK_NAMES[task]}AP, {split.ranks} x {split.images}"
+                cell = known.get((row.norm, split))
+                line[column] = _ap(cell.ap.get(task)) if cell else ""
+        lines.append(line)
+    return Table("AP by world size x images per GPU", list(first.values()), lines)
+
+
+def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
+    """AP of one task, the lines of one table.
 
     Why a run did not finish is no part of them: it is as long as it has to be.
     """
-    tasks = [task for task in TASKS if any(row.ap.get(task) for row in rows)] or ["bbox"]
-    shares = any(row.recovered is not None for row in rows)
+    name = TASK_NAMES[task]
+    shares = task == "bbox" and any(row.recovered is not None for row in rows)
     lines = []
     for row in rows:
         line = {
             "norm": row.norm,
-            "images/GPU": str(row.split.images),
-            "world size": str(row.split.ranks),
-            "total batch": str(row.split.total),
+            f"{name}AP": _ap(row.ap.get(task)),
+            f"{name}AP50": _ap(row.ap50.get(task)),
+            f"{name}AP75": _ap(row.ap75.get(task)),
+            f"{name}APs": _ap(row.ap_small.get(task)),
+            f"{name}APm": _ap(row.ap_medium.get(task)),
+            f"{name}APl": _ap(row.ap_large.get(task)),
+            f"{name}AP, PreciseBN": _ap(row.ap_precise.get(task)),
         }
-        for task in tasks:
-            name = TASK_NAMES[task]
-            line[f"{name}AP"] = _ap(row.ap.get(task))
-            line[f"{name}AP50"] = _ap(row.ap50.get(task))
-            line[f"{name}AP, PreciseBN"] = _ap(row.ap_precise.get(task))
+        if any(row.to_sync for row in rows):
+            line["AP - SyncBN"] = _signed(row.to_sync.get(task))
+        if any(row.to_gn for row in rows):
+            line["AP - GN"] = _signed(row.to_gn.get(task))
         if shares:
             line["recovered"] = _percent(row.recovered)
             line["recovered, PreciseBN"] = _percent(row.recovered_precise)
-            line["AP - GN"] = "-" if row.to_gn is None else f"{row.to_gn:+.1f}"
-        line["s/iter"] = f"{row.sec_per_iter.mean:.3f}" if row.sec_per_iter else "-"
-        line["peak MB"] = f"{row.peak_memory_mb.mean:.0f}" if row.peak_memory_mb else "-"
-        line["status"] = row.status
+        if task == tasks_of(rows)[0]:
+            line["status"] = row.status
         lines.append(line)
     return lines
+
+
+def cost(rows: list[Row]) -> list[dict[str, str]]:
+    """What training and the model take, the lines of one table."""
+    return [
+        {
+            "norm": row.norm,
+            "s/iter": _scaled(row.sec_per_iter, 1, ".3f"),
+            "peak MB": _scaled(row.peak_memory_mb, 1, ".0f"),
+            "parameters, M": _scaled(row.parameters, 1e6, ".2f"),
+            "GFLOPs": _scaled(row.flops, 1e9, ".2f"),
+        }
+        for row in rows
+    ]
 
 
 def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
@@ -64,6 +148,8 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
         config_iterations: the config's own length of training, if known.
     """
     said = ["AP on the 0-100 scale. '-': no such number."]
+    if any("finished" in row.status and row.iterations and not row.ap.get("bbox") for row in rows):
+        said.append("A finished run without AP detected nothing, or was not evaluated.")
     spreads = [row.ap.get("bbox") for row in rows if row.ap.get("bbox")]
     if any(spread.n > 1 for spread in spreads):
         said.append("mean ± sample standard deviation over the seeds that finished.")
@@ -80,10 +166,24 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
     if any(row.recovered is not None for row in rows):
         said.append(
             "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split); "
-            "BN on one rank stands in for SyncBN where that was not trained."
+            "BN on one rank stands in for SyncBN where that was not trained. Left out where the "
+            "loss is within twice the spread."
         )
-    if len(by_total_batch(rows)) > 1:
-        said.append("Tables of different total batch are not comparable with each other.")
+    if any(row.to_sync for row in rows):
+        said.append(
+            "AP - SyncBN: to SyncBN at the same world size and images; where that was not trained, "
+            "to BN on one process with the same total batch."
+        )
+    if any(row.to_gn for row in rows):
+        said.append("AP - GN: to GN at the same total batch.")
+    if any(row.flops for row in rows):
+        said.append("GFLOPs: billions of multiply-adds for one test image (fvcore).")
+    if len(by_split(rows)) > 1:
+        said.append(
+            "Numbers of different world size or images per GPU stand in tables or columns of their "
+            "own. Those of different total batch differ in more than the norm's batch: they are "
+            "not comparable with each other."
+        )
     return said
 
 
@@ -116,14 +216,17 @@ def text_report(
     style: str = "simple",
     config_iterations: int | None = None,
 ) -> str:
-    """All tables, one per total batch; `style` is a format of tabulate."""
+    """All tables as text; `style` is a format of tabulate."""
     parts = [title]
-    for total, group in by_total_batch(rows).items():
-        lines = cells(group)
-        for line, row in zip(lines, group, strict=True):
-            line["status"] = "; ".join([row.status, *row.reasons])
+    for table in make_tables(rows):
+        lines = table.lines
+        if "status" in lines[0]:
+            with_reasons = ["; ".join([row.status, *row.reasons]) for row in table.rows]
+            lines = [
+                line | {"status": status} for line, status in zip(lines, with_reasons, strict=True)
+            ]
         text = tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
-        parts += [heading(total, group), text]
+        parts += [table.heading, text]
     below, made = notes(rows, config_iterations), provenance(results)
     if made:
         below.append(f"Made with: {made}.")
@@ -138,3 +241,11 @@ def _ap(spread: Spread | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"
+
+
+def _scaled(spread: Spread | None, unit: float, spec: str) -> str:
+    return "-" if spread is None else format(spread.mean / unit, spec)

@@ -1,0 +1,233 @@
+"""The text of a reproduced table: published, measured, and the differences."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from cbn_det.study.reproduce import (
+    BASELINES,
+    Measured,
+    Reproduction,
+    Row,
+    differences,
+    means,
+)
+from cbn_det.study.reproduce_data import Elsewhere, Published, Source, Table, Values
+from cbn_det.study.results import Spread
+from cbn_det.study.tables import machines, versions
+
+TASK_NAMES = {"bbox": "box", "segm": "mask"}
+BASELINE_NAMES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}
+NOT_RUN = "not run yet"
+
+LEGEND = (
+    "AP on COCO val2017, 0-100. A number in brackets is published, one without is measured here; "
+    "'-': there is no such number. Measured: mean ± sample standard deviation over seeds, where "
+    "there are several. PreciseBN: the same weights, BatchNorm statistics recomputed after "
+    "training."
+)
+
+
+def overview(reproduction: Reproduction, tables: Sequence[Table]) -> str:
+    """One line a table."""
+    lines = []
+    for table in tables:
+        rows = reproduction.rows(table)
+        done = sum(bool(reproduction.measured(row).results) for row in rows)
+        lines.append(
+            {
+                "table": table.name,
+                "rows": len(rows),
+                "published": sum(row.published is not None for row in rows),
+                "measured": done,
+                "what": table.title,
+            }
+        )
+    return tabulate(lines, headers="keys", tablefmt="simple") + "\n"
+
+
+def table_text(
+    reproduction: Reproduction, table: Table, rows: Sequence[Row], style: str = "simple"
+) -> str:
+    """A table with what has been measured so far.
+
+    Args:
+        rows: of :meth:`Reproduction.rows`.
+        style: a format of tabulate; "github" makes Markdown of everything.
+    """
+    markdown = style == "github"
+    measured = {row.name: reproduction.measured(row) for row in rows}
+    parts = [("## " if markdown else "") + table.title]
+    if reproduction.is_changed:
+        words = [*(["--iters", str(reproduction.iterations)] if reproduction.iterations else [])]
+        words += [
+            word for triple in reproduction.datasets for word in ("--coco-dataset", triple[0])
+        ]
+        words += reproduction.overrides
+        parts.append(
+            f"Changed by {shlex.join(words)}: these are not the table's rows, and no differences "
+            "to published numbers are given."
+        )
+    for task in rows[0].tasks:
+        lines = [_line(row, measured[row.name], task, reproduction.is_changed) for row in rows]
+        if any(row.published for row in rows):
+            for line, row in zip(lines, rows, strict=True):
+                line["published in"] = _place(row.published, markdown)
+        parts.append(_text(lines, style))
+        gains = _gains(rows, measured, task)
+        if gains:
+            parts += [f"Differences between norms, {TASK_NAMES[task]} AP:", _text(gains, style)]
+    if table.elsewhere:
+        lines = [_elsewhere(entry, rows[0].tasks, markdown) for entry in table.elsewhere]
+        parts += ["Published elsewhere, for orientation:", _text(lines, style)]
+    remarks = [*table.remarks, *_remarks(rows, measured)]
+    if remarks:
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    sources = _sources(table, rows)
+    if sources:
+        parts.append("Sources: " + "; ".join(_link(source, markdown) for source in sources) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def document(reproduction: Reproduction, tables: Sequence[Table], command: str) -> str:
+    """Several tables as one Markdown file."""
+    head = (
+        "# Tables to reproduce\n\n"
+        f"<!-- written by {command}; do not edit -->\n\n"
+        f"{LEGEND}\n\n"
+        "A row is `configs/coco/TABLE/ROW.yaml`, which `python tools/reproduce.py TABLE --rows ROW "
+        "--run` trains.\n\n"
+    )
+    texts = []
+    for table in tables:
+        text = table_text(reproduction, table, reproduction.rows(table), "github")
+        title, _, rest = text.partition("\n\n")
+        texts.append(f"{title}\n\n`{table.name}`\n\n{rest}")
+    return head + "\n".join(texts)
+
+
+def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, str]:
+    name = TASK_NAMES[task]
+    published = row.published.values.get(task, {}) if row.published else {}
+    own = measured.ap[task]
+    return {
+        "row": row.name,
+        "GPUs x images": _splits(row, measured),
+        f"published {name} AP": _number(published.get("AP")),
+        f"measured {name} AP": _state(own["AP"], measured),
+        "difference": "-" if changed else _gap(own["AP"], published.get("AP")),
+        "AP, PreciseBN": _spread(measured.ap_precise[task]),
+        "AP50": _both(own["AP50"], published.get("AP50")),
+        "AP75": _both(own["AP75"], published.get("AP75")),
+    }
+
+
+def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> list[dict[str, str]]:
+    """Lines with the differences to each baseline, measured and published."""
+    ours = {row.name: means(measured[row.name]) for row in rows}
+    theirs = {row.name: row.published.values if row.published else None for row in rows}
+    lines: dict[str, dict[str, str]] = {row.name: {"row": row.name} for row in rows}
+    for baseline in BASELINES:
+        own, published = differences(ours, baseline, task), differences(theirs, baseline, task)
+        if not own and not published:
+            continue
+        for name, line in lines.items():
+            cell = [f"{own[name]:+.1f}"] if name in own else []
+            cell += [f"({published[name]:+.1f})"] if name in published else []
+            line[f"AP - AP of {BASELINE_NAMES[baseline]}"] = " ".join(cell) or "-"
+    return [line for line in lines.values() if set(list(line.values())[1:]) - {"-"}]
+
+
+def _elsewhere(entry: Elsewhere, tasks: Sequence[str], markdown: bool) -> dict[str, str]:
+    values: Values = entry.published.values
+    line = {"what": entry.what}
+    for task in tasks:
+        line[f"{TASK_NAMES[task]} AP"] = _number(values.get(task, {}).get("AP"))
+    return {**line, "published in": _place(entry.published, markdown), "remark": entry.remark}
+
+
+def _remarks(rows: Sequence[Row], measured: dict[str, Measured]) -> list[str]:
+    """What the runs say about themselves."""
+    found = []
+    for row in rows:
+        for gpus, images, accumulated in measured[row.name].splits:
+            if row.norm == "syncbn" and gpus * images != row.gpus * row.images:
+                found.append(
+                    f"{row.name}: run with SyncBN over {gpus * images} images, its mini-batch is "
+                    f"{row.gpus * row.images}"
+                )
+            if gpus * accumulated != row.gpus:
+                found.append(
+                    f"{row.name}: run with {gpus * images * accumulated} images a step, its config "
+                    f"has {row.gpus * row.images}"
+                )
+        found += [f"{row.name}: {state}" for state in measured[row.name].states]
+    results = [(None, result) for one in measured.values() for result in one.results]
+    made = [*machines(results), *versions(results)]
+    return [*found, f"Measured with: {'; '.join(made)}"] if made else found
+
+
+def _sources(table: Table, rows: Sequence[Row]) -> list[Source]:
+    found = [row.published.source for row in rows if row.published]
+    return list(dict.fromkeys([*found, *(entry.published.source for entry in table.elsewhere)]))
+
+
+def _place(published: Published | None, markdown: bool) -> str:
+    if published is None:
+        return "-"
+    text = f"{published.source.name}, {published.place}"
+    line = published.place.removeprefix("line ")
+    anchor = f"?plain=1#L{line}" if line.isdigit() else ""
+    return f"[{text}]({published.source.url}{anchor})" if markdown else text
+
+
+def _link(source: Source, markdown: bool) -> str:
+    return f"[{source.name}]({source.url})" if markdown else f"{source.name}, {source.url}"
+
+
+def _splits(row: Row, measured: Measured) -> str:
+    if not measured.splits:
+        return f"({row.gpus}x{row.images})"
+    return ", ".join(
+        f"{gpus}x{images}" + (f", {accumulated} accumulated" if accumulated > 1 else "")
+        for gpus, images, accumulated in measured.splits
+    )
+
+
+def _state(own: Spread | None, measured: Measured) -> str:
+    if own is not None:
+        return _spread(own)
+    if measured.states:
+        return ", ".join(dict.fromkeys(state.partition(":")[0] for state in measured.states))
+    return "no AP" if measured.results else NOT_RUN
+
+
+def _gap(own: Spread | None, published: float | None) -> str:
+    return "-" if own is None or published is None else f"{own.mean - published:+.1f}"
+
+
+def _both(own: Spread | None, published: float | None) -> str:
+    cells = [f"{own.mean:.1f}"] if own is not None else []
+    cells += [_number(published)] if published is not None else []
+    return " ".join(cells) or "-"
+
+
+def _number(value: float | None) -> str:
+    """As printed: with one decimal place, or with two where the source has them."""
+    if value is None:
+        return "-"
+    text = f"{value:.2f}"
+    return f"({text[:-1] if text.endswith('0') else text})"
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread.mean:.1f}" + (f" ± {spread.std:.1f}" if spread.std is not None else "")
+
+
+def _text(lines: list[dict[str, str]], style: str) -> str:
+    return tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)

@@ -1,0 +1,421 @@
+"""Published tables beside what was measured, with a launcher that only pretends to train."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cbn_det.study.reproduce import CONFIGS, Reproduction, differences, means
+from cbn_det.study.reproduce_data import CBN, TABLES, ZOO
+from cbn_det.study.reproduce_report import document, overview, table_text
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_row_launcher.py")))
+FASTER, MASK = "faster_rcnn_R_50_FPN_1x_cbn_authors", "mask_rcnn_R_50_FPN_1x_cbn_authors"
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("reproduce", REPOSITORY / "tools/reproduce.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """Runs the tool in this process, its runs with the pretended launcher, below tmp_path/out."""
+    loaded = load_tool()
+    pretend = functools.partial(Reproduction, launcher=LAUNCHER)
+    monkeypatch.setattr(loaded, "Reproduction", pretend)
+
+    def run(*arguments: str) -> int:
+        return loaded.main([*arguments, "--output", str(tmp_path / "out")])
+
+    return run
+
+
+def cells(text: str, title: str) -> dict[str, list[str]]:
+    """The lines of the first table in `text` with a column `title`, by their first cell."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if title in line)
+    found = {}
+    for line in lines[start + 2 :]:
+        if not line:
+            break
+        first, *rest = re.split(r"\s{2,}", line.strip())
+        found[first] = rest
+    return found
+
+
+# --- the data ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_number_says_where_it_was_read_and_can_be_an_ap(table) -> None:
+    entries = [*table.published.values(), *(entry.published for entry in table.elsewhere)]
+    for published in entries:
+        assert published.source.name and published.place
+        # an address that cannot change: it names a commit
+        assert re.fullmatch(r"https://github\.com/\S+/[0-9a-f]{40}/\S+", published.source.url)
+        for values in published.values.values():
+            assert set(values) <= {"AP", "AP50", "AP75"}
+            assert 20 < values["AP"] < 50
+            assert values["AP"] < values.get("AP75", 99) < values.get("AP50", 100)
+        if "segm" in published.values:  # a box is easier than a mask, in each of these papers
+            assert published.values["segm"]["AP"] < published.values["bbox"]["AP"]
+    for entry in table.elsewhere:
+        assert entry.remark
+
+
+def test_every_table_is_a_folder_of_configs_and_every_published_row_a_config() -> None:
+    folders = {path.name for path in CONFIGS.iterdir() if any(path.glob("*_*img.yaml"))}
+    assert set(TABLES) == folders
+    for table in TABLES.values():
+        names = {path.stem for path in (CONFIGS / table.name).glob("*.yaml")}
+        assert set(table.published) <= names
+        detector = "Mask" if "mask" in table.name else "Faster"
+        assert table.title.startswith(f"{detector} R-CNN R50-FPN, {table.name.split('_')[5]}")
+        for published in table.published.values():
+            assert ("segm" in published.values) == (detector == "Mask")
+
+
+def test_other_heads_are_no_rows() -> None:
+    """detectron2's FrozenBN rows have a 2fc head; every config here has 4conv1fc."""
+    for table in TABLES.values():
+        for row in Reproduction(Path("out")).rows(table):
+            head = row.settings["MODEL"]["ROI_BOX_HEAD"]
+            assert (head["NUM_CONV"], head["NUM_FC"]) == (4, 1)
+            assert row.norm != "none" or row.published is None or row.published.source is CBN
+        for entry in table.elsewhere:
+            if entry.published.source is ZOO:
+                assert "another head (2fc)" in entry.remark
+
+
+def test_the_gain_of_cbn_that_its_authors_print() -> None:
+    """Worked out by hand from the README's table."""
+    theirs = {name: p.values for name, p in TABLES[MASK].published.items()}
+    box, mask = differences(theirs, "none", "bbox"), differences(theirs, "none", "segm")
+    assert box["cbn_4img"] == pytest.approx(0.8) and mask["cbn_4img"] == pytest.approx(0.7)
+    assert differences(theirs, "gn", "segm")["syncbn_4img"] == pytest.approx(-0.7)
+    assert "none_4img" not in box
+    assert differences(theirs, "none", "bbox", "AP75")["cbn_4img"] == pytest.approx(1.2)
+
+
+def test_differences_stay_within_the_same_images_per_gpu() -> None:
+    values = {
+        name: {"bbox": {"AP": ap}}
+        for name, ap in (("gn_1img", 30.0), ("cbn_1img", 31.0), ("gn_2img", 40.0))
+    }
+    values |= {"cbn_2img": None, "cbn_as_released_1img": {"bbox": {}}}
+    assert differences(values, "gn", "bbox") == {"cbn_1img": 1.0}
+    assert differences(values, "none", "bbox") == {}
+
+
+# --- what a row runs ---------------------------------------------------------------------------
+
+
+def options(command: tuple[str, ...]) -> dict[str, str]:
+    words = list(command[len(LAUNCHER) :])
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "machines", "want"),
+    [
+        ("cbn_1img", None, 1, ("16", None)),
+        ("cbn_1img", 8, 2, ("8", None)),
+        ("cbn_1img", None, 2, ("8", None)),
+        ("cbn_1img", 1, 1, ("1", "16")),
+        ("cbn_2img", 2, 2, ("2", "2")),
+    ],
+)
+def test_gpus_machines_and_accumulation_keep_the_total_batch(name, gpus, machines, want) -> None:
+    reproduction = Reproduction(Path("out"), gpus=gpus, machines=machines, launcher=LAUNCHER)
+    (row,) = reproduction.rows(TABLES["mask_rcnn_R_50_FPN_1x"], [name])
+    run = reproduction.run(row, seed=3)
+    found = options(run.command)
+    assert (found["--num-gpus"], found.get("--accumulate")) == want
+    steps = int(found["--num-gpus"]) * machines * int(found.get("--accumulate", 1))
+    assert steps * row.images == 16
+    assert run.ranks == int(found["--num-gpus"]) * machines
+    assert found["SEED"] == "3" and found["OUTPUT_DIR"] == str(run.folder)
+    assert found["--config-file"] == str(row.config) and row.config.exists()
+
+
+def test_gpus_that_cannot_share_a_step() -> None:
+    for gpus, machines in ((3, 1), (32, 1), (None, 64), (None, 3)):
+        reproduction = Reproduction(Path("out"), gpus=gpus, machines=machines)
+        row = reproduction.rows(TABLES[FASTER], ["cbn_4img"])[0]
+        with pytest.raises(ValueError, match="choose 1, 2, 4 in all"):
+            reproduction.run(row, 1)
+
+
+def test_a_config_that_does_not_say_its_gpus(tmp_path) -> None:
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs" / "base" / "4img.yaml").write_text("SOLVER: {}\n")
+    with pytest.raises(ValueError, match="4img.yaml: SOLVER.REFERENCE_WORLD_SIZE is missing"):
+        Reproduction(Path("out"), configs=tmp_path / "configs").rows(TABLES[FASTER])
+
+
+def test_syncbn_on_fewer_gpus_is_said_to_be_another_row() -> None:
+    reproduction = Reproduction(Path("out"), gpus=2)
+    rows = reproduction.rows(TABLES["faster_rcnn_R_50_FPN_1x"], ["syncbn_2img", "bn_2img"])
+    bn, sync = (reproduction.caveat(row) for row in rows)
+    assert bn is None
+    assert "normalises over 4 images, on the 8 of the row over 16" in sync
+    full = Reproduction(Path("out"))
+    assert full.caveat(rows[1]) is None
+
+
+def test_rows_by_name_and_norm_in_order() -> None:
+    reproduction = Reproduction(Path("out"))
+    table = TABLES["faster_rcnn_R_50_FPN_1x"]
+    names = [row.name for row in reproduction.rows(table)]
+    assert names[:5] == ["none_1img", "bn_1img", "syncbn_1img", "gn_1img", "brn_1img"]
+    assert names[10:12] == ["none_2img", "bn_2img"] and len(names) == 20
+    chosen = reproduction.rows(table, ["cbn", "gn_2img"])
+    assert [row.name for row in chosen] == ["cbn_1img", "gn_2img", "cbn_2img"]
+    with pytest.raises(ValueError, match="no row 'xyz'; known are none_1img, bn_1img"):
+        reproduction.rows(table, ["xyz"])
+
+
+def test_what_belongs_to_the_row_cannot_be_changed(tool, capsys) -> None:
+    assert tool(FASTER, "--opts", "SOLVER.IMS_PER_BATCH", "2") == 2
+    assert "SOLVER.IMS_PER_BATCH belongs to the row" in capsys.readouterr().err
+
+
+def test_a_row_is_known_by_its_values_not_by_its_text_or_its_gpus(tmp_path) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    path = configs / FASTER / "cbn_4img.yaml"
+
+    def folder(**changes) -> str:
+        reproduction = Reproduction(tmp_path / "out", configs=configs, **changes)
+        (row,) = reproduction.rows(TABLES[FASTER], ["cbn_4img"])
+        return reproduction.run(row, 1).folder.name
+
+    first = folder()
+    assert first == folder(gpus=1) == folder(precise_bn=0)
+    assert len({first, folder(iterations=5), folder(overrides=["MODEL.DEVICE", "cpu"])}) == 3
+    assert first != folder(datasets=[["a", "b", "c"]])
+    path.write_text("# a comment\n" + path.read_text().replace("OUTPUT_DIR: ", "OUTPUT_DIR: new/"))
+    assert folder() == first
+    path.write_text(path.read_text() + "SOLVER:\n  BASE_LR: 0.01\n")
+    assert folder() != first
+
+
+# --- running and reading -----------------------------------------------------------------------
+
+
+def test_nothing_has_been_run(tool, tmp_path, capsys) -> None:
+    assert tool(FASTER) == 0
+    text = capsys.readouterr().out
+    rows = cells(text, "published box AP")
+    measured = ["(4x4)", "(37.6)", "not run yet", "-", "-", "(58.5)", "(40.9)"]
+    assert rows["cbn_4img"] == [*measured, "CBN authors' README, line 29"]
+    gains = cells(text, "AP - AP of none")
+    assert gains["gn_4img"] == ["(+0.9)", "(+0.2)", "-"]
+    assert CBN.url in text and "8 iterations of it" in text
+    assert not (tmp_path / "out").exists(), "to look changes nothing"
+
+
+def test_rows_are_run_resumed_and_set_beside_the_published(tool, tmp_path, capsys) -> None:
+    arguments = (MASK, "--rows", "none", "gn", "cbn_4img", "--num-gpus", "2", "--jobs", "4")
+    assert tool(*arguments, "--run", "--seeds", "1", "2") == 0
+    text = capsys.readouterr().out
+    rows = cells(text, "published box AP")
+    # mean of 30 and 31, their sample deviation, published 37.6
+    assert rows["none_4img"][:5] == [
+        "2x4, 2 accumulated",
+        "(37.6)",
+        "30.5 ± 0.7",
+        "-7.1",
+        "31.0 ± 0.7",
+    ]
+    assert rows["none_4img"][5:7] == ["50.5 (58.5)", "32.5 (41.0)"]
+    masks = cells(text, "published mask AP")
+    assert masks["gn_4img"][:7] == [
+        "2x4, 2 accumulated",
+        "(35.0)",
+        "28.0 ± 0.7",
+        "-7.0",
+        "-",
+        "48.0 (56.4)",
+        "(37.3)",
+    ]
+    gains = cells(text, "AP - AP of none")
+    assert gains["cbn_4img"] == ["+1.0 (+0.8)", "-0.5 (-0.1)"]  # SyncBN is not among the rows
+    assert "Measured with: a GPU" in text
+    assert tool(*arguments, "--run", "--seeds", "1", "2", "3") == 0
+    assert "kept from before" in capsys.readouterr().out
+    folders = list((tmp_path / "out" / MASK).glob("*_seed*"))
+    assert len(folders) == 9
+    assert all((f / "attempts").read_text() == "start\n" for f in folders), "a run was repeated"
+    assert tool(MASK) == 0  # whatever it ran on
+    assert cells(capsys.readouterr().out, "published box AP")["none_4img"][2] == "31.0 ± 1.0"
+
+
+def test_a_crashed_and_a_diverged_row_are_rows(tool, capsys) -> None:
+    rows = ("none", "syncbn", "cbn_as_released")
+    assert tool(FASTER, "--rows", *rows, "--num-gpus", "1", "--run") == 1
+    captured = capsys.readouterr()
+    assert "syncbn_4img: on 1 GPUs SyncBN normalises over 4 images" in captured.err
+    found = cells(captured.out, "published box AP")
+    assert found["none_4img"][2] == "30.0"
+    assert found["syncbn_4img"][2] in ("broken off", "failed")
+    assert found["cbn_as_released_4img"][2] == "diverged"
+    assert "- cbn_as_released_4img: diverged: loss is nan at fpn_output2" in captured.out
+
+
+def test_a_changed_row_is_marked_and_does_not_count_as_the_row(tool, capsys) -> None:
+    changed = ("--iters", "5", "--opts", "MODEL.DEVICE", "cpu")
+    assert tool(FASTER, "--rows", "cbn_4img", "--num-gpus", "1", "--run", *changed) == 0
+    text = capsys.readouterr().out
+    assert "Changed by --iters 5 MODEL.DEVICE cpu: these are not the table's rows" in text
+    assert cells(text, "published box AP")["cbn_4img"][1:4] == ["(37.6)", "31.0", "-"]
+    assert tool(FASTER, "--rows", "cbn_4img") == 0
+    text = capsys.readouterr().out
+    assert "Changed by" not in text
+    assert cells(text, "published box AP")["cbn_4img"][2] == "not run yet"
+
+
+def test_runs_that_are_not_the_row_are_no_measurement(tmp_path) -> None:
+    reproduction = Reproduction(tmp_path)
+    rows = {row.name: row for row in reproduction.rows(TABLES[FASTER])}
+    good = {"status": "finished", "results": {"bbox": {"AP": 37.0}}, "accumulate": 1}
+    for name, result in (
+        ("cbn_4img", {**good, "images_per_gpu": 2, "world_size": 4}),  # as if edited by hand
+        ("gn_4img", {**good, "images_per_gpu": 4, "world_size": 8}),
+        ("syncbn_4img", {**good, "images_per_gpu": 4, "world_size": 1, "accumulate": 4}),
+    ):
+        folder = reproduction.run(rows[name], 1).folder
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+    assert means(reproduction.measured(rows["cbn_4img"])) == {"bbox": {}}
+    text = table_text(reproduction, TABLES[FASTER], list(rows.values()))
+    assert "cbn_4img: trained at 2 images per GPU" in text
+    assert "gn_4img: run with 32 images a step, its config has 16" in text
+    assert "syncbn_4img: run with SyncBN over 4 images, its mini-batch is 16" in text
+
+
+def test_markdown_holds_every_row_and_no_machine(tool, tmp_path, capsys) -> None:
+    path = tmp_path / "zoo.md"
+    assert tool("all", "--markdown", str(path)) == 0
+    text = path.read_text()
+    for table in TABLES.values():
+        assert f"## {table.title}" in text
+        for config in (CONFIGS / table.name).glob("*.yaml"):
+            assert re.search(rf"^\| {config.stem} +\|", text, re.MULTILINE)
+    assert text.count("not run yet") > 100
+    assert f"[{ZOO.name}]({ZOO.url})" in text
+    assert str(REPOSITORY) not in text
+    total = len(re.findall(r"^\| \w+_\dimg .*\(\d+x\d\)", text, re.MULTILINE))
+    masks = sum(len(list((CONFIGS / name).glob("*.yaml"))) for name in TABLES if "mask" in name)
+    assert total == 106 + masks  # a line each for boxes, one more for masks
+
+
+def test_the_zoo_in_the_repository_has_todays_rows_and_numbers(tmp_path) -> None:
+    """What was measured since may differ; rows and published numbers may not."""
+    text = (REPOSITORY / "MODEL_ZOO.md").read_text("utf-8")
+    command = re.search(r"<!-- written by (.*); do not edit -->", text).group(1)
+    assert command == "python tools/reproduce.py all --markdown MODEL_ZOO.md"
+    fresh = document(Reproduction(tmp_path), list(TABLES.values()), command)
+
+    def published(markdown: str) -> list[tuple[str, ...]]:
+        lines = re.findall(
+            r"^\| (\w+_\dimg) +\|[^|]*\| (\(?[-.\d]+\)?) .*?(\S+) +\|$", markdown, re.M
+        )
+        return [tuple(line) for line in lines]
+
+    assert len(published(fresh)) > 150
+    assert published(text) == published(fresh), f"run {command}"
+
+
+def test_list_and_dry_run_of_every_table(capsys, monkeypatch) -> None:
+    tool = load_tool()
+    monkeypatch.chdir(REPOSITORY)
+    assert tool.main(["--list"]) == 0
+    listed = cells(capsys.readouterr().out, "published")
+    assert set(listed) == set(TABLES)
+    assert listed[FASTER][:3] == ["5", "5", "0"]
+    assert tool.main(["all", "--dry-run"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 106
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "tools/train_net.py", "--config-file"]
+        assert (REPOSITORY / words[3]).exists()
+    assert len({shlex.split(command)[-1] for command in commands}) == 106
+
+
+@pytest.mark.detectron2
+def test_the_launcher_understands_each_command() -> None:
+    """Oracle: the launcher's own parser and detectron2's config."""
+    from cbn_det.plugin.config import build_config
+    from cbn_det.run.arguments import argument_parser
+
+    for name, gpus in (("mask_rcnn_R_50_FPN_1x", 4), ("mask_rcnn_R_50_FPN_9x_scratch", 8)):
+        reproduction = Reproduction(Path("out"), gpus=gpus)
+        for row in reproduction.rows(TABLES[name], ["gn"]):
+            command = reproduction.run(row, 1).command[2:]
+            args: argparse.Namespace = argument_parser().parse_args(
+                [*command, "MODEL.DEVICE", "cpu"]
+            )
+            cfg, _ = build_config(args, world_size=gpus)
+            own = row.settings["SOLVER"]
+            assert cfg.SOLVER.IMS_PER_BATCH == gpus * row.images
+            assert cfg.SOLVER.IMS_PER_BATCH * args.accumulate == own["IMS_PER_BATCH"]
+            # the total batch is the config's, so that its schedule holds
+            assert cfg.SOLVER.BASE_LR == own["BASE_LR"]
+            assert cfg.SOLVER.MAX_ITER == own["MAX_ITER"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "TABLE is missing"),
+        (["nothing", "--dry-run"], "there is no table 'nothing'; known are faster_rcnn"),
+        ([FASTER, "--rows", "kn"], "has no row 'kn'"),
+        ([FASTER, "--opts", "A"], "KEY VALUE pairs"),
+        ([FASTER, "--num-gpus", "0"], "1 or more"),
+        ([FASTER, "--num-machines", "2", "--run"], "needs --submit slurm"),
+        ([FASTER, "--sbatch", "time"], "KEY=VALUE"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, said, source_env, tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "reproduce.py"), *arguments],
+        env=source_env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_overview_counts_what_is_measured(tmp_path) -> None:
+    reproduction = Reproduction(tmp_path)
+    row = reproduction.rows(TABLES[FASTER], ["gn"])[0]
+    folder = reproduction.run(row, 1).folder
+    folder.mkdir(parents=True)
+    result = {"status": "finished", "images_per_gpu": 4, "world_size": 4, "results": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    assert cells(overview(reproduction, [TABLES[FASTER]]), "published")[FASTER][:3] == [
+        "5",
+        "5",
+        "1",
+    ]
+    text = document(reproduction, [TABLES[FASTER]], "python tools/reproduce.py")
+    assert re.search(r"gn_4img +\| 4x4 +\| \(37.7\) +\| no AP", text)

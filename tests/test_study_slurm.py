@@ -1,0 +1,267 @@
+"""Runs as jobs: submitit's local executor, and its SLURM executor on a made-up cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cbn_det.study import runner, slurm
+from cbn_det.study.compare import compare
+from cbn_det.study.plan import Plan, Split
+from cbn_det.study.slurm import Cluster, machine_words, minutes
+
+HERE = Path(__file__).parent
+LAUNCHER = (sys.executable, str(HERE / "fake_launcher.py"))
+
+
+def make_plan(tmp_path: Path, norms: list[str], **changes) -> Plan:
+    settings = {"splits": [Split(1, 2)], "seeds": [1], "engine": "detectron2"} | changes
+    return Plan(tmp_path / "out", norms, launcher=LAUNCHER, **settings)
+
+
+def attempts(plan: Plan) -> dict[str, list[str]]:
+    folders = (plan.output / "runs").iterdir()
+    return {f.name.split("_")[0]: (f / "attempts").read_text().split() for f in folders}
+
+
+def result_of(plan: Plan, number: int = 0) -> dict:
+    return json.loads((plan.runs()[number].folder / "result.json").read_text())
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch) -> Path:
+    """A SLURM of this machine; the folder that it keeps its jobs in."""
+    home, tools = tmp_path / "slurm", tmp_path / "bin"
+    home.mkdir()
+    tools.mkdir()
+    for name in ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel"):
+        tool = tools / name
+        tool.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/fake_slurm.py {name} "$@"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setenv("FAKE_SLURM", str(home))
+    monkeypatch.setattr(slurm, "ASK_SECONDS", 1.0)
+    with contextlib.suppress(ImportError):  # it knows jobs by their numbers, of any cluster
+        from submitit import SlurmJob
+
+        SlurmJob.watcher.clear()
+    return home
+
+
+# --- what is said and refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("30:00", 30), ("00:30", 1), ("24:00:00", 1440), ("1:30:01", 91)]
+    + [("2-0", 2880), ("2-12", 3600), ("1-00:30", 1470), ("1-02:03:00", 1563)],
+)
+def test_time_limits_are_those_of_sbatch(text, expected) -> None:
+    """As the manual page of sbatch lists them."""
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1-", "1:2:3:4", "-5"])
+def test_other_time_limits_are_refused(text) -> None:
+    with pytest.raises(ValueError, match=f"time={text}: expected"):
+        minutes(text)
+
+
+def test_machines_meet_on_the_first() -> None:
+    assert machine_words(1, 0, ["a"], "77") == []
+    words = [machine_words(2, node, ["a7", "b9"], "1234567") for node in (0, 1)]
+    assert words[1] == "--num-machines 2 --machine-rank 1 --dist-url tcp://a7:34567".split()
+    assert words[0][-1] == words[1][-1] and words[0][3] == "0"
+    assert machine_words(2, 0, ["a7", "b9"], "1234568")[-1] != words[0][-1]
+
+
+def test_without_submitit_a_line_says_how_to_get_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(RuntimeError, match="pip install submitit"):
+        Cluster("local")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "machines", "expected"),
+    [
+        ("slurm", {"partition": "gpu"}, 1, "time=HH:MM:SS is missing"),
+        ("slurm", {"time": "60", "job_name": "x"}, 1, "job-name: is set by the tool"),
+        ("local", {}, 2, "one machine only"),
+    ],
+)
+def test_options_that_cannot_be_followed(name, options, machines, expected) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Cluster(name, machines, options=options)
+
+
+def test_what_squeue_says_and_that_no_answer_is_no_end(cluster, monkeypatch) -> None:
+    assert not slurm.in_queue("1999"), "SLURM does not know it"
+    (cluster / "1000").mkdir()
+    for state, there in (("PENDING", True), ("COMPLETING", True), ("NODE_FAIL", False)):
+        (cluster / "1000" / "state").write_text(state)
+        assert slurm.in_queue("1000") == there
+    (cluster.parent / "bin" / "squeue").write_text("#!/bin/sh\necho 'no controller' >&2; exit 1\n")
+    assert slurm.in_queue("1999")
+
+
+# --- on this machine ---------------------------------------------------------------------------
+
+
+def test_local_jobs_end_like_processes(submitit, tmp_path, capsys) -> None:
+    plan = make_plan(tmp_path, ["GN", "DIVERGE", "CRASH"])
+    assert compare(plan, jobs=3, submit=Cluster("local").submit) == 1
+    printed = capsys.readouterr().out
+    assert "GN 1x2 seed 1: finished AP 41.0" in printed
+    assert "diverged: loss is nan at fpn_output2" in printed
+    assert "failed: job " in printed and "without a result: RuntimeError: it broke" in printed
+    compare(plan, jobs=3)  # whatever starts the runs, they are the same
+    counts = {name: len(starts) for name, starts in attempts(plan).items()}
+    assert counts == {"GN": 1, "DIVERGE": 1, "CRASH": 2}
+
+
+def test_a_job_that_has_to_go_saves_and_goes_on(submitit, tmp_path) -> None:
+    """The signal goes to the training as well, as SLURM sends it to all of a job."""
+    plan = make_plan(tmp_path, ["SLOW"])
+    run = plan.runs()[0]
+    job = Cluster("local").submit(run)
+    try:
+        pid = run.folder / "pid"
+        wait_for(pid.exists)
+        first = int(pid.read_text())
+        for target in (first, parent_of(first)):
+            os.kill(target, signal.SIGUSR2)
+        wait_for(lambda: int(pid.read_text()) != first)
+        assert attempts(plan) == {"SLOW": ["start", "resume"]}
+        assert not job.ended(), "the result of the first attempt is none"
+    finally:
+        (run.folder / "go").touch()
+    wait_for(job.ended)
+    assert job.result()["status"] == "finished"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_a_local_job_that_outlived_its_comparison_is_not_started_twice(submitit, tmp_path) -> None:
+    plan = make_plan(tmp_path, ["SLOW"])
+    run, submit = plan.runs()[0], Cluster("local").submit
+    submit(run)
+    wait_for((run.folder / "pid").exists)
+    again = submit(run)
+    assert not again.ended()
+    (run.folder / "go").touch()
+    wait_for(again.ended)
+    assert again.result()["status"] == "finished" and attempts(plan) == {"SLOW": ["start"]}
+    assert len(list((run.folder / "jobs").glob("*_submitted.pkl"))) == 1
+
+
+def test_a_local_job_is_ended_by_ctrl_c(submitit, tmp_path) -> None:
+    plan = make_plan(tmp_path, ["SLOW"])
+    run = plan.runs()[0]
+    job = Cluster("local").submit(run)
+    wait_for((run.folder / "pid").exists)
+    runner._end_all([job])
+    wait_for(lambda: not runner.is_running(run.folder))
+    assert (run.folder / "last_checkpoint").exists()
+
+
+# --- on a cluster ------------------------------------------------------------------------------
+
+
+def test_a_job_asks_for_what_its_run_needs(submitit, cluster, tmp_path) -> None:
+    plan = make_plan(tmp_path, ["GN"], splits=[Split(16, 1)], machines=2)
+    options = {"time": "1-00:00:00", "partition": "gpu", "account": "vision", "cpus_per_task": "40"}
+    submit = Cluster("slurm", machines=2, on_gpu=True, options=options).submit
+    assert compare(plan, jobs=16, submit=submit) == 0
+    script = (cluster / "1000" / "script").read_text()
+    asked = {line.split("--", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert asked >= {
+        *("nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "time=1440", "requeue"),
+        *("partition=gpu", "account=vision", "cpus-per-task=40", "signal=USR2@180"),
+    }
+    assert not {line for line in asked if line.startswith("mem")}, "the cluster's default"
+    assert result_of(plan)["machines"] == [2, 0, "tcp://localhost:21000"]
+    assert result_of(plan)["world_size"] == 16
+    other = Cluster("slurm", options={"time": "60", "gres": "gpu:a100:1"}, on_gpu=True)
+    other.submit(make_plan(tmp_path / "other", ["BN"]).runs()[0])
+    script = (cluster / "1001" / "script").read_text()
+    assert "--gres=gpu:a100:1" in script and "gpus-per-node" not in script
+
+
+def test_a_job_outlives_the_comparison_and_is_found_again(submitit, cluster, tmp_path) -> None:
+    """Found while it runs, it is watched through a preemption too, when nothing of it runs."""
+    plan = make_plan(tmp_path, ["SLOW"])
+    run, submit = plan.runs()[0], Cluster("slurm", options={"time": "60"}).submit
+    pid = run.folder / "pid"
+    code = (
+        f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+        "from pathlib import Path\n"
+        "import test_study_slurm as tests\n"
+        "from cbn_det.study.compare import guarded\n"
+        f"plan = tests.make_plan(Path({str(tmp_path)!r}), ['SLOW'])\n"
+        "submit = tests.Cluster('slurm', options={'time': '60'}).submit\n"
+        "sys.exit(guarded('test', lambda: tests.compare(plan, 1, submit=submit)))\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    wait_for(pid.exists)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+
+    def preempt() -> None:
+        before = int(pid.read_text())
+        time.sleep(3.0)  # the second comparison watches by now
+        for target in (before, parent_of(before)):
+            os.kill(target, signal.SIGUSR2)
+        wait_for(lambda: int(pid.read_text()) != before)
+        (run.folder / "go").touch()
+
+    threading.Thread(target=preempt, daemon=True).start()
+    assert compare(plan, jobs=1, submit=submit) == 0
+    assert attempts(plan) == {"SLOW": ["start", "resume"]}
+    assert (cluster / "calls").read_text().count("sbatch") == 1
+
+
+def test_a_preempted_job_goes_on_in_the_queue(submitit, cluster, tmp_path) -> None:
+    run = make_plan(tmp_path, ["SLOW"]).runs()[0]
+    job = Cluster("slurm", options={"time": "60"}).submit(run)
+    pid = run.folder / "pid"
+    wait_for(pid.exists)
+    first = int(pid.read_text())
+    for target in (first, parent_of(first)):
+        os.kill(target, signal.SIGUSR2)
+    wait_for(lambda: int(pid.read_text()) != first)
+    assert not job.ended()
+    (run.folder / "go").touch()
+    wait_for(job.ended)
+    assert job.result()["status"] == "finished"
+    assert (run.folder / "attempts").read_text().split() == ["start", "resume"]
+    assert "scontrol requeue 1000" in (cluster / "calls").read_text()
+
+
+def test_a_job_that_is_cancelled_is_a_row_with_its_reason(submitit, cluster, tmp_path) -> None:
+    run = make_plan(tmp_path, ["SLOW"]).runs()[0]
+    job = Cluster("slurm", options={"time": "60"}).submit(run)
+    wait_for((run.folder / "pid").exists)
+    subprocess.run(["scancel", "1000"], check=True)
+    os.kill(int((run.folder / "pid").read_text()), signal.SIGKILL)
+    wait_for(job.ended)
+    result = job.result()
+    assert result["status"] == "failed"
+    assert "job 1000 ended (CANCELLED) without a result" in result["message"]
