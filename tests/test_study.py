@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -86,6 +87,20 @@ def test_a_run_is_known_by_its_config_too_but_not_by_its_place(tmp_path) -> None
     assert plan.runs()[0].signature == before
     base.write_text("SOLVER:\n  MAX_ITER: 20\n")
     assert plan.runs()[0].signature != before
+
+
+def test_a_column_for_test_images_in_their_statistics(tmp_path, capsys) -> None:
+    plan = make_plan(tmp_path, ["BN", "GN"])
+    assert compare(plan, jobs=2) == 0
+    assert "image share" not in (tmp_path / "out" / "table.md").read_text()
+    shared = dataclasses.replace(plan, flags=["--image-share", "auto"])
+    assert compare(shared, jobs=2) == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "AP, image share" in line)
+    head, _, *table = ([cell.strip() for cell in line.split("|")] for line in lines[first:][:4])
+    cells = {row[1]: row[head.index("AP, image share")] for row in table}
+    assert cells["BN"] == "24.0" and cells["GN"] == "-"
+    assert any(line.startswith("image share: ") for line in lines)
 
 
 def test_a_crash_and_a_divergence_are_rows_and_not_the_end(tmp_path, capsys) -> None:

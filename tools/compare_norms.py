@@ -55,6 +55,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.run.arguments import share_of_images  # noqa: E402
 from cbn_det.study.compare import STOPPED, STOPPED_WATCHING, compare, guarded  # noqa: E402
 from cbn_det.study.engine import resolve_engine  # noqa: E402
 from cbn_det.study.gpus import visible_gpus  # noqa: E402
@@ -143,6 +144,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="iterations of PreciseBN after training (0: none)",
     )
     add(
+        "--image-share",
+        type=share_of_images,
+        metavar="auto|S",
+        help="evaluate each run once more with test images in the statistics that normalise them; "
+        "see train_net.py",
+    )
+    add(
         "--coco-dataset",
         nargs=3,
         action="append",
@@ -211,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
         precise_bn=args.precise_bn_iters,
         datasets=args.coco_dataset,
         overrides=args.opts,
+        flags=[] if args.image_share is None else ["--image-share", str(args.image_share)],
         machines=args.num_machines,
         torchrun=args.launcher == "torchrun",
     )

@@ -54,7 +54,8 @@ exit codes
 """
 
 
-def _share(text: str) -> float | str:
+def share_of_images(text: str) -> float | str:
+    """Parses ``--image-share``: "auto", or a number in [0, 1]."""
     if text == "auto":
         return text
     share = float(text)
@@ -109,7 +110,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--image-share",
-        type=_share,
+        type=share_of_images,
         metavar="auto|S",
         help="after the final evaluation, evaluate once more with each test image mixed into the"
         " BatchNorm statistics that normalise it: with weight S in [0, 1], or (auto) with the share"

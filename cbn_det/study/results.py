@@ -53,6 +53,7 @@ class Row:
     ap_medium: dict[str, Spread | None] = field(default_factory=dict)
     ap_large: dict[str, Spread | None] = field(default_factory=dict)
     ap_precise: dict[str, Spread | None] = field(default_factory=dict)
+    ap_image_share: dict[str, Spread | None] = field(default_factory=dict)
     sec_per_iter: Spread | None = None
     peak_memory_mb: Spread | None = None
     parameters: Spread | None = None
@@ -114,6 +115,7 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
                 (row.ap_medium, "results", "APm"),
                 (row.ap_large, "results", "APl"),
                 (row.ap_precise, "results_precise_bn", "AP"),
+                (row.ap_image_share, "results_image_share", "AP"),
             ):
                 numbers = [((r.get(source) or {}).get(task) or {}).get(metric) for r in good]
                 values[task] = Spread.of(numbers)

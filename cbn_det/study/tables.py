@@ -113,6 +113,8 @@ def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
             f"{name}APl": _ap(row.ap_large.get(task)),
             f"{name}AP, PreciseBN": _ap(row.ap_precise.get(task)),
         }
+        if any(row.ap_image_share.get(task) for row in rows):
+            line[f"{name}AP, image share"] = _ap(row.ap_image_share.get(task))
         if any(row.to_sync for row in rows):
             line["AP - SyncBN"] = _signed(row.to_sync.get(task))
         if any(row.to_gn for row in rows):
@@ -163,6 +165,11 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
         )
     if any(row.ap_precise.get("bbox") for row in rows):
         said.append("PreciseBN: the same weights, BatchNorm statistics recomputed after training.")
+    if any(row.ap_image_share.get("bbox") for row in rows):
+        said.append(
+            "image share: the same weights; each test image has its share in the statistics that "
+            "normalise it (--image-share). All other columns are of the plain evaluation."
+        )
     if any(row.recovered is not None for row in rows):
         said.append(
             "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split); "
