@@ -282,8 +282,18 @@ def test_the_catalogue_is_detectron2s() -> None:
         assert ModelCatalog.get(name).endswith("/detectron/" + path)
 
 
+# how full the disk of this machine is must not decide
+WITH_FREE_DISK = """
+import runpy, shutil, sys, types
+shutil.disk_usage = lambda place: types.SimpleNamespace(free=25e9)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run_tool(*arguments: str, env: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / "check_coco.py"), *arguments]
+    tool = str(REPOSITORY / "tools" / "check_coco.py")
+    command = [sys.executable, "-c", WITH_FREE_DISK, tool, *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
@@ -305,6 +315,8 @@ def test_the_tool_says_ready_or_lists_problems(tiny, configs, tmp_path, source_e
     assert (done.returncode, done.stderr) == (1, "")
     assert "there is no folder" in done.stdout
     assert run_tool("--runs", "0", env=env).returncode == 2
+    done = run_tool(*arguments, "--runs", "3", env=env)
+    assert done.returncode == 1 and "3 of them 30 GB" in done.stdout
 
 
 @pytest.mark.parametrize(
