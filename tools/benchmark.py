@@ -43,6 +43,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.benchmark import (  # noqa: E402
     SHAPES,
     Settings,
@@ -96,9 +97,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     layer.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
 
-    add = kinds.add_parser(
+    iteration = kinds.add_parser(
         "iteration", parents=[common], help="a training iteration of a detector"
-    ).add_argument
+    )
+    add = iteration.add_argument
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", type=Path, help="in place of the recipe's")
     add(
@@ -110,13 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", choices=ENGINES, default="auto", help="default auto")
     add("--device", help="cpu or cuda (default: the config's)")
     add("--images", type=int, default=2, metavar="N", help="in an iteration (default 2)")
-    add(
-        "--coco-dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
-    )
+    add_datasets(iteration)
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
     return parser
 

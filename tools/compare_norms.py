@@ -55,7 +55,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cbn_det.engines import ENGINES  # noqa: E402
-from cbn_det.run.arguments import share_of_images  # noqa: E402
+from cbn_det.run.arguments import add_datasets, share_of_images  # noqa: E402
 from cbn_det.study.compare import STOPPED, STOPPED_WATCHING, compare, guarded  # noqa: E402
 from cbn_det.study.engine import resolve_engine  # noqa: E402
 from cbn_det.study.gpus import visible_gpus  # noqa: E402
@@ -150,13 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate each run once more with test images in the statistics that normalise them; "
         "see train_net.py",
     )
-    add(
-        "--coco-dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
-    )
+    add_datasets(parser)
     add(
         "--engine",
         choices=ENGINES,

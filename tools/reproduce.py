@@ -37,6 +37,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.compare import STOPPED, STOPPED_WATCHING, guarded  # noqa: E402
 from cbn_det.study.files import write_text  # noqa: E402
 from cbn_det.study.reproduce import Reproduction  # noqa: E402
@@ -84,14 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="iterations of PreciseBN for a second evaluation (default 200; 0: none)",
     )
     add("--iters", type=int, metavar="N", help="another length of training, to try a row out")
-    add(
-        "--coco-dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
-        help="a data set to try a row out on",
-    )
+    add_datasets(parser, help="a data set to try a row out on")
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every row")
     return parser
 

@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.compare import guarded  # noqa: E402
 from cbn_det.study.engine import resolve_engine  # noqa: E402
 from cbn_det.study.recipes import RECIPES  # noqa: E402
@@ -73,13 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", type=Path, help="base config in place of the recipe's")
     add("--iters", type=int, help="length of a run (default: the config's)")
-    add(
-        "--coco-dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
-    )
+    add_datasets(parser)
     add("--engine", choices=ENGINES, default="auto", help="default auto")
     cores = os.cpu_count() or 1
     add("--jobs", type=int, default=cores, help=f"runs side by side (default: cores, here {cores})")

@@ -44,8 +44,9 @@ def image_share(
     """While the block runs, BatchNorm layers in evaluation mode normalise each image by a mixture
     of its own moments and the running statistics.
 
-    Ours and torch's BatchNorms take part, but those of RoI heads (see this module's source for the
-    reason), frozen ones, and BRN, whose training already looks like its evaluation.
+    Ours and torch's BatchNorms take part, but not those of RoI heads (see this module's source for
+    the reason), nor frozen ones, nor, without a given ``share``, BRN: its training already looks
+    like its evaluation.
 
     Args:
         model: any; nothing in it is changed.
@@ -123,11 +124,14 @@ class _Weighing:
         """[N, C] each."""
         take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
         images = [take(image) for image in x.split(1)]
-        weights = torch.tensor([[self.share], [1.0 - self.share]], device=x.device)
-        mixed = []
-        for image in images:
-            means = torch.stack([image.mean, layer.running_mean.to(image.mean.dtype)])
-            variances = torch.stack([image.var, layer.running_var.to(image.var.dtype)])
-            mixed.append(mixture(means, variances, weights.to(means.dtype)))
-        means, variances = zip(*mixed, strict=True)
-        return torch.stack(means), torch.stack(variances)
+        means = torch.stack([image.mean for image in images])
+        variances = torch.stack([image.var for image in images])
+        running = (
+            b.to(means.dtype).expand_as(means) for b in (layer.running_mean, layer.running_var)
+        )
+        running_means, running_variances = running
+        return mixture(
+            torch.stack([means, running_means]),
+            torch.stack([variances, running_variances]),
+            means.new_tensor([self.share, 1.0 - self.share]).view(2, 1, 1),
+        )

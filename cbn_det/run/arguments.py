@@ -54,6 +54,18 @@ exit codes
 """
 
 
+def add_datasets(parser: argparse.ArgumentParser, help: str | None = None) -> None:
+    """Gives a parser ``--coco-dataset NAME ANNOTATIONS IMAGES``, which may be repeated."""
+    parser.add_argument(
+        "--coco-dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
+        help=help,
+    )
+
+
 def share_of_images(text: str) -> float | str:
     """Parses ``--image-share``: "auto", or a number in [0, 1]."""
     if text == "auto":
@@ -80,12 +92,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help="detectron2; or standalone: torchvision's Faster and Mask R-CNN from the same config,"
         " one process. auto (the default) is detectron2 where it is installed",
     )
-    parser.add_argument(
-        "--coco-dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS", "IMAGES"),
+    add_datasets(
+        parser,
         help="make a COCO-format data set (annotation file, image folder) known as NAME to"
         " DATASETS.TRAIN and DATASETS.TEST; may be repeated",
     )

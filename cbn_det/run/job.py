@@ -135,6 +135,7 @@ class Job(ABC):
     def _execute(self) -> int:
         try:
             self._begin()
+            facts = self._training_facts()  # refused before, not after, a long evaluation
             if self.args.eval_only:
                 model = built(self.build_trained)
                 results = self.evaluate(model)
@@ -143,7 +144,7 @@ class Job(ABC):
                 model = self.trainer.bare_model
             iterations = self.args.precise_bn_iters if self.cfg.DATASETS.TEST else 0
             precise = self.evaluate_precise(model, iterations) if iterations else None
-            shared = self._evaluate_image_share(model)
+            shared = self._evaluate_image_share(model, facts)
             return self._finish(model, results, precise, shared)
         except ConfigError as error:
             self._log_traceback()
@@ -168,18 +169,28 @@ class Job(ABC):
         without_training = self.args.eval_only and not self.args.precise_bn_iters
         built(lambda: self.prepare(without_training))
 
-    def _evaluate_image_share(self, model: nn.Module) -> dict[str, Any] | None:
+    def _training_facts(self) -> dict[str, Any]:
+        """``images_per_gpu`` and ``world_size`` of the training, which an evaluation may differ in.
+
+        Raises:
+            ConfigError: ``--image-share auto`` needs them, and nobody knows.
+        """
+        if not self.args.eval_only:
+            return self.result
+        facts = run_folder.read_result(self.folder) or {}
+        if facts.get("iterations") is None and self.args.image_share == "auto":
+            raise ConfigError(
+                "--image-share auto: the images per GPU of the training are not known, as"
+                f" {self.folder / run_folder.RESULT} is not of a training; give a number"
+            )
+        return facts
+
+    def _evaluate_image_share(
+        self, model: nn.Module, facts: dict[str, Any]
+    ) -> dict[str, Any] | None:
         share = self.args.image_share
         if share is None or not self.cfg.DATASETS.TEST:
             return None
-        facts = self.result
-        if share == "auto" and self.args.eval_only:
-            facts = run_folder.read_result(self.folder) or {}
-            if facts.get("iterations") is None:
-                raise ConfigError(
-                    "--image-share auto: the images per GPU of the training are not known, as"
-                    f" {self.folder / run_folder.RESULT} is not of a training; give a number"
-                )
         with image_share(
             model,
             None if share == "auto" else share,

@@ -61,8 +61,7 @@ def compare(
     """
     pretrain, runs = plan.pretrain_run(), plan.runs()
     if dry_run:
-        for run in [*([pretrain] if pretrain else []), *runs]:
-            print(shlex.join(run.command))
+        plan.print_commands()
         return 0
     started = time.monotonic()
     steps = steps_before + 2 + bool(pretrain)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,6 +191,12 @@ class Plan:
                     extra = {"norm": norm, "split": split, "seed": seed}
                     runs.append(self._run(label, config, split.ranks, options, **extra))
         return runs
+
+    def print_commands(self) -> None:
+        """What would be started, a line each, for a shell."""
+        pretrain = self.pretrain_run()
+        for run in [*([pretrain] if pretrain else []), *self.runs()]:
+            print(shlex.join(run.command))
 
     def _rows(self) -> dict[Split, list[str]]:
         """The norms to compare at each split."""

@@ -132,8 +132,7 @@ def measure(experiment: Experiment, jobs: int, dry_run: bool = False) -> int:
     plan = experiment.plan()
     pretrain, runs = plan.pretrain_run(), plan.runs()
     if dry_run:
-        for run in [*([pretrain] if pretrain else []), *runs]:
-            print(shlex.join(run.command))
+        plan.print_commands()
         return 0
     started = time.monotonic()
     with locked(plan.output), interruptible():
