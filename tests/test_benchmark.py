@@ -13,12 +13,13 @@ import pytest
 import torch
 from tiny_run import arguments, run_loggers_removed, tiny_inputs
 
+from cbn_det.benchmark.inference import inference_workload
 from cbn_det.benchmark.iteration import BATCHES, iteration_workload, parse
 from cbn_det.benchmark.layer import layer_workload
 from cbn_det.benchmark.worker import _end_burn_in
 from cbn_det.norms import CBN2d, MBN2d
 from cbn_det.study import benchmark
-from cbn_det.study.benchmark import Settings, Shape, Worker, WorkerFailed, take_turns
+from cbn_det.study.benchmark import Detector, Settings, Shape, Worker, WorkerFailed, take_turns
 from cbn_det.study.benchmark_report import Case, text_report
 from cbn_det.study.ratios import median_interval, paired_ratio
 
@@ -214,9 +215,82 @@ def test_a_layer_step_trains_and_does_all_of_a_norms_work():
     assert isinstance(layer_workload("GN", (1, 4, 3, 3), 64, 1, "cpu").model[1], torch.nn.GroupNorm)
 
 
-@pytest.mark.parametrize(
-    "engine", ["standalone", pytest.param("detectron2", marks=pytest.mark.detectron2)]
-)
+def test_a_layer_of_somebody_else_is_timed_like_ours(main, tmp_path, monkeypatch, capsys):
+    peers = tmp_path / "peers.py"
+    peers.write_text(
+        "from torch import nn\n"
+        "def theirs(c, out, k):\n"
+        "    return nn.Sequential(nn.Conv2d(c, out, k, padding=k // 2), nn.InstanceNorm2d(out))\n"
+    )
+    work = layer_workload(f"{peers}:theirs", (2, 4, 6, 5), 8, 3, "cpu")
+    assert [type(m).__name__ for m in work.model] == ["Conv2d", "InstanceNorm2d"]
+    before = work.model[0].weight.clone()
+    work.step()
+    assert not torch.equal(work.model[0].weight, before)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "layer"])
+    options = ["--repetitions", "6", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
+    words = ["layer", *options, "--shapes", "2,4,6,5,8,3", "--output", str(tmp_path), "--norms"]
+    assert main([*words, "BN", f"{peers}:theirs"]) == 0
+    assert f"{peers}:theirs" in capsys.readouterr().out
+    assert main([*words, "BN", f"{peers}:ours"]) == 2
+    assert f"{peers} defines no 'ours'" in capsys.readouterr().err
+
+
+def engines():
+    return ["standalone", pytest.param("detectron2", marks=pytest.mark.detectron2)]
+
+
+@pytest.mark.parametrize("engine", engines())
+def test_inference_runs_the_deployed_model_on_test_images(inputs, tmp_path, engine):
+    config = "tiny.yaml" if engine == "detectron2" else "standalone.yaml"
+    keys = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM"]
+    outputs, kinds = {}, {}
+    for stage in ("trained", "deployed", "folded"):
+        words = [word for key in keys for word in (key, "CBN")]
+        words += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+        with run_loggers_removed():
+            words = arguments(inputs, tmp_path, "--engine", engine, *words, config=config)
+            work = inference_workload(stage, parse(words))
+        found = []
+        work.model.register_forward_hook(lambda m, args, out, to=found: to.append((args[0], out)))
+        for _ in range(3):
+            work.step()
+        assert not work.model.training
+        outputs[stage], kinds[stage] = found, {type(m) for m in work.model.modules()}
+    assert CBN2d in kinds["trained"] and CBN2d not in kinds["deployed"] | kinds["folded"]
+    assert torch.nn.BatchNorm2d in kinds["deployed"] - kinds["folded"]
+    first, second = (pixels(batch) for batch, _ in outputs["trained"][:2])
+    assert first.shape != second.shape or not torch.equal(first, second)  # one after the other
+    pairs = zip(*(outputs[stage] for stage in ("trained", "deployed", "folded")), strict=True)
+    for trained, deployed, folded in pairs:
+        assert torch.equal(pixels(trained[0]), pixels(deployed[0]))
+        assert torch.equal(pixels(trained[0]), pixels(folded[0]))
+        assert torch.equal(scores(trained[1]), scores(deployed[1]))
+        # an untrained network makes rounding errors larger; how exact folding is, test_deploy says
+        torch.testing.assert_close(scores(trained[1]), scores(folded[1]), rtol=1e-2, atol=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+def scores(output: list) -> torch.Tensor:
+    first = output[0]
+    return first["instances"].scores if "instances" in first else first["scores"]
+
+
+def test_inference_knows_what_may_be_done_to_a_norm(main, tmp_path, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
+    settings = Settings(["FrozenBN", "folded:CBN(window=8)"], tmp_path)
+    assert benchmark.benchmark_inference(settings, Detector(engine="standalone")) == 0
+    ((_, commands),) = seen["args"][2].items()
+    assert commands["FrozenBN"][:2] == ["inference", "trained"]
+    assert commands["folded:CBN(window=8)"][:2] == ["inference", "folded"]
+    assert commands["folded:CBN(window=8)"][-1] == "CBN(window=8)"
+    words = ["inference", "--norms", "FrozenBN", "melted:CBN", "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "--norms melted:CBN: before the colon stands one of trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", engines())
 def test_an_iteration_trains_and_its_batches_come_again(inputs, tmp_path, engine):
     config = "tiny.yaml" if engine == "detectron2" else "standalone.yaml"
     keys = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM"]
@@ -252,16 +326,15 @@ def test_iterations_get_each_norm_at_the_sites_asked_for(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
     settings = Settings(["BN", "CBN(window=8)"], tmp_path)
-    benchmark.benchmark_iterations(
-        settings,
+    detector = Detector(
         recipe="finetune",
         norm_keys=["MODEL.FPN.NORM"],
         engine="standalone",
         device="cuda",
-        images=4,
         datasets=[("a", "b", "c")],
         overrides=["MODEL.WEIGHTS", "w.pth"],
     )
+    benchmark.benchmark_iterations(settings, detector, images=4)
     ((title, commands),) = seen["args"][2].items()
     assert title.endswith("4 images, standalone; norm in FPN")
     kind, *words = commands["CBN(window=8)"]

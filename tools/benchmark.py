@@ -1,10 +1,13 @@
 """What a norm costs: seconds and peak memory, as ratios to another norm's, with intervals.
 
-Two kinds of measurement:
+Three kinds of measurement:
 
   layer      a convolution and its norm at given shapes: forward, backward, optimiser step (a lone
              layer gives KN and GKN nothing to predict from: their cost shows in an iteration)
   iteration  a training iteration of a detector, from a config, on either engine
+  inference  its forward pass over a test image; "deployed:NORM" with norms made plain BatchNorm
+             first, "folded:NORM" with norms taken into the convolutions (cbn_det.deploy; its peak
+             memory is that of the folding)
 
 Each norm has a process of its own, which holds its model and takes turns with the others: a ratio
 is the median of paired repetitions, so that a machine that speeds up or slows down does not decide
@@ -18,6 +21,10 @@ examples:
 
   # a shape of your own (input N, C, H, W, output channels, kernel), on a GPU
   python tools/benchmark.py layer --norms BN CBN --shapes 2,256,200,304,256,3 --device cuda
+
+  # a layer of your own or of another project: theirs(in_channels, out_channels, kernel_size) in
+  # peers.py returns convolution and norm in one module
+  python tools/benchmark.py layer --norms BN CBN peers.py:theirs
 
   # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
   python tools/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
@@ -34,6 +41,9 @@ examples:
   python tools/benchmark.py iteration --norms BN CBN --config-file my.yaml \\
       --norm-keys MODEL.FPN.NORM --device cuda \\
       --coco-dataset cells_train train.json images/ --opts DATASETS.TRAIN "('cells_train',)"
+
+  # what a norm costs a model in use, against frozen BatchNorm
+  python tools/benchmark.py inference --norms FrozenBN CBN deployed:CBN folded:CBN GN
 """
 
 import argparse
@@ -46,8 +56,10 @@ from cbn_det.engines import ENGINES  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.benchmark import (  # noqa: E402
     SHAPES,
+    Detector,
     Settings,
     Shape,
+    benchmark_inference,
     benchmark_iterations,
     benchmark_layers,
 )
@@ -97,10 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     layer.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
 
-    iteration = kinds.add_parser(
-        "iteration", parents=[common], help="a training iteration of a detector"
-    )
-    add = iteration.add_argument
+    detector = argparse.ArgumentParser(add_help=False)
+    add = detector.add_argument
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", type=Path, help="in place of the recipe's")
     add(
@@ -111,9 +121,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--engine", choices=ENGINES, default="auto", help="default auto")
     add("--device", help="cpu or cuda (default: the config's)")
-    add("--images", type=int, default=2, metavar="N", help="in an iteration (default 2)")
-    add_datasets(iteration)
+    add_datasets(detector)
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
+
+    both = [common, detector]
+    iteration = kinds.add_parser("iteration", parents=both, help="a detector's training iteration")
+    iteration.add_argument(
+        "--images", type=int, default=2, metavar="N", help="in an iteration (default 2)"
+    )
+    kinds.add_parser("inference", parents=both, help="a detector's forward pass over a test image")
     return parser
 
 
@@ -130,17 +146,18 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.kind == "layer":
         return benchmark_layers(settings, [Shape.parse(s) for s in args.shapes], args.device)
-    return benchmark_iterations(
-        settings,
+    detector = Detector(
         recipe=args.recipe,
         config=args.config_file,
         norm_keys=args.norm_keys,
         engine=args.engine,
         device=args.device,
-        images=args.images,
         datasets=args.coco_dataset,
         overrides=args.opts,
     )
+    if args.kind == "inference":
+        return benchmark_inference(settings, detector)
+    return benchmark_iterations(settings, detector, args.images)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 python -m cbn_det.benchmark layer NORM N C H W OUT KERNEL DEVICE
 python -m cbn_det.benchmark iteration LAUNCHER-ARGUMENTS
+python -m cbn_det.benchmark inference trained|deployed|folded LAUNCHER-ARGUMENTS
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ def main(words: list[str]) -> int:
         return serve(lambda: layer_workload(norm, (n, c, h, w), out, kernel, device))
     from .iteration import iteration_workload, parse
 
+    if kind == "inference":
+        from .inference import inference_workload
+
+        stage, *rest = rest
+        args = parse(rest)
+        return serve(lambda: inference_workload(stage, args))
     args = parse(rest)
     return serve(lambda: iteration_workload(args))
 

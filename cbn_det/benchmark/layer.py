@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import torch
 from torch import nn
 
@@ -16,17 +18,19 @@ def layer_workload(
 ) -> Workload:
     """
     Args:
-        norm: "BN", "GN", or a norm of ours, with options or without.
+        norm: "BN", "GN", or a norm of ours, with options or without; or "FILE.py:FUNCTION" for a
+            layer of somebody else's: called with input channels, output channels and kernel size,
+            the function returns a module that is convolution and norm in one.
         shape: of the convolution's input, [N, C, H, W], which needs a gradient, as behind any other
             layer.
         channels: of the convolution's output, which is as large as its input.
 
     Raises:
         ValueError: an unknown norm, or one that does not fit the channels.
+        OSError: the file cannot be read.
     """
     torch.manual_seed(0)
-    conv = nn.Conv2d(shape[1], channels, kernel, padding=kernel // 2, bias=False)
-    model = nn.Sequential(conv, _norm(norm, channels)).to(device)
+    model = _conv_and_norm(norm, shape[1], channels, kernel).to(device)
     resolve_burn_in(model, 1)
     x = torch.randn(shape, device=device, requires_grad=True)
     gradient = torch.randn(shape[0], channels, *shape[2:], device=device) / channels
@@ -42,6 +46,17 @@ def layer_workload(
         double_forward.refresh()
 
     return Workload(step, model, torch.device(device), {})
+
+
+def _conv_and_norm(norm: str, inputs: int, channels: int, kernel: int) -> nn.Module:
+    path, _, function = norm.rpartition(":")
+    if path.endswith(".py"):
+        found = runpy.run_path(path)
+        if function not in found:
+            raise ValueError(f"{path} defines no {function!r}")
+        return found[function](inputs, channels, kernel)
+    conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, _norm(norm, channels))
 
 
 def _norm(norm: str, channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A training iteration on detectron2, ready to be timed."""
+"""A training iteration or inference on detectron2, ready to be timed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import cycle, islice
 
 import detectron2
+import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -48,3 +49,29 @@ def training_step(
             trainer.run_step()
 
     return trainer.bare_model, step_on, {"detectron2": detectron2.__version__}
+
+
+def inference_step(
+    args: argparse.Namespace, batches: int
+) -> tuple[nn.Module, Callable[[int], None], dict[str, str]]:
+    """Builds the model of a command line, for evaluation, and loads its first test images.
+
+    Args:
+        args: the launcher's; ``MODEL.WEIGHTS`` are loaded, if there are any.
+        batches: test images, one a batch, that the steps take in turn, read beforehand.
+
+    Returns:
+        The model; a function that runs it on one of them; the engine's version.
+
+    Raises:
+        ValueError: a config that cannot be run.
+    """
+    cfg, _ = build_config(args, world_size=1)
+    job = Detectron2Job(cfg, args)
+    job.prepare(eval_only=True)
+    torch.manual_seed(cfg.SEED)
+    model = built(job.build_trained if cfg.MODEL.WEIGHTS else lambda: Trainer.build_model(cfg))
+    kept = list(islice(iter(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])), batches))
+    model.eval()
+    versions = {"detectron2": detectron2.__version__}
+    return model, lambda step: model(kept[step % len(kept)]), versions

@@ -173,18 +173,9 @@ def benchmark_layers(settings: Settings, shapes: list[Shape], device: str) -> in
     return _benchmark(settings, "layer", cases, unit="step")
 
 
-def benchmark_iterations(
-    settings: Settings,
-    recipe: str = "scratch",
-    config: Path | None = None,
-    norm_keys: Sequence[str] | None = None,
-    engine: str = "auto",
-    device: str | None = None,
-    images: int = 2,
-    datasets: Sequence[Sequence[str]] = (),
-    overrides: Sequence[str] = (),
-) -> int:
-    """A training iteration of a detector. Returns the exit code.
+@dataclass(frozen=True)
+class Detector:
+    """A detector on which norms are compared.
 
     Args:
         recipe: a name of `RECIPES`.
@@ -192,38 +183,90 @@ def benchmark_iterations(
         norm_keys: config keys that the norms are written to; None: the recipe's.
         engine: a name of `cbn_det.engines.ENGINES`.
         device: "cpu" or "cuda"; None: the config's.
-        images: in an iteration.
         datasets: (name, annotations, images) triples for `--coco-dataset`.
         overrides: KEY VALUE pairs of the config. Weights are random unless they name
             MODEL.WEIGHTS: how long an iteration takes hardly depends on them.
 
     Raises:
         ValueError: a setting that cannot be followed; names the option of the command line.
+    """
+
+    recipe: str = "scratch"
+    config: Path | None = None
+    norm_keys: Sequence[str] | None = None
+    engine: str = "auto"
+    device: str | None = None
+    datasets: Sequence[Sequence[str]] = ()
+    overrides: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.overrides) % 2:
+            raise ValueError(f"--opts takes KEY VALUE pairs, got {len(self.overrides)} words")
+
+    def words(self, norm: str, *options: str) -> list[str]:
+        """The launcher's arguments, with `options` before the config overrides."""
+        words = ["--config-file", str(self._path), "--engine", resolve_engine(self.engine)]
+        words += [word for triple in self.datasets for word in ("--coco-dataset", *triple)]
+        words += ["MODEL.WEIGHTS", "", *options]
+        words += ["MODEL.DEVICE", self.device] if self.device else []
+        return [*words, *[word for key in self._keys for word in (key, norm)], *self.overrides]
+
+    def title(self, what: str) -> str:
+        sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in self._keys]
+        engine = resolve_engine(self.engine)
+        return f"{self._path.stem}, {what}, {engine}; norm in {', '.join(sites)}"
+
+    @property
+    def _path(self) -> Path:
+        return self.config or RECIPES[self.recipe].config
+
+    @property
+    def _keys(self) -> Sequence[str]:
+        return self.norm_keys or RECIPES[self.recipe].norm_keys
+
+
+def benchmark_iterations(settings: Settings, detector: Detector, images: int = 2) -> int:
+    """A training iteration of a detector with `images` images. Returns the exit code.
+
+    Raises:
+        ValueError: a setting that cannot be followed; names the option of the command line.
         WorkerFailed: a norm that cannot be built or run.
         OSError: a file cannot be written.
     """
-    if len(overrides) % 2:
-        raise ValueError(f"--opts takes KEY VALUE pairs, got {len(overrides)} words")
     if images < 1:
         raise ValueError(f"--images {images}: 1 or more")
-    keys = norm_keys or RECIPES[recipe].norm_keys
-    path = config or RECIPES[recipe].config
-    engine = resolve_engine(engine)
-    arguments = ["--config-file", str(path), "--engine", engine]
-    arguments += [word for triple in datasets for word in ("--coco-dataset", *triple)]
-    options = ["SOLVER.IMS_PER_BATCH", str(images), "MODEL.WEIGHTS", ""]
-    options += ["MODEL.DEVICE", device] if device else []
     commands = {
-        norm: [
-            *["iteration", *arguments, *options],
-            *[word for key in keys for word in (key, norm)],
-            *overrides,
-        ]
+        norm: ["iteration", *detector.words(norm, "SOLVER.IMS_PER_BATCH", str(images))]
         for norm in settings.norms
     }
-    sites = ", ".join(key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys)
-    title = f"{path.stem}, {images} images, {engine}; norm in {sites}"
+    title = detector.title(f"{images} images")
     return _benchmark(settings, "iteration", {title: commands}, unit="iteration")
+
+
+#: what a detector's norms may be when it is timed; see `cbn_det.benchmark.inference`
+STAGES = ("trained", "deployed", "folded")
+
+
+def benchmark_inference(settings: Settings, detector: Detector) -> int:
+    """The forward pass over one test image. A norm may be "deployed:NORM" or "folded:NORM". Returns
+    the exit code.
+
+    An untrained detector has a box for every class at every place. Unless the overrides say
+    otherwise they are below the score threshold, so that sorting them does not hide the network's
+    time.
+
+    Raises:
+        WorkerFailed: a norm that cannot be built, deployed or run.
+        OSError: a file cannot be written.
+    """
+    commands = {}
+    for norm in settings.norms:
+        stage, _, name = norm.rpartition(":")
+        if stage not in ("", *STAGES):
+            raise ValueError(f"--norms {norm}: before the colon stands one of {', '.join(STAGES)}")
+        words = detector.words(name, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9")
+        commands[norm] = ["inference", stage or "trained", *words]
+    return _benchmark(settings, "inference", {detector.title("1 image"): commands}, unit="image")
 
 
 def _benchmark(
