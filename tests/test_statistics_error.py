@@ -79,13 +79,15 @@ def truth_batches() -> list[torch.Tensor]:
 class Training:
     """A few iterations of training, which may be measured before some of them."""
 
-    def __init__(self, host: str, folder: Path | None = None, norms=NORMS, at=(1, 4)) -> None:
+    def __init__(
+        self, host: str, folder: Path | None = None, norms=NORMS, at=(1, 4), reference: str = ""
+    ) -> None:
         self.model = Net(host)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05, momentum=0.9)
         self.double_forward = DoubleForward(self.model)
         self.measured = None
         if folder is not None:
-            request = Request(tuple(norms), tuple(at), IMAGES)
+            request = Request(tuple(norms), tuple(at), IMAGES, reference)
             self.measured = StatisticsError(
                 self.model, self.double_forward, request, 10, SIZE, folder
             )
@@ -221,6 +223,28 @@ def test_a_window_without_compensation(run) -> None:
             mean = np.mean([m for m, _ in parts], 0)
             estimates.append((mean, np.mean([v + m**2 for m, v in parts], 0) - mean**2))
         check(layer["norms"][WINDOWED], expected(estimates, *moments(*captured.probed[name])))
+
+
+def test_distance_from_a_reference_is_taken_mini_batch_by_mini_batch(tmp_path: Path) -> None:
+    training = Training("BN", tmp_path, ["BGN(groups=2)", WINDOWED, "BN"], (4,), reference="BN")
+    captured = Captured(training)
+    training.run(0, 4)
+    captured.probed.clear()
+    training.measured.measure(4, truth_batches(), training.model)
+    for name, layer in lines(tmp_path)[0]["layers"].items():
+        before = [moments(x) for x in captured.trained[name][-2:]]
+        _, var = moments(*captured.probed[name])
+        means, variances = [], []
+        for x in captured.probed[name]:
+            parts = [moments(x), *before]
+            mean = np.mean([m for m, _ in parts], 0)
+            windowed = np.mean([v + m**2 for m, v in parts], 0) - mean**2
+            means.append((mean - parts[0][0]) ** 2 / (var + EPS))
+            variances.append(np.log((windowed + EPS) / (parts[0][1] + EPS)) ** 2)
+        wanted = {"apart_mean": np.sqrt(np.mean(means)), "apart_var": np.sqrt(np.mean(variances))}
+        check(layer["norms"][WINDOWED], wanted)
+        assert layer["norms"]["BN"]["apart_mean"] == layer["norms"]["BN"]["apart_var"] == 0
+        assert layer["norms"]["BGN(groups=2)"]["apart_var"] > 0
 
 
 def test_groups_of_channels_have_a_truth_of_their_own(run) -> None:
@@ -430,6 +454,7 @@ def test_norms_that_cannot_be_shadows(norm: str, reason: str) -> None:
         '{"norms": ["CBN"], "at": [1.5]}',
         '{"norms": ["CBN"], "at": [1], "images": 0}',
         '{"norms": ["CBN"], "at": [1], "imagse": 5}',
+        '{"norms": ["CBN"], "at": [1], "reference": "KN"}',
         '{"norms": [1], "at": [1]}',
     ],
 )

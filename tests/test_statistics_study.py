@@ -8,12 +8,19 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cbn_det.study.statistics_error import NORMS, Experiment, measure
-from cbn_det.study.statistics_figure import error_figure
-from cbn_det.study.statistics_results import geometric_mean, read_points, rows_of
+from cbn_det.study.statistics_figure import apart_figure, error_figure
+from cbn_det.study.statistics_results import (
+    Measured,
+    apart_from_reference,
+    geometric_mean,
+    read_points,
+    rows_of,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_statistics_launcher.py")))
@@ -66,6 +73,50 @@ def test_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cells == ["KN", "0.125", "1.00", "50 %", "0.200", "2.00", "0 %", "0.200", "0.200"]
     assert (output / "statistics_error.png").read_bytes().startswith(b"\x89PNG")
     assert "4 images per GPU" in printed and "Files: " in printed
+
+
+def test_distance_from_a_reference_is_told_in_sampling_errors(tmp_path: Path, capsys) -> None:
+    few, many = "CBN(positions=64)", "CBN(positions=512)"
+    study = experiment(tmp_path, norms=[few, many], reference="CBN(positions=None)")
+    assert measure(study, jobs=2) == 0
+    assert study.norms == ["BN", "CBN(positions=None)", few, many]
+    output = tmp_path / "out"
+    table = (output / "statistics_error.md").read_text()
+    assert "4 images per GPU, distance from CBN(positions=None)" in table
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.partition("distance from CBN")[2].splitlines()
+        if line.startswith(f"| {few}") or line.startswith(f"| {many}")
+    ]
+    # var 0.1 with a common part of 0.06: the mini-batches' own part is 0.08
+    half = ["50%", "1.6% backbone.stem.norm"]
+    assert rows[0] == [few, "0.80%", *half, "0.80%", *half]
+    assert rows[1][1] == "1.20%" and rows[1][3] == "2.4% backbone.stem.norm"
+    assert (output / "statistics_apart.png").read_bytes().startswith(b"\x89PNG")
+    figure = apart_figure(apart_from_reference(read_runs(output)), "CBN(positions=None)")
+    for axes in figure.axes:
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert lines["stem"] == pytest.approx([0.016, 0.024])
+        assert lines["median of layers"] == pytest.approx([0.016, 0.024])  # of those it changes
+
+
+def test_without_a_reference_there_is_no_distance(tmp_path: Path) -> None:
+    measure(experiment(tmp_path), jobs=2)
+    assert "sampling error" not in (tmp_path / "out" / "statistics_error.md").read_text()
+    assert not (tmp_path / "out" / "statistics_apart.png").exists()
+
+
+def read_runs(output: Path) -> list[Measured]:
+    """The runs of a report's JSON file."""
+    data = json.loads((output / "statistics_error.json").read_text())
+    return [
+        Measured(
+            SimpleNamespace(split=SimpleNamespace(images=run["images_per_gpu"])),
+            {"iterations": run["iterations"]},
+            run["points"],
+        )
+        for run in data["runs"]
+    ]
 
 
 def test_finished_runs_are_kept(tmp_path: Path) -> None:
@@ -122,7 +173,7 @@ def test_the_tool_parses_its_own_examples() -> None:
     tool = runpy.run_path(str(REPOSITORY / "tools" / "statistics_error.py"))
     text = tool["__doc__"].replace("\\\n", " ")
     examples = [line for line in text.splitlines() if "python tools/statistics_error.py" in line]
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         args = tool["make_parser"]().parse_args(shlex.split(example)[2:])
         assert args.norms and args.iters == 600

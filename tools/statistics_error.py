@@ -20,6 +20,11 @@ examples:
   # on the way of a network that is trained with CBN itself
   python tools/statistics_error.py --iters 600 --trained-with "CBN(burn_in=0)" \\
       --norms "CBN(burn_in=0)" "MBN(burn_in=0)"
+
+  # what it costs CBN to take its derivatives on few positions: distance from all positions
+  python tools/statistics_error.py --iters 600 --images 2 \\
+      --reference "CBN(burn_in=0, positions=None)" --norms "CBN(burn_in=0, positions=128)" \\
+      "CBN(burn_in=0, positions=512)" "CBN(burn_in=0, positions=2048)"
 """
 
 import argparse
@@ -71,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="training images that the truth is taken from (default 200)",
     )
+    add(
+        "--reference",
+        metavar="NORM",
+        help="also compare the norms with this one, mini-batch by mini-batch: for options that"
+        " approximate it",
+    )
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", type=Path, help="base config in place of the recipe's")
     add("--iters", type=int, help="length of a run (default: the config's)")
@@ -93,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         engine=resolve_engine(args.engine),
         trained_with=args.trained_with,
         truth_images=args.truth_images,
+        reference=args.reference,
         iterations=args.iters,
         recipe=args.recipe,
         config=args.config_file,

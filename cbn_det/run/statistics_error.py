@@ -33,6 +33,11 @@ values (BRN's r and d), m and v are those that would have given the same output.
 ``running_var`` and ``running_var_bias`` say the same of the running statistics, with which the
 network would be evaluated.
 
+Against a reference. Where a norm is an approximation of another, its distance from the truth says
+little about what the approximation costs. ``apart_mean`` and ``apart_var`` are the same root mean
+squares of ``(m - m_ref) / sqrt(V + eps)`` and ``log((v + eps) / (v_ref + eps))``, with what the
+reference estimates from the same mini-batch and its own memory.
+
 How exact that is. ``floor`` is the error of the truth itself, half the difference of the truths of
 the images' two halves. Mini-batches are part of the truth that they are compared with, which makes
 errors smaller by the factor sqrt(1 - n/200): 1 % with n = 4 images. One run is one draw of what is
@@ -79,11 +84,13 @@ class Request:
         at: iterations, counted from 0, before whose forward it is done. In the first one nothing is
             known to the methods but their initial state.
         images: that the truth is taken from.
+        reference: one of the norms, which the others are compared with; "" for none.
     """
 
     norms: tuple[str, ...]
     at: tuple[int, ...]
     images: int = 200
+    reference: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Request:
@@ -99,6 +106,7 @@ class Request:
             numbers = [*request.at, request.images]
             good = all(type(n) is int and n >= 0 for n in numbers) and request.images > 0
             good = good and request.norms and all(isinstance(n, str) for n in request.norms)
+            good = good and request.reference in ("", *request.norms)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"--statistics-error takes {form}, not {text}") from error
         if not good:
@@ -137,7 +145,9 @@ class StatisticsError:
         self._request = request
         self._batch_size = batch_size
         self._path = folder / FILE
-        self._shadows = Shadows(model, request.norms, max_iter)
+        # the reference estimates first, so that it is there to compare with
+        norms = sorted(request.norms, key=lambda norm: norm != request.reference)
+        self._shadows = Shadows(model, norms, max_iter)
         double_forward.include(self._shadows.layers())
 
     def due(self, iteration: int) -> bool:
@@ -157,7 +167,7 @@ class StatisticsError:
             ValueError: the batches ended early.
         """
         count = math.ceil(self._request.images / self._batch_size)
-        measured = _Measured(count)
+        measured = _Measured(count, self._request.reference)
         shadows = self._shadows
         layers = nn.ModuleList(shadows.layers())
         with torch.no_grad(), kept_statistics(self._model), kept_statistics(layers), _kept_random():
@@ -217,19 +227,25 @@ class _Spread:
         device = layer.running_mean.device
         self.mean = PooledMoments(layer.num_features, device)
         self.log_var = PooledMoments(layer.num_features, device)
+        self.apart: list[Tensor] = []  # [2, C] each: squared differences of mean and log variance
 
-    def add(self, mean: Tensor, var: Tensor) -> None:
+    def add(self, mean: Tensor, var: Tensor, reference: tuple[Tensor, Tensor] | None) -> None:
         one, none = torch.ones_like(mean[0]), torch.zeros_like(mean)
         self.mean.add(one, mean, none)
         self.log_var.add(one, var.log(), none)
+        if reference is not None:
+            differences = mean - reference[0], var.log() - reference[1].log()
+            self.apart.append(torch.stack(differences).square())
 
 
 class _Measured:
     """What is seen of all sites while the mini-batches go through."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, reference: str) -> None:
         self.batches = 0
         self._count = count
+        self._reference = reference
+        self._wanted: dict[Site, tuple[Tensor, Tensor]] = {}  # of the reference, this mini-batch
         self._inputs: dict[Site, tuple[PooledMoments, PooledMoments]] = {}  # of either half
         self._spreads: dict[Site, dict[str, _Spread]] = {}
 
@@ -242,7 +258,10 @@ class _Measured:
     def compare(self, site: Site, norm: str, layer: SmallBatchNorm2d, found: Estimate) -> None:
         spread = self._spreads[site].setdefault(norm, _Spread(layer))
         spread.groups = found.groups
-        spread.add(*used_statistics(found, layer.eps))
+        used = used_statistics(found, layer.eps)
+        if norm == self._reference:
+            self._wanted[site] = used
+        spread.add(*used, self._wanted.get(site))
 
     def result(self) -> dict[str, Any]:
         """A dict for each layer, in the order in which the network runs them."""
@@ -286,7 +305,12 @@ def _errors(spread: _Spread, truth: Moments) -> dict[str, Tensor]:
     mean_fixed = (spread.mean.mean - truth.mean).square() / scale
     bias = spread.log_var.mean - log_truth
     running = layer.running_mean.double(), (layer.running_var.double() + layer.eps).log()
+    apart = {}
+    if spread.apart:
+        mean, log_var = torch.stack(spread.apart).mean(0)
+        apart = {"apart_mean": (mean / scale).mean().sqrt(), "apart_var": log_var.mean().sqrt()}
     return {
+        **apart,
         "mean": (mean_fixed + spread.mean.deviation / count / scale).mean().sqrt(),
         "var": (bias.square() + spread.log_var.deviation / count).mean().sqrt(),
         "mean_fixed": mean_fixed.mean().sqrt(),

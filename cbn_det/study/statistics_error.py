@@ -52,6 +52,8 @@ class Experiment:
         engine: detectron2 or standalone.
         trained_with: the norm that the networks are trained with, for all sizes.
         truth_images: training images that the truth is taken from.
+        reference: a norm that the others are compared with, mini-batch by mini-batch; None for
+            none.
         iterations: length of the runs; None: as in the config.
 
     The others are those of :class:`~cbn_det.study.plan.Plan`.
@@ -67,6 +69,7 @@ class Experiment:
     engine: str
     trained_with: str = "BN"
     truth_images: int = 200
+    reference: str | None = None
     iterations: int | None = None
     recipe: str = "scratch"
     config: Path | None = None
@@ -75,7 +78,8 @@ class Experiment:
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
-        self.norms = list(dict.fromkeys(["BN", *self.norms]))
+        reference = [self.reference] if self.reference else []
+        self.norms = list(dict.fromkeys(["BN", *reference, *self.norms]))
         config = self.config or RECIPES[self.recipe].config
         self.length = self.iterations or config_iterations(config)
         if self.length is None:
@@ -86,6 +90,8 @@ class Experiment:
     def plan(self) -> Plan:
         """The runs, which are not evaluated."""
         request = {"norms": self.norms, "at": self.moments(), "images": self.truth_images}
+        if self.reference:
+            request["reference"] = self.reference
         return Plan(
             self.output,
             [self.trained_with],
@@ -149,7 +155,12 @@ def measure(experiment: Experiment, jobs: int, dry_run: bool = False) -> int:
         measured = [Measured(o.run, o.result, read_points(o.run.folder)) for o in outcomes]
         command = shlex.join(["python", *sys.argv])
         text, paths = write_report(
-            plan.output, experiment.title, command, experiment.norms, measured
+            plan.output,
+            experiment.title,
+            command,
+            experiment.norms,
+            measured,
+            experiment.reference,
         )
     print("\n" + text)
     seconds = time.monotonic() - started

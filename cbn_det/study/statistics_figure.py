@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cbn_det.study.figures import colours
-from cbn_det.study.statistics_results import Measured, geometric_mean, relative, typical
+from cbn_det.study.statistics_results import Apart, Measured, geometric_mean, relative, typical
 
 STYLES = ("-", "--", ":", "-.")
 OVER_TIME = {
@@ -51,6 +51,41 @@ def error_figure(measured: list[Measured], norms: list[str]) -> Figure | None:
     handles, labels = grid[0][0].get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": len(sizes), "frameon": False}
     figure.legend(handles, labels, fontsize="small", **place)
+    return figure
+
+
+def apart_figure(apart: list[Apart], reference: str) -> Figure:
+    """How far each norm's variance is from the reference's: a thin line for each layer, over all
+    points, and the median of layers; a column for each batch size."""
+    sizes = sorted({row.images for row in apart})
+    norms = [n for n in dict.fromkeys(row.norm for row in apart) if n != reference]
+    figure = Figure(figsize=(1.5 + 4.7 * len(sizes), 5), layout="constrained")
+    for axes, images in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        curves = []
+        for layer in dict.fromkeys(row.layer for row in apart):
+            squares: dict[str, list[float]] = {norm: [] for norm in norms}
+            for row in apart:
+                if (row.images, row.layer) == (images, layer) and row.norm in squares:
+                    squares[row.norm].append(row.share**2)
+            curve = [statistics.fmean(squares[n] or [0.0]) ** 0.5 for n in norms]
+            if any(curve):  # else the approximation leaves nothing out of so small a layer
+                curves.append((layer, curve))
+        highest = max(curves, key=lambda item: sum(item[1]), default=("", []))[0]
+        for layer, curve in curves:
+            label = _short(layer) if layer == highest else None
+            axes.plot(norms, curve, color="#c06030" if label else "#9db4c8", lw=1.0, label=label)
+        columns = zip(*(curve for _, curve in curves), strict=True)
+        median = [statistics.median(values) for values in columns]
+        if median:
+            axes.plot(norms, median, color="#204a70", lw=2.5, marker="o", label="median of layers")
+        axes.axhline(0.01, color="#808080", linestyle=(0, (1, 3)), label="1 %")
+        _log_scale(axes)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{images} image{'s' * (images > 1)} per GPU")
+        axes.set_ylabel(f"variance's distance from {reference},\nshare of the sampling error")
+        axes.tick_params(axis="x", labelrotation=30, labelsize=7)
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 

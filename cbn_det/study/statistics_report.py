@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 from tabulate import tabulate
 
 from cbn_det.study.figures import save_png
 from cbn_det.study.files import write_text
-from cbn_det.study.statistics_figure import error_figure
-from cbn_det.study.statistics_results import Measured, Row, rows_of
+from cbn_det.study.statistics_figure import apart_figure, error_figure
+from cbn_det.study.statistics_results import Apart, Measured, Row, apart_from_reference, rows_of
 from cbn_det.study.tables import provenance
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME = (
     f"statistics_error.{ending}" for ending in ("json", "md", "png")
 )
+APART_NAME = "statistics_apart.png"
 
 NOTES = """\
 One network was trained for each batch size; all norms were asked about the same weights and images.
@@ -27,10 +29,24 @@ running statistics. Median over layers, averaged over the points of the second h
 better: share of layers and points where it is smaller."""
 
 
+APART_NOTE = """\
+Distance of the variance from that of {reference}, which sees the same mini-batches, as a share of
+the sampling error of a mini-batch's variance (RMS over mini-batches and channels of what BN's
+varies by). Errors add in squares: 10 % of the sampling error makes it larger by 0.5 %."""
+
+
 def write_report(
-    output: Path, title: str, command: str, norms: list[str], measured: list[Measured]
+    output: Path,
+    title: str,
+    command: str,
+    norms: list[str],
+    measured: list[Measured],
+    reference: str | None = None,
 ) -> tuple[str, list[Path]]:
     """Write everything into a folder.
+
+    Args:
+        reference: the norm that the others were compared with.
 
     Returns:
         the table as plain text, and the files.
@@ -61,21 +77,31 @@ def write_report(
     }
     paths = [
         write_text(output / JSON_NAME, json.dumps(data) + "\n"),
-        write_text(output / TABLE_NAME, _text(title, measured, "github")),
+        write_text(output / TABLE_NAME, _text(title, measured, "github", reference)),
     ]
     figure = error_figure(measured, norms)
     if figure is not None:
         paths.append(save_png(figure, output / FIGURE_NAME))
-    return _text(title, measured, "simple"), paths
+    apart = apart_from_reference(measured)
+    if apart:
+        paths.append(save_png(apart_figure(apart, reference), output / APART_NAME))
+    return _text(title, measured, "simple", reference), paths
 
 
-def _text(title: str, measured: list[Measured], style: str) -> str:
+def _text(title: str, measured: list[Measured], style: str, reference: str | None) -> str:
     heading = "# " if style == "github" else ""
     rows = rows_of(measured, late=True)
     parts = [f"{heading}{title}"]
     for images in sorted({row.images for row in rows}):
         parts.append(f"{images} image{'s' * (images > 1)} per GPU")
         lines = [_cells(row) for row in rows if row.images == images]
+        parts.append(tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True))
+    apart = apart_from_reference(measured)
+    if apart:
+        parts.append(APART_NOTE.format(reference=reference))
+    for images in sorted({row.images for row in apart}):
+        parts.append(f"{images} image{'s' * (images > 1)} per GPU, distance from {reference}")
+        lines = _apart_cells([row for row in apart if row.images == images])
         parts.append(tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True))
     made = provenance([(m.run, m.result) for m in measured])
     unfinished = [
@@ -99,6 +125,23 @@ def _cells(row: Row) -> dict[str, str]:
     cells["running mean"] = _number(row.running_mean, "{:.3f}")
     cells["running var"] = _number(row.running_var, "{:.3f}")
     return cells
+
+
+def _apart_cells(apart: list[Apart]) -> list[dict[str, str]]:
+    lines = []
+    for norm in dict.fromkeys(row.norm for row in apart):
+        cells = {"norm": norm}
+        for late, name in ((False, "first half"), (True, "second half")):
+            rows = [row for row in apart if row.norm == norm and row.late == late]
+            if rows:
+                worst = max(rows, key=lambda row: row.share)
+                median = statistics.median(row.share for row in rows)
+                below = sum(row.share < 0.01 for row in rows) / len(rows)
+                cells[f"{name}: median"] = f"{median:.2%}"
+                cells[f"{name}: below 1 %"] = f"{below:.0%}"
+                cells[f"{name}: worst"] = f"{worst.share:.1%} {worst.layer}"
+        lines.append(cells)
+    return lines
 
 
 def _number(value: float | None, form: str) -> str:

@@ -84,6 +84,38 @@ def rows_of(measured: list[Measured], late: bool) -> list[Row]:
     return rows
 
 
+@dataclass
+class Apart:
+    """How far a norm's variance is from a reference's in one layer at one point, divided by the
+    sampling error of a mini-batch's variance: what BN's varies by from mini-batch to mini-batch."""
+
+    norm: str
+    images: int
+    layer: str
+    iteration: int
+    late: bool
+    share: float
+
+
+def apart_from_reference(measured: list[Measured]) -> list[Apart]:
+    """Every layer at every point; nothing where no reference was asked for."""
+    found = []
+    for m in measured:
+        for point in m.points:
+            late = 2 * point["iteration"] >= (m.result.get("iterations") or 0)
+            for name, layer in point["layers"].items():
+                bn = layer["norms"].get("BN", {})
+                if not bn.get("var"):
+                    continue
+                sampling = math.sqrt(max(bn["var"] ** 2 - bn["var_fixed"] ** 2, 0.0))
+                for norm, errors in layer["norms"].items():
+                    if sampling and norm != "BN" and "apart_var" in errors:
+                        share = errors["apart_var"] / sampling
+                        row = Apart(norm, m.images, name, point["iteration"], late, share)
+                        found.append(row)
+    return found
+
+
 def typical(point: dict, norm: str, key: str) -> float | None:
     """The median over the layers of a point; `norm` "" stands for the error of the truth."""
     layers = point["layers"].values()
