@@ -478,6 +478,50 @@ def test_the_default_is_close_to_all_positions():
     assert 0 < float(error) < 0.01
 
 
+def moving_float32(positions, steps=5):
+    """A float32 layer after steps in which its weight moved by 5 %; its norm, and the changes of
+    the remembered variances."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    model = layer(conv, torch.float32, window=4, positions=positions)
+    for t in range(steps):
+        model(images(conv, t, size=(12, 12), dtype=torch.float32))
+        tick()
+        perturb(conv, 0.002, t)
+    model[1]._advance()
+    return model[1], model[1]._changes()[1]
+
+
+def test_estimated_derivatives_are_kept_in_half_the_memory_at_no_loss():
+    exact, wanted = moving_float32(None)
+    rounded, found = moving_float32(10**6)  # nothing but the rounding is different
+    assert exact._window["gradient"].dtype == torch.float32
+    assert rounded._window["gradient"].dtype == torch.bfloat16
+    error = (found - wanted).norm() / wanted.norm()
+    assert 0 < float(error) < 0.005
+    # the authors' layer keeps two derivatives and the weight of each iteration, in float32
+    theirs = 3 * 4 * exact.conv.weight.numel() + 2 * 4 * exact.num_features
+    entries = [
+        sum(norm._window[key][0].nbytes for key in norm._window._stacked)
+        for norm in (exact, rounded)
+    ]
+    assert entries[0] <= theirs / 3 * 1.03 and entries[1] <= theirs / 6 * 1.06
+    rounded._staged = {}
+    assert rounded.double()._window["gradient"].dtype == torch.float64  # a layer made double
+
+
+def test_at_an_unchanged_weight_rounded_derivatives_change_nothing():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    model = layer(conv, torch.float32, window=4, positions=16)
+    for t in range(4):
+        model(images(conv, t, size=(12, 12), dtype=torch.float32))
+        tick()
+    model[1]._advance()
+    _, change = model[1]._changes()
+    assert float((change.abs() / model[1]._window["var"]).max()) < 2e-6
+
+
 def test_noise_of_a_crop_multiplies_the_small_change_of_the_weight_only():
     """The anchored form: at an unchanged weight a crop changes nothing, and its error shrinks with
     the change; the means are exact throughout."""

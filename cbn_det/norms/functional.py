@@ -483,8 +483,9 @@ def variance_gradient(
             x = geometry.padded(x)
     # bf16 has float32's range; float16 has not, and a sum over positions would overflow in it
     dtype = torch.bfloat16 if y.dtype == torch.bfloat16 else statistics_dtype(y)
-    # spread 1/M over operand and result, or low precision underflows
-    scaled = (centred * (2.0 / count**0.5)).to(dtype)
+    # in low precision 1/M is spread over operand and result, or it underflows
+    divisor = count if dtype == mean.dtype else count**0.5
+    scaled = (centred * (2.0 / divisor)).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if count <= _FEW_POSITIONS and geometry.groups == 1:
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -500,7 +501,8 @@ def variance_gradient(
                 geometry.dilation,
                 geometry.groups,
             ).flatten(1)
-    gradient = gradient.to(mean.dtype).div_(count**0.5)
+    if dtype != mean.dtype:
+        gradient = gradient.to(mean.dtype).div_(count / divisor)
     if crops is not None:  # the crops' own mean differs from the mean over all positions
         offset = centred.sum((0, 2, 3)).div_(count).view(patch.shape[0], -1, 1)
         gradient.view(len(patch), -1, patch.shape[1]).baddbmm_(
