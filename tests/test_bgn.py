@@ -168,6 +168,18 @@ def test_groups_that_do_not_divide_the_channels(channels, groups, used):
     assert type(norm)(channels, **norm.options()).options() == norm.options()
 
 
+@pytest.mark.parametrize("channels, used", [(256, 32), (48, 16), (32, 32), (16, 16), (6, 6)])
+def test_the_default_fits_every_layer(channels, used):
+    norm = layer(channels)
+    assert norm.groups_used == used and norm.options()["groups"] is None
+    x = inputs(6, c=channels)
+    expected = paper_bgn(x, used, norm.weight, norm.bias)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-10, atol=1e-10)
+    assert type(build_norm("BGN(groups=None)", channels)) is BGN2d
+    assert f"groups_used={used}" in repr(norm)
+    assert f"BGN(groups={used}," in format_norm_table(norm_rows(nn.Sequential(norm)))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -28,6 +28,11 @@ from .base import Estimate, SmallBatchNorm2d
 from .functional import Moments, group_mean, group_moments, moments
 from .spec import register_norm
 
+#: Best of those tried at 2 images, from scratch, one seed each. Digits, 600 iterations, AP of 1, 2,
+#: 4, 8, 16 and 32: 10.8, 8.4, 8.7, 11.0, 12.3 and 14.3 (BatchNorm 10.1). Blood cells (BCCD), 200
+#: iterations, 2, 8 and 32: 8.7, 23.0 and 35.4 (BatchNorm 31.9).
+DEFAULT_GROUPS = 32
+
 
 @register_norm("BGN")
 class BGN2d(SmallBatchNorm2d):
@@ -37,8 +42,8 @@ class BGN2d(SmallBatchNorm2d):
     Args:
         num_features: channels C.
         groups: G, the number of groups of channels; fewer groups pool more values. A layer whose C
-            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. The
-            default is a choice, not yet a measurement.
+            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. None:
+            ``DEFAULT_GROUPS``, or C in a layer of fewer channels.
         ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
 
     Raises:
@@ -49,22 +54,22 @@ class BGN2d(SmallBatchNorm2d):
         self,
         num_features: int,
         *,
-        groups: int = 8,
+        groups: int | None = None,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
-        if type(groups) is not int or groups < 1:
-            raise ValueError(f"groups={groups!r}: expected an int, 1 or more")
-        if groups > num_features:
+        if groups is not None and (type(groups) is not int or groups < 1):
+            raise ValueError(f"groups={groups!r}: expected an int, 1 or more, or None")
+        if groups is not None and groups > num_features:
             raise ValueError(
                 f"groups={groups} at a layer of {num_features} channels: every group would be a"
                 f" slab of a feature map; expected at most {num_features} (which is BatchNorm)"
             )
         self.groups = groups
-        self.groups_used = math.gcd(groups, num_features)
+        self.groups_used = math.gcd(groups or min(DEFAULT_GROUPS, num_features), num_features)
 
     def options(self) -> dict[str, Any]:
         return {"groups": self.groups, **super().options()}
