@@ -8,7 +8,7 @@ import torch
 from oracles import MixtureEMA, PaperCBN, PaperNet, batch_norm, conv_moments, conv_patches
 from torch import nn
 
-from cbn_det.norms import CBN2d, build_norm
+from cbn_det.norms import CBN2d, build_norm, cbn
 
 CONVS = {
     "3x3": lambda: nn.Conv2d(3, 5, 3, padding=1, bias=False),
@@ -508,6 +508,13 @@ def test_estimated_derivatives_are_kept_in_half_the_memory_at_no_loss():
     assert entries[0] <= theirs / 3 * 1.03 and entries[1] <= theirs / 6 * 1.06
     rounded._staged = {}
     assert rounded.double()._window["gradient"].dtype == torch.float64  # a layer made double
+
+
+def test_derivatives_are_widened_piece_by_piece(monkeypatch):
+    norm, whole = moving_float32(16)
+    for numbers in (1, 3 * 576 * 5, 3 * 576 * 64):  # a channel at a time; 5, which leaves 4; all
+        monkeypatch.setitem(cbn._WIDENED_AT_ONCE, "cpu", numbers)
+        torch.testing.assert_close(norm._changes()[1], whole, rtol=1e-4, atol=1e-6)
 
 
 def test_at_an_unchanged_weight_rounded_derivatives_change_nothing():
