@@ -271,6 +271,27 @@ def test_inference_runs_the_deployed_model_on_test_images(inputs, tmp_path, engi
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("engine", engines())
+def test_inference_is_that_of_the_weights_it_is_given(inputs, tmp_path, engine):
+    config = "tiny.yaml" if engine == "detectron2" else "standalone.yaml"
+    words = ["--engine", engine, "MODEL.FPN.NORM", "CBN"]
+    with run_loggers_removed():
+        first = inference_workload(
+            "trained", parse(arguments(inputs, tmp_path, *words, config=config))
+        )
+        state = {key: value + 0.01 for key, value in first.model.state_dict().items()}
+        weights = tmp_path / "weights.pth"
+        torch.save({"model": state}, weights)
+        words += ["MODEL.WEIGHTS", str(weights)]
+        work = inference_workload(
+            "trained", parse(arguments(inputs, tmp_path, *words, config=config))
+        )
+    assert not work.model.training
+    for key, value in work.model.state_dict().items():
+        torch.testing.assert_close(value, state[key].to(value.dtype), rtol=0, atol=0, msg=key)
+    work.step()
+
+
 def scores(output: list) -> torch.Tensor:
     first = output[0]
     return first["instances"].scores if "instances" in first else first["scores"]

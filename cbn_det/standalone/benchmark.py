@@ -74,9 +74,8 @@ def inference_step(
     job = StandaloneJob(cfg, args)
     job.prepare(eval_only=True)
     torch.manual_seed(cfg.SEED)
-    model = built(lambda: build_model(cfg)).to(cfg.MODEL.DEVICE).eval()
-    if cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS, complete=True)
+    model = built(job.build_trained if cfg.MODEL.WEIGHTS else lambda: build_model(cfg))
+    model.to(cfg.MODEL.DEVICE).eval()
     samples = islice(in_order(job._test_set(), cfg), batches)
     kept = [[image.to(cfg.MODEL.DEVICE)] for image, _ in samples]
     versions = {"torchvision": torchvision.__version__}

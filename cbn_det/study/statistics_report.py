@@ -54,6 +54,7 @@ def write_report(
     Raises:
         OSError: something could not be written; what was there before is whole still.
     """
+    apart = apart_from_reference(measured)
     data = {
         "title": title,
         "command": command,
@@ -77,18 +78,19 @@ def write_report(
     }
     paths = [
         write_text(output / JSON_NAME, json.dumps(data) + "\n"),
-        write_text(output / TABLE_NAME, _text(title, measured, "github", reference)),
+        write_text(output / TABLE_NAME, _text(title, measured, "github", apart, reference)),
     ]
     figure = error_figure(measured, norms)
     if figure is not None:
         paths.append(save_png(figure, output / FIGURE_NAME))
-    apart = apart_from_reference(measured)
     if apart:
         paths.append(save_png(apart_figure(apart, reference), output / APART_NAME))
-    return _text(title, measured, "simple", reference), paths
+    return _text(title, measured, "simple", apart, reference), paths
 
 
-def _text(title: str, measured: list[Measured], style: str, reference: str | None) -> str:
+def _text(
+    title: str, measured: list[Measured], style: str, apart: list[Apart], reference: str | None
+) -> str:
     heading = "# " if style == "github" else ""
     rows = rows_of(measured, late=True)
     parts = [f"{heading}{title}"]
@@ -96,7 +98,6 @@ def _text(title: str, measured: list[Measured], style: str, reference: str | Non
         parts.append(f"{images} image{'s' * (images > 1)} per GPU")
         lines = [_cells(row) for row in rows if row.images == images]
         parts.append(tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True))
-    apart = apart_from_reference(measured)
     if apart:
         parts.append(APART_NOTE.format(reference=reference))
     for images in sorted({row.images for row in apart}):
