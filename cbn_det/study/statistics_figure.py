@@ -60,6 +60,7 @@ def apart_figure(apart: list[Apart], reference: str) -> Figure:
     sizes = sorted({row.images for row in apart})
     norms = [n for n in dict.fromkeys(row.norm for row in apart) if n != reference]
     figure = Figure(figsize=(1.5 + 4.7 * len(sizes), 5), layout="constrained")
+    figure.suptitle(f"from {reference}", fontsize="medium")
     for axes, images in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         curves = []
         for layer in dict.fromkeys(row.layer for row in apart):
@@ -83,7 +84,7 @@ def apart_figure(apart: list[Apart], reference: str) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(f"{images} image{'s' * (images > 1)} per GPU")
-        axes.set_ylabel(f"variance's distance from {reference},\nshare of the sampling error")
+        axes.set_ylabel("distance of the variance,\nshare of the sampling error")
         axes.tick_params(axis="x", labelrotation=30, labelsize=7)
         axes.legend(frameon=False, fontsize="small")
     return figure
