@@ -57,9 +57,16 @@ class PaperCBN:
             variance is negative leaves both means of that channel, and the rest is divided by their
             number (the authors' code); ``'central'``: the variance is linearised; ``'exact'``: the
             old input is convolved anew; ``'none'``: entries as they are.
+        averaged: not the paper's: the derivative of the variance is the same for all entries, the
+            average of those of all iterations (the plain one of the first ``1 / averaged``), along
+            the whole way of the weight.
     """
 
-    def __init__(self, window: int, rule: str = "max", eps: float = 1e-5, eps_outside=False):
+    def __init__(
+        self, window: int, rule: str = "max", eps: float = 1e-5, eps_outside=False, averaged=None
+    ):
+        self.averaged = averaged
+        self.history: list = []  # of all iterations: weight, derivative of the variance
         self.entries: deque = deque(maxlen=max(window - 1, 1))
         self.enabled = window > 1
         self.rule, self.eps, self.eps_outside = rule, eps, eps_outside
@@ -76,6 +83,12 @@ class PaperCBN:
                 with torch.no_grad():
                     again = conv._conv_forward(old["x"], now, None)
                 mu, nu = again.mean((0, 2, 3)), (again * again).mean((0, 2, 3))
+            elif self.averaged:
+                dmu = (old["dmu"] * delta).sum((1, 2, 3))
+                nu = nu + self.along_the_way(old["weight"], now) + 2 * mu * dmu
+                mu = mu + dmu
+                if self.rule == "central":
+                    nu = nu + dmu**2
             elif self.rule == "central":
                 var = nu - mu**2 + ((old["dnu"] - 2 * _col(mu) * old["dmu"]) * delta).sum((1, 2, 3))
                 mu = mu + (old["dmu"] * delta).sum((1, 2, 3))
@@ -103,6 +116,20 @@ class PaperCBN:
         std = var.sqrt() + self.eps if self.eps_outside else (var + self.eps).sqrt()
         return (y - _row(mean)) / _row(std) * _row(weight) + _row(bias)
 
+    def along_the_way(self, start: Tensor, now: Tensor) -> Tensor:
+        """Sum of <average derivative of the time, step of the weight> since ``start``."""
+        weights = [weight for weight, _ in self.history] + [now]
+        total = torch.zeros(len(now), dtype=now.dtype)
+        first = max(i for i, weight in enumerate(weights[:-1]) if weight is start)
+        for s in range(first, len(self.history)):
+            shares = []  # of iterations 0 ... s in the average after iteration s
+            for i in range(s + 1):
+                newest = max(self.averaged, 1 / (i + 1))
+                shares = [share * (1 - newest) for share in shares] + [newest]
+            average = sum(c * g for c, (_, g) in zip(shares, self.history, strict=False))
+            total += (average * (weights[s + 1] - weights[s])).sum((1, 2, 3))
+        return total
+
     def push(self, x: Tensor, conv: nn.Conv2d) -> None:
         """Remembers an iteration; ``x`` is the convolution's input, weights as they were."""
         if not self.enabled:
@@ -113,10 +140,11 @@ class PaperCBN:
         mu, nu = y.mean((0, 2, 3)), (y * y).mean((0, 2, 3))
         (dmu,) = torch.autograd.grad(mu.sum(), weight, retain_graph=True)
         (dnu,) = torch.autograd.grad(nu.sum(), weight)
+        mu, nu, weight = mu.detach(), nu.detach(), weight.detach()
         self.entries.appendleft(
-            {"mu": mu.detach(), "nu": nu.detach(), "dmu": dmu, "dnu": dnu}
-            | {"weight": weight.detach(), "x": x.detach().clone()}
+            {"mu": mu, "nu": nu, "dmu": dmu, "dnu": dnu, "weight": weight, "x": x.detach().clone()}
         )
+        self.history.append((weight, dnu - 2 * _col(mu) * dmu))
 
 
 def _row(t: Tensor) -> Tensor:

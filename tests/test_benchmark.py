@@ -116,6 +116,23 @@ def test_a_worker_that_dies_is_an_error_that_names_norm_and_log(tmp_path, how):
     worker.end()
 
 
+@pytest.mark.parametrize("own", [None, "1000"])
+def test_workers_keep_the_memory_they_freed_unless_told_otherwise(tmp_path, monkeypatch, own):
+    """So that page faults are not taken for the cost of a norm."""
+    if own is None:
+        monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    else:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", own)
+    code = (
+        "import json, os; print(json.dumps({k: v for k, v in os.environ.items() if 'MALL' in k}))"
+    )
+    worker = Worker("BN", [sys.executable, "-c", code], tmp_path / "log")
+    found = {key: int(value) for key, value in worker.answer().items()}
+    worker.end()
+    assert found["MALLOC_MMAP_THRESHOLD_"] > 2**32
+    assert found["MALLOC_TRIM_THRESHOLD_"] == (int(own) if own else found["MALLOC_MMAP_THRESHOLD_"])
+
+
 # ---- the report ------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def test_sequential():
     model = nn.Sequential(conv(), cbn(), nn.ReLU(), conv(4), cbn())
     assert model[1].conv is model[0] and model[4].conv is model[3]
     train(model)
-    assert "gradient" in model[1]._window
+    assert "patch" in model[1]._window
 
 
 def test_wrapper_with_a_norm_of_its_own():
@@ -93,7 +93,7 @@ def test_torchvision_resnet():
     assert {row.name: row.conv for row in rows}["layer2.0.downsample.1"] == "layer2.0.downsample.0"
     check_bindings(model)
     train(model, 2, forward=lambda x: model(nn.functional.interpolate(x, size=(32, 32))))
-    assert all("gradient" in m._staged for m in model.modules() if hasattr(m, "compensation"))
+    assert all("patch" in m._staged for m in model.modules() if hasattr(m, "compensation"))
     table = format_norm_table(rows)
     assert "20 layers" in table and "layer1.0.bn1" in table and "of layer1.0.conv1" in table
 
@@ -139,7 +139,9 @@ def test_a_weight_made_from_the_convolutions_own_is_refused(autocast):
 def test_parametrised_weights_are_compensated(weight_norm):
     """Their weight is computed anew whenever it is read, also where no gradient is recorded."""
     torch.manual_seed(0)
-    model = nn.Sequential(weight_norm(conv()), cbn(spec=SPEC[:-1] + ", ema='batch')")).double()
+    model = nn.Sequential(
+        weight_norm(conv()), cbn(spec=SPEC[:-1] + ", ema='batch', positions=None)")
+    ).double()
     model.eval(), model[1].train()  # spectral_norm's power iteration would move between two reads
     paper = PaperCBN(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -170,7 +172,7 @@ def test_several_norms_of_one_convolution():
         ),
     )
     assert all(len(norm._window) == 2 for norm in levels)
-    assert all("gradient" in norm._window for norm in levels)
+    assert all("patch" in norm._window for norm in levels)
 
 
 # ---- refused ---------------------------------------------------------------------------------
@@ -275,11 +277,16 @@ def test_no_input_is_kept_after_use():
 
 
 def test_memory_does_not_keep_the_graph_or_activations():
-    model = nn.Sequential(conv(), cbn())
+    model = nn.Sequential(conv(), cbn(spec=SPEC[:-1] + ", positions=16)"))
     train(model, 5)
-    for tensor in (*model[1]._window._stacked.values(), *model[1]._staged.values()):
+    norm = model[1]
+    remembered = (*norm._window._stacked.values(), *norm._kept.values())
+    staged = norm._staged.values()
+    assert len(norm._kept) == 2 and {"left", "right"} < norm._staged.keys()
+    for tensor in (*remembered, *staged):
         assert not tensor.requires_grad and tensor.grad_fn is None
-        assert tensor.numel() < 3 * 4 * 3 * 9 + 1
+    assert all(tensor.numel() < 3 * 4 * 3 * 9 + 1 for tensor in remembered)
+    assert all(tensor.untyped_storage().nbytes() <= 4 * 25 * 27 for tensor in staged)
 
 
 class Frozen(nn.Module):

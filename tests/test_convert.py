@@ -179,7 +179,7 @@ def test_every_layer_is_bound_and_the_first_forward_agrees() -> None:
         ("3.bn2", "3.conv2"),
     ]
     train(model, images())
-    assert all(m._binding_checked and "gradient" in m._window for m in ours(model).values())
+    assert all(m._binding_checked and "patch" in m._window for m in ours(model).values())
 
 
 class Levels(nn.Module):
@@ -228,7 +228,7 @@ def test_what_a_whole_model_shows_beyond_registration(model: type, convs: list[s
     built = model()
     assert [row.conv for row in convert_norm(built, CBN).converted] == convs
     train(built, images())
-    assert all("gradient" in m._window for m in ours(built).values())
+    assert all("patch" in m._window for m in ours(built).values())
 
 
 def test_a_norm_of_ours_to_another() -> None:

@@ -16,6 +16,7 @@ from cbn_det.norms.functional import (
     normalize,
     patch_covariance,
     variance_gradient,
+    variance_gradient_factors,
 )
 
 CONVS = {
@@ -51,13 +52,25 @@ def case(request):
     return conv, x
 
 
-def closed_form(conv, x, crops=None):
-    y = conv(x)
+def closed_form(conv, x):
+    y = conv(x).detach()
     geometry = ConvGeometry.of(conv)
     patch = mean_patch(x, geometry, tuple(y.shape[2:]))
-    mean = y.detach().mean((0, 2, 3))
-    gradient = variance_gradient(x, y, mean, patch, geometry, conv.weight.shape, crops)
-    return y.detach(), patch, gradient
+    gradient = variance_gradient(x, y, y.mean((0, 2, 3)), geometry, conv.weight.shape)
+    return y, patch, gradient
+
+
+def estimated(conv, x, crops):
+    """The derivative from its factors."""
+    y, patch, _ = closed_form(conv, x)
+    mean = y.mean((0, 2, 3))
+    left, right, product = variance_gradient_factors(
+        x, y, mean, patch, ConvGeometry.of(conv), crops
+    )
+    gradient = (left @ right).flatten(0, 1)
+    expected = (gradient * conv.weight.detach().flatten(1)).sum(1)
+    torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-11)
+    return gradient
 
 
 def per_channel(patch, conv):
@@ -196,7 +209,7 @@ def test_crop_estimates_average_to_the_gradient_over_all_positions(case):
     for turn in range(turns):
         crops = choose_crops(tuple(y.shape), 20, turn)
         if crops not in cache:
-            cache[crops] = [closed_form(conv, x, crops)[2], 0]
+            cache[crops] = [estimated(conv, x, crops), 0]
         cache[crops][1] += 1
     for value, times in cache.values():
         total += value * times / turns
@@ -231,7 +244,7 @@ def test_crops_are_the_weight_gradients_of_the_cropped_positions(case, most, mon
             flat = cut.flatten(1, 3)
             covariances.append(flat.transpose(1, 2) @ flat / size)
         expected = torch.stack(gradients).mean(0)
-        got = closed_form(conv, x, crops)[2]
+        got = estimated(conv, x, crops)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
         covariance = patch_covariance(x, y, patch, ConvGeometry.of(conv), crops)
         expected = torch.stack(covariances).mean(0)
@@ -377,6 +390,49 @@ def test_normalize_takes_expanded_and_sliced_gradients():
     torch.testing.assert_close(part, whole)
 
 
+@pytest.mark.parametrize("crops", [None, choose_crops((2, 8, 20, 20), 100, 3)])
+def test_factors_of_bf16_activations_are_close_to_those_of_the_same_values(crops):
+    """Float32 products of values that have 8 bits; the product with the weight is that of the
+    rounded output, which a long sum of products is not."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1, bias=False).to(torch.bfloat16)
+    x = (F.relu(torch.randn(2, 8, 20, 20)) + 1.0).to(torch.bfloat16)
+    geometry = ConvGeometry.of(conv)
+    found = []
+    for inputs, outputs in ((x, conv(x)), (x.double(), conv(x).double())):
+        patch = mean_patch(inputs, geometry, (20, 20))
+        mean = moments(outputs).mean
+        left, right, product = variance_gradient_factors(
+            inputs, outputs, mean, patch, geometry, crops
+        )
+        assert left.dtype == right.dtype == product.dtype == mean.dtype
+        weight = conv.weight.detach().flatten(1).to(mean.dtype)
+        found.append(((left @ right).flatten(0, 1), product, weight))
+    (got, product, _), (exact, _, weight) = found
+    assert float((got.double() - exact).norm() / exact.norm()) < 1e-5
+    assert float((product - (exact * weight).sum(1)).norm() / product.norm()) < 0.01
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_factors_are_finite_after_an_overflow(where):
+    """What is averaged over iterations must survive the one that a GradScaler skips."""
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    x = torch.randn(2, 4, 9, 8)
+    if where == "input":
+        x[0, 1, 4, 4] = float("inf")
+    y = conv(x)
+    if where == "output":
+        y[1, 2, 3, 3] = float("inf")
+    geometry = ConvGeometry.of(conv)
+    patch = mean_patch(x, geometry, (9, 8))
+    left, right, product = variance_gradient_factors(
+        x, y, moments(y).mean, patch, geometry, choose_crops(tuple(y.shape), 20, 0)
+    )
+    assert all(tensor.isfinite().all() for tensor in (left @ right, product))
+    if where == "output":  # the other channels are as they were
+        assert not left[0, 2].any() and left[0, 3].any()
+
+
 def test_bf16_gradient_of_variance_is_close():
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
@@ -388,6 +444,6 @@ def test_bf16_gradient_of_variance_is_close():
     geometry = ConvGeometry.of(conv)
     patch = mean_patch(x, geometry, (20, 20))
     assert patch.dtype == torch.float32
-    got = variance_gradient(x, y, moments(y).mean, patch, geometry, conv.weight.shape, None)
+    got = variance_gradient(x, y, moments(y).mean, geometry, conv.weight.shape)
     assert got.dtype == torch.float32
     assert float((got.double() - exact).norm() / exact.norm()) < 0.02

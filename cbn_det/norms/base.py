@@ -114,6 +114,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._window: Window | None = None
         self._staged: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # constant within an iteration, taken at its start
+        self._kept: dict[str, Tensor] = {}  # carried from iteration to iteration, changed by commit
         # Double Forward's second pass: layers stand still, but those it refreshes stage anew
         self._in_second_pass = False
         self._after_refresh: Callable[[], None] | None = None
@@ -288,6 +289,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             "staged": dict(self._staged),
             "staged_forwards": self._staged_forwards,
             "held": dict(self._held),
+            "kept": {key: value.clone() for key, value in self._kept.items()},
             # whether an optimiser has stepped since: what was staged is then ready to be committed
             "stepped": self._seen != clock.now(),
             "window": None if self._window is None else self._window.state_dict(),
@@ -304,8 +306,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             raise ValueError("the saved memory comes from a norm of another kind or window")
         stacked = {} if state["window"] is None else state["window"]["stacked"]
         oldest = {key: value[0] for key, value in stacked.items()}
-        held = state.get("held", {})  # checkpoints of version 0.1 have none
-        for rows in (state["staged"], held, oldest):
+        held, kept = (state.get(key, {}) for key in ("held", "kept"))  # version 0.1 had none
+        for rows in (state["staged"], held, kept, oldest):
             self.check_memory({key: tuple(value.shape) for key, value in rows.items()})
         if self._window is not None:
             self._window.load_state_dict(state["window"], device)
@@ -313,6 +315,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._staged = {key: value.to(device) for key, value in state["staged"].items()}
         self._staged_forwards = state["staged_forwards"]
         self._held = {key: value.to(device) for key, value in held.items()}
+        self._kept = {key: value.to(device).clone() for key, value in kept.items()}
         self._seen = clock.now() - int(state["stepped"])
         self._unrecorded = 0
 
@@ -330,6 +333,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         super()._apply(fn, recurse)
         self._staged = {key: moved(value, fn) for key, value in self._staged.items()}
         self._held = {key: moved(value, fn) for key, value in self._held.items()}
+        self._kept = {key: moved(value, fn) for key, value in self._kept.items()}
         if self._window is not None:
             self._window.apply(fn)
         return self

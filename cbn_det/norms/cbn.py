@@ -17,11 +17,24 @@ rounding:
 
 - Both derivatives are closed forms of the convolution's input and output (:func:`.mean_patch`,
   :func:`.variance_gradient`), no ``autograd.grad``; and no old weight is kept, only the scalars
-  ``<d mu / dW, W>`` and ``<d var / dW, W>`` of the time. A derivative estimated on few positions
-  then has its noise multiplied by the small weight change only.
+  ``<d mu / dW, W>`` and ``<d var / dW, W>`` of the time. What a derivative is off by is then
+  multiplied by the small weight change only.
 - An entry holds the mean and the *variance*. With ``dmu`` and ``dvar`` the two linear terms,
   ``nu - mu**2`` of the compensated entry is ``var + dvar - dmu**2``, which the paper's max clamps
   at 0; written so, nothing cancels.
+
+And one thing is done otherwise with a result that differs a little, unless ``positions=None``: the
+derivative of the variance is the same for all remembered iterations, an exponential average ``G``
+over iterations of estimates on few positions each. It is followed step by step, with the derivative
+of that time::
+
+    dvar_{t-tau -> t} = sum of < G_s, W_{s+1} - W_s > over s = t-tau ... t-1
+
+In expectation the derivative of one mini-batch's variance is that of any other's, and the deviation
+of one's own from the average is noise of the size of the sampling error, times the small weight
+change. So one tensor of the weight's size is kept in place of one an entry, and longer windows cost
+nothing. With ``positions=None`` each entry has the derivative of its own mini-batch at all
+positions, the paper's rule to the letter.
 """
 
 from __future__ import annotations
@@ -40,23 +53,18 @@ from .functional import (
     mean_patch,
     patch_covariance,
     variance_gradient,
+    variance_gradient_factors,
 )
 from .spec import register_norm
 from .window import Window
 
 COMPENSATIONS = ("taylor", "central", "exact", "none")
 
-#: Output positions a forward that derivatives are estimated on. At 2 images, on the layers of a
-#: Faster R-CNN R18-FPN on digits that have more positions (first 16 iterations, no warm-up), the
-#: average over the window was off by 0.1 to 0.3 % of the sampling error of a mini-batch's variance
-#: at the learning rate after its decay (0.001; the 7x7 stem 3 %), and by 2 to 6 % (22 %) at ten
-#: times as much, where weights move faster than compensation is meant for. Errors add in squares:
-#: 5 % makes the sampling error larger by 0.1 %. Half as many positions: up to 1.7 times the error.
-DEFAULT_POSITIONS = 512
+#: Output positions an iteration that the averaged derivative is estimated on.
+DEFAULT_POSITIONS = 64
 
-#: How many numbers of remembered derivatives are made float32 at a time: few on a CPU, for its
-#: caches (15 entries of 512 x 4608 took five times as long all at once), more where launches cost.
-_WIDENED_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
+#: Weight of the newest estimate in the averaged derivative; 0.3 was noisier.
+_DERIVATIVE_MOMENTUM = 0.1
 
 #: burn-in, in optimiser steps, of a layer whose fraction nobody resolved against a schedule
 UNRESOLVED_BURN_IN = 2000
@@ -82,10 +90,12 @@ class CBN2d(SmallBatchNorm2d):
             group and an entry, smaller than the weight gradient for 1x1 convolutions with ``C_in
             <= C_out`` and large otherwise. ``'none'``: as it is ("naive CBN"; the only one that
             needs no convolution).
-        positions: number of output positions a forward that ``d var / dW`` is estimated on, taken
-            as a few crops of each feature map or as some of the RoIs, and kept in bfloat16; None
-            means all, in float32. Means always use all. What the estimate is off by is multiplied
-            by the small change of the weight only.
+        positions: number of output positions an iteration that ``d var / dW`` is estimated on,
+            taken as crops of the feature maps or as some of the RoIs; the estimates are averaged
+            over iterations. None: all positions, and each entry keeps its own derivative, as in the
+            paper. ``d mu / dW`` is always of all positions and each entry's own. (``'exact'``
+            averages nothing: each entry has the covariance of so many positions, and more of them
+            than the default, or None, is what it needs.)
         cutoff: None, or the largest relative change ``|dvar| / var`` at which an entry still
             counts for a channel. Beyond it the linear term is no longer valid (the neglected
             quadratic term is at least ``(dvar / var)**2 / 4`` of the variance), and that channel
@@ -138,7 +148,9 @@ class CBN2d(SmallBatchNorm2d):
         self.positions = positions
         self.cutoff = cutoff
         self._window = Window(window - 1) if window > 1 else None
-        # of the latest forward, for diagnostics: changes of mean and variance, variance, validity
+        # of the latest forward: <averaged derivative, weight>, for stage()
+        self._product: Tensor | None = None
+        # and for diagnostics: changes of mean and variance, variance, validity
         self._compared: tuple[Tensor | None, ...] = ()
 
     def options(self) -> dict[str, Any]:
@@ -194,6 +206,7 @@ class CBN2d(SmallBatchNorm2d):
                 " as an int.",
                 stacklevel=4,
             )
+        self._product = None
         if self._window is None or len(self._window) == 0 or self.recomputing_statistics:
             return Estimate(batch.mean, batch.var, 1.0)
 
@@ -230,32 +243,36 @@ class CBN2d(SmallBatchNorm2d):
     def _changes(self) -> tuple[Tensor, Tensor]:
         """First-order changes of mean and variance of every entry: [E, C] each, without
         gradient."""
-        mean, var = self._linear_terms(self._window)
-        return mean - self._window["anchor_mean"], var - self._window["anchor_var"]
-
-    def _linear_terms(self, entries: Window | dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What each entry's derivatives give at the present weight: [E, C] each, without gradient.
-        Their value when the entry was made is its anchor."""
-        patch = entries["patch"]  # [E, groups, d]
-        weight = self._flat_weight(patch.dtype)
-        grouped = weight.view(patch.shape[1], -1, patch.shape[2])
-        mean = torch.einsum("egd,god->ego", patch, grouped).flatten(1)
+        entries = self._window
+        mean = self._products_with_patches(entries["patch"]) - entries["anchor_mean"]
+        if "change" in entries:
+            self._product = self._products_with(self._kept["gradient"].unsqueeze(0))[0]
+            return mean, entries["change"] + (self._product - self._kept["anchor"])
         if "covariance" in entries:
-            covariance = entries["covariance"]  # w^T S w for every channel's w
-            var = torch.einsum("egdk,gok,god->ego", covariance, grouped, grouped).flatten(1)
+            products = self._quadratic_forms(entries["covariance"])
         else:
-            gradient = entries["gradient"]
-            rows = len(weight)
-            if gradient.dtype != weight.dtype:
-                numbers = _WIDENED_AT_ONCE.get(weight.device.type, 2**20)
-                rows = max(1, numbers // (len(gradient) * weight.shape[1]))
-            # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
-            parts = [
-                torch.bmm(w.unsqueeze(1), g.to(weight.dtype).permute(1, 2, 0)).squeeze(1)
-                for w, g in zip(weight.split(rows), gradient.split(rows, 1), strict=True)
-            ]
-            var = (parts[0] if len(parts) == 1 else torch.cat(parts)).T
-        return mean, var
+            products = self._products_with(entries["gradient"])
+        return mean, products - entries["anchor_var"]
+
+    def _products_with_patches(self, patches: Tensor) -> Tensor:
+        """``<E[p], w>`` at the present weight: [E, groups, d] -> [E, C]. What it is when an entry
+        is made is the entry's anchor; likewise below."""
+        products = patches.transpose(0, 1) @ self._grouped_weight(patches).transpose(1, 2)
+        return products.transpose(0, 1).flatten(1)
+
+    def _products_with(self, gradients: Tensor) -> Tensor:
+        """``<d var / dw, w>`` for every channel: [E, C, d] -> [E, C]."""
+        weight = self._flat_weight(gradients.dtype)
+        # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
+        return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
+
+    def _quadratic_forms(self, covariances: Tensor) -> Tensor:
+        """``w^T S w``, the variance, for every channel's w: [E, groups, d, d] -> [E, C]."""
+        weight = self._grouped_weight(covariances)
+        return torch.einsum("egdk,gok,god->ego", covariances, weight, weight).flatten(1)
+
+    def _grouped_weight(self, like: Tensor) -> Tensor:
+        return self._flat_weight(like.dtype).unflatten(0, (self.conv.groups, -1))
 
     def _flat_weight(self, dtype: torch.dtype) -> Tensor:
         return self.conv.weight.detach().to(dtype).flatten(1)
@@ -274,14 +291,29 @@ class CBN2d(SmallBatchNorm2d):
         self._staged = self._pooled(row)
 
     def _derivatives(self, batch: Moments, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Of this forward's moments by the weight, for an entry, with their anchors."""
         geometry = ConvGeometry.of(self.conv)
-        crops = choose_crops(tuple(y.shape), self.positions, self.steps)
         patch = mean_patch(x, geometry, tuple(y.shape[2:]))
-        if self.compensation == "exact":
-            return {"patch": patch, "covariance": patch_covariance(x, y, patch, geometry, crops)}
-        shape = self.conv.weight.shape
-        gradient = variance_gradient(x, y, batch.mean, patch, geometry, shape, crops)
-        return {"patch": patch, "gradient": gradient}
+        row = {"patch": patch, "anchor_mean": self._products_with_patches(patch[None])[0]}
+        if self.positions is None and self.compensation != "exact":
+            shape = self.conv.weight.shape
+            gradient = variance_gradient(x, y, batch.mean, geometry, shape)
+            anchor = self._products_with(gradient[None])[0]
+            return row | {"gradient": gradient, "anchor_var": anchor}
+        averaged = self.compensation != "exact"
+        positions = self.positions
+        if averaged:
+            # fewer for each further forward of an iteration: all of them count the same, and what
+            # is staged stays small
+            positions = max(1, positions // (self._staged_forwards + 1))
+        crops = choose_crops(tuple(y.shape), positions, self.steps)
+        if not averaged:
+            covariance = patch_covariance(x, y, patch, geometry, crops)
+            anchor = self._quadratic_forms(covariance[None])[0]
+            return row | {"covariance": covariance, "anchor_var": anchor}
+        left, right, anchor = variance_gradient_factors(x, y, batch.mean, patch, geometry, crops)
+        row |= {"left": left, "right": right, "anchor_var": anchor}
+        return row if self._product is None else row | {"product": self._product}
 
     def _pooled(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         """The iteration's entry after one more forward: every forward counts the same.
@@ -289,50 +321,79 @@ class CBN2d(SmallBatchNorm2d):
         Pooling adds the spread between forwards to the variance, and its derivative to the
         derivative.
         """
-        if self._staged.keys() >= row.keys():
-            old, share = self._staged, 1.0 / (self._staged_forwards + 1)
-            between = share * (1.0 - share)
-            step = {key: row[key] - old[key] for key in row}
-            row = {key: old[key] + share * step[key] for key in row}
-            row["var"] = row["var"] + between * step["mean"].square()
-            if "gradient" in row:
-                groups, _ = step["patch"].shape
-                cross = step["mean"].view(groups, -1, 1) * step["patch"].unsqueeze(1)
-                row["gradient"] = row["gradient"] + 2.0 * between * cross.flatten(0, 1)
-            elif "covariance" in row:
-                outer = step["patch"].unsqueeze(2) * step["patch"].unsqueeze(1)
-                row["covariance"] = row["covariance"] + between * outer
-        if "gradient" in row and self.positions is not None:
-            row["gradient"] = _halved(row["gradient"])
-        if "patch" in row:
-            anchors = self._linear_terms({key: value[None] for key, value in row.items()})
-            row["anchor_mean"], row["anchor_var"] = (anchor[0] for anchor in anchors)
-        return row
-
-    def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        width = shapes.get("mean", (self.num_features,))
-        if width != (self.num_features,):
-            raise ValueError(f"the saved memory has {width[0]} channels, not {self.num_features}")
-        derivative = "covariance" if self.compensation == "exact" else "gradient"
-        if "patch" not in shapes:
-            return  # naive, or the convolution was frozen
-        if not self.needs_conv or derivative not in shapes:
-            raise ValueError(
-                f"the saved memory is of another compensation than {self.compensation!r}"
-            )
-        groups, d = shapes["patch"]
-        if self.conv is not None and (groups, d) != (
-            self.conv.groups,
-            self.conv.weight[0].numel(),
-        ):
-            raise ValueError("the saved memory is of a convolution of another shape")
+        old = self._staged
+        if not old.keys() >= row.keys():
+            return row
+        share = 1.0 / (self._staged_forwards + 1)
+        between = share * (1.0 - share)
+        step = {key: row[key] - old[key] for key in row if key not in ("left", "right")}
+        pooled = {key: old[key] + share * change for key, change in step.items()}
+        pooled["var"] = pooled["var"] + between * step["mean"].square()
+        if "patch" not in row:
+            return pooled
+        # <step["patch"], w> is the difference of the means as well
+        patch, slope = step["patch"], step["anchor_mean"]
+        if "covariance" in row:
+            outer = patch.unsqueeze(2) * patch.unsqueeze(1)
+            pooled["covariance"] = pooled["covariance"] + between * outer
+            pooled["anchor_var"] = pooled["anchor_var"] + between * slope.square()
+            return pooled
+        cross = 2.0 * between * step["mean"]
+        if "gradient" in row:
+            outer = cross.view(len(patch), -1, 1) * patch.unsqueeze(1)
+            pooled["gradient"] = pooled["gradient"] + outer.flatten(0, 1)
+            pooled["anchor_var"] = pooled["anchor_var"] + cross * slope
+            return pooled
+        cross, patch, slope = (torch.nan_to_num(v, 0.0, 0.0, 0.0) for v in (cross, patch, slope))
+        pooled["anchor_var"] = pooled["anchor_var"] + cross * slope
+        lefts = (old["left"] * (1.0 - share), row["left"] * share, cross.view(len(patch), -1, 1))
+        pooled["left"] = torch.cat(lefts, 2)
+        pooled["right"] = torch.cat((old["right"], row["right"], patch.unsqueeze(1)), 1)
+        return pooled
 
     def commit(self) -> None:
-        if self._staged:
-            self._window.push(self._staged)
+        if not self._staged:
+            return
+        row = self._staged
+        if "left" in row:
+            with torch.autocast(row["mean"].device.type, enabled=False):
+                row = self._followed(dict(row))
+        self._window.push(row)
 
+    def _followed(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The entry for the window, after the finished iteration's step of the weight was added to
+        what is remembered, and its estimate to the averaged derivative."""
+        left, right, anchor = (row.pop(key) for key in ("left", "right", "anchor_var"))
+        product = row.pop("product", None)
+        if product is None:  # nothing was remembered that the weight could have moved away from
+            self._kept = {"gradient": (left @ right).flatten(0, 1), "anchor": anchor}
+        else:
+            self._window["change"].add_(product - self._kept["anchor"])
+            newest = max(_DERIVATIVE_MOMENTUM, 1.0 / (self._window.pushed + 1))
+            average = self._kept["gradient"].unflatten(0, left.shape[:2])
+            average.baddbmm_(left, right, beta=1.0 - newest, alpha=newest)
+            self._kept["anchor"] = product.lerp(anchor, newest)
+        return row | {"change": torch.zeros_like(row["var"])}
 
-def _halved(gradient: Tensor) -> Tensor:
-    """An estimated derivative in half the memory: bfloat16's rounding, up to 0.4 % of each number
-    and independent from number to number, is far below what few positions are off by."""
-    return gradient.bfloat16() if gradient.dtype == torch.float32 else gradient
+    def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().check_memory(shapes)
+        if "patch" not in shapes and "gradient" not in shapes:
+            return  # naive, or the convolution was frozen
+        if "patch" in shapes:  # an entry: remembered, or staged
+            if self.compensation == "exact":
+                found = "covariance" in shapes
+            elif self.positions is None:
+                found = "gradient" in shapes
+            else:
+                found = not {"change", "left"}.isdisjoint(shapes)
+            if not (self.needs_conv and found):
+                raise ValueError(
+                    "the saved memory is of another kind than that of"
+                    f" compensation={self.compensation!r}, positions={self.positions}"
+                )
+        d = shapes["patch"][1] if "patch" in shapes else shapes["gradient"][1]
+        groups = shapes["patch"][0] if "patch" in shapes else None
+        if self.conv is not None and (
+            d != self.conv.weight[0].numel() or groups not in (None, self.conv.groups)
+        ):
+            raise ValueError("the saved memory is of a convolution of another shape")

@@ -270,9 +270,6 @@ class Crop:
 # Of a feature map at least this many positions are taken together, so that many small maps (RoIs)
 # are sampled as whole maps and few large ones as crops of each.
 _MAP_POSITIONS = 256
-# Up to so many positions a weight gradient is faster as a product of matrices than as a
-# convolution's, which reorders as many numbers as there are weights.
-_FEW_POSITIONS = 128
 # Neighbouring positions resemble each other, so a large map gives several crops, of at least so
 # many positions each.
 _CROP_POSITIONS = 64
@@ -344,15 +341,6 @@ def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[
     x = x[:, :, max(r0, 0) : min(r1, height), max(c0, 0) : min(c1, width)]
     outside = (max(-c0, 0), max(c1 - width, 0), max(-r0, 0), max(r1 - height, 0))
     return (F.pad(x, outside) if any(outside) else x), y
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Tensors [N, C, H, W] of nearly the same size as one, filled up with zeros."""
-    if len(parts) == 1:
-        return parts[0]
-    height, width = (max(part.shape[dim] for part in parts) for dim in (2, 3))
-    missing = [(0, width - part.shape[3], 0, height - part.shape[2]) for part in parts]
-    return torch.cat([F.pad(p, m) if any(m) else p for p, m in zip(parts, missing, strict=True)])
 
 
 def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> Tensor:
@@ -433,82 +421,100 @@ def _taps(start: int, step: int, count: int, size: int) -> slice:
 
 
 def variance_gradient(
+    x: Tensor, y: Tensor, mean: Tensor, geometry: ConvGeometry, weight_shape: torch.Size
+) -> Tensor:
+    """``d var(y_j) / dw_j = 2 E[(p - E[p]) (y_j - mean_j)]``, without autograd.
+
+    One convolution weight gradient. From it the derivative of the second moment, which CBN's
+    equations use, follows as ``d E[y_j**2] / dw_j = d var / dw_j + 2 mean_j E[p]``.
+
+    Args:
+        x: [N, C_in, H_in, W_in], the convolution's input.
+        y: [N, C_out, H, W], its output (with or without the conv bias).
+        mean: [C_out], mean of ``y``.
+        geometry: of the convolution.
+        weight_shape: [C_out, C_in / groups, kh, kw]
+
+    Returns:
+        [C_out, C_in / groups * kh * kw]
+    """
+    x, y = x.detach(), y.detach()
+    left, right, top, bottom = geometry.pad
+    if geometry.pad_mode == "constant" and (left, top) == (right, bottom):
+        padding = (top, left)
+    else:
+        padding, x = (0, 0), geometry.padded(x)
+    count = y.numel() // y.shape[1]
+    centred = y.to(mean.dtype) - mean.view(1, -1, 1, 1)
+    # bf16 has float32's range; float16 has not, and a sum over positions would overflow in it
+    dtype = torch.bfloat16 if y.dtype == torch.bfloat16 else statistics_dtype(y)
+    # in low precision 1/M is spread over operand and result, or it underflows
+    divisor = count if dtype == mean.dtype else count**0.5
+    with torch.autocast(x.device.type, enabled=False):
+        gradient = torch.nn.grad.conv2d_weight(
+            x.to(dtype),
+            weight_shape,
+            (centred * (2.0 / divisor)).to(dtype),
+            geometry.stride,
+            padding,
+            geometry.dilation,
+            geometry.groups,
+        ).flatten(1)
+    return gradient if dtype == mean.dtype else gradient.to(mean.dtype).div_(count / divisor)
+
+
+def variance_gradient_factors(
     x: Tensor,
     y: Tensor,
     mean: Tensor,
     patch: Tensor,
     geometry: ConvGeometry,
-    weight_shape: torch.Size,
     crops: tuple[Crop, ...] | None,
-) -> Tensor:
-    """``d var(y_j) / dw_j = 2 E[(p - E[p]) (y_j - mean_j)]``, without autograd.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same derivative, of few positions, as two factors that are smaller than it.
 
-    One convolution weight gradient. With crops it is an unbiased estimate from those positions.
-    From it the derivative of the second moment, which CBN's equations use, follows as
-    ``d E[y_j**2] / dw_j = d var / dw_j + 2 mean_j E[p]``.
+    With crops it is an unbiased estimate of that of all positions. Numbers that are not finite
+    count as 0: the forward they come from has no variance that could be carried over.
 
     Args:
-        x: [N, C_in, H_in, W_in], the convolution's input.
-        y: [N, C_out, H, W], its output (with or without the conv bias).
-        mean: [C_out], mean of ``y`` over all positions.
-        patch: [groups, C_in / groups * kh * kw], from :func:`mean_patch`.
-        geometry: of the convolution.
-        weight_shape: [C_out, C_in / groups, kh, kw]
-        crops: from :func:`choose_crops`.
+        x, y, mean, geometry: as in :func:`variance_gradient`.
+        patch: [groups, d] with ``d = C_in / groups * kh * kw``, from :func:`mean_patch`.
+        crops: from :func:`choose_crops`; None: all positions.
 
     Returns:
-        [C_out, C_in / groups * kh * kw]
+        ``left`` [groups, C_out / groups, R] and ``right`` [groups, R, d], whose product is the
+        derivative, with R one more than the number of positions; and [C_out], ``<derivative, w>``
+        at the weight that ``y`` was computed with.
     """
-    left, right, top, bottom = geometry.pad
     x, y = x.detach(), y.detach()
-    padding = (0, 0)
-    if crops is not None:
-        inputs, outputs = zip(*(_cropped(x, y, geometry, crop) for crop in crops), strict=True)
-        x = _side_by_side(inputs)
-        # each crop counts the same, whatever its size; zeros beside the smaller ones add nothing
-        sizes = [part.numel() // part.shape[1] for part in outputs]
-        count = sum(sizes)
-        centred = _side_by_side(
-            [
-                (part.to(mean.dtype) - mean.view(1, -1, 1, 1)).mul_(count / (len(crops) * size))
-                for part, size in zip(outputs, sizes, strict=True)
-            ]
-        )
+    if crops is None:
+        parts = [(geometry.padded(x), y)]
     else:
-        count = y.numel() // y.shape[1]
-        centred = y.to(mean.dtype) - mean.view(1, -1, 1, 1)
-        if geometry.pad_mode == "constant" and (left, top) == (right, bottom):
-            padding = (top, left)
-        else:
-            x = geometry.padded(x)
-    # bf16 has float32's range; float16 has not, and a sum over positions would overflow in it
-    dtype = torch.bfloat16 if y.dtype == torch.bfloat16 else statistics_dtype(y)
-    # in low precision 1/M is spread over operand and result, or it underflows
-    divisor = count if dtype == mean.dtype else count**0.5
-    scaled = (centred * (2.0 / divisor)).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        if count <= _FEW_POSITIONS and geometry.groups == 1:
-            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-            x = F.unfold(x.to(dtype), geometry.kernel, geometry.dilation, 0, geometry.stride)
-            gradient = scaled.movedim(1, 0).flatten(1) @ x.transpose(1, 2).flatten(0, 1)
-        else:
-            gradient = torch.nn.grad.conv2d_weight(
-                x.to(dtype),
-                weight_shape,
-                scaled,
-                geometry.stride,
-                padding,
-                geometry.dilation,
-                geometry.groups,
-            ).flatten(1)
-    if dtype != mean.dtype:
-        gradient = gradient.to(mean.dtype).div_(count / divisor)
-    if crops is not None:  # the crops' own mean differs from the mean over all positions
-        offset = centred.sum((0, 2, 3)).div_(count).view(patch.shape[0], -1, 1)
-        gradient.view(len(patch), -1, patch.shape[1]).baddbmm_(
-            offset, patch.unsqueeze(1), alpha=-2.0
-        )
-    return gradient
+        parts = [_cropped(x, y, geometry, crop) for crop in crops]
+    positions = sum(outputs.numel() // outputs.shape[1] for _, outputs in parts)
+    left = mean.new_empty(geometry.groups, len(mean) // geometry.groups, positions + 1)
+    right = mean.new_empty(geometry.groups, positions + 1, patch.shape[1])
+    products = torch.zeros_like(mean)
+    start = 0
+    for inputs, outputs in parts:
+        centred = outputs.to(mean.dtype).movedim(1, 0).flatten(1) - mean.unsqueeze(1)
+        centred = torch.nan_to_num(centred, 0.0, 0.0, 0.0)
+        stop = start + centred.shape[1]
+        # each crop counts the same, whatever its size
+        weighted = centred * (2.0 / (len(parts) * centred.shape[1]))
+        left[:, :, start:stop] = weighted.unflatten(0, left.shape[:2])
+        # <p, w> and <E[p], w> are y and its mean, less the same bias: their difference is `centred`
+        products += (weighted * centred).sum(1)
+        finite = torch.nan_to_num(inputs.to(mean.dtype), 0.0, 0.0, 0.0)
+        patches = F.unfold(finite, geometry.kernel, geometry.dilation, 0, geometry.stride)
+        patches = patches.unflatten(1, (geometry.groups, -1))  # [n, groups, d, positions]
+        rows = right[:, start:stop].unflatten(1, (len(inputs), -1))
+        rows.copy_(patches.permute(1, 0, 3, 2))
+        start = stop
+    # about E[p], not 0: the mean of the crops' y differs from that over all positions
+    left[:, :, -1] = -left[:, :, :-1].sum(2)
+    right[:, -1] = torch.nan_to_num(patch, 0.0, 0.0, 0.0)
+    return left, right, products
 
 
 def patch_covariance(

@@ -33,6 +33,11 @@ class Window:
     def __len__(self) -> int:
         return min(self._pushed, self.capacity)
 
+    @property
+    def pushed(self) -> int:
+        """How many entries were pushed since it was empty."""
+        return self._pushed
+
     def __contains__(self, key: str) -> bool:
         return key in self._stacked
 

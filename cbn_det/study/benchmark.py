@@ -100,6 +100,16 @@ class Settings:
             raise ValueError(f"--threads {self.threads}: 1 or more")
 
 
+#: glibc gives large freed blocks back to the system or keeps them, depending on the order in which
+#: they came, and getting them anew takes as long as a norm does. So workers keep what they once
+#: had, as CUDA's caching allocator does: the ratios are then of the norms. The caller's environment
+#: takes precedence.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**36),
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+}
+
+
 class WorkerFailed(RuntimeError):
     """A worker could not be built, or died."""
 
@@ -127,7 +137,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=source_environment() | (limit if threads else {}),
+                env=KEEP_FREED_MEMORY | source_environment() | (limit if threads else {}),
                 start_new_session=True,
             )
 

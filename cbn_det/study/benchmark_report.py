@@ -131,6 +131,7 @@ def _notes(cases: list[Case], clock: str, load: tuple[float, float]) -> list[str
             "of tensors."
             if machine["gpu"]
             else "resident, beyond what imports take; it varies by tens of MB between processes."
+            " Freed memory stays with the process, as on a GPU."
         ),
         f"{name}, {machine['threads']} threads; "
         + ", ".join(f"{key} {value}" for key, value in case.versions.items())
