@@ -88,12 +88,15 @@ def test_distance_from_a_reference_is_told_in_sampling_errors(tmp_path: Path, ca
         for line in table.partition("distance from CBN")[2].splitlines()
         if line.startswith(f"| {few}") or line.startswith(f"| {many}")
     ]
-    # var 0.1 with a common part of 0.06: the mini-batches' own part is 0.08
-    half = ["50%", "1.6% backbone.stem.norm"]
-    assert rows[0] == [few, "0.80%", *half, "0.80%", *half]
-    assert rows[1][1] == "1.20%" and rows[1][3] == "2.4% backbone.stem.norm"
+    # var 0.1 with a common part of 0.06: the mini-batches' own part is 0.08; and BN's error is 0.1,
+    # the reference's 0.2, theirs 0.3 and 0.4
+    half = ["0.80%", "50%", "1.6% backbone.stem.norm", "+50.00%"]
+    assert rows[0] == [few, *half, *half]
+    assert rows[1][1] == "1.20%" and rows[1][3:5] == ["2.4% backbone.stem.norm", "+100.00%"]
+    assert len(rows) == 4  # of two batch sizes
     assert (output / "statistics_apart.png").read_bytes().startswith(b"\x89PNG")
-    figure = apart_figure(apart_from_reference(read_runs(output)), "CBN(positions=None)")
+    reference = "CBN(positions=None)"
+    figure = apart_figure(apart_from_reference(read_runs(output), reference), reference)
     for axes in figure.axes:
         lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
         assert lines["stem"] == pytest.approx([0.016, 0.024])

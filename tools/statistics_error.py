@@ -21,10 +21,10 @@ examples:
   python tools/statistics_error.py --iters 600 --trained-with "CBN(burn_in=0)" \\
       --norms "CBN(burn_in=0)" "MBN(burn_in=0)"
 
-  # what it costs CBN to take its derivatives on few positions: distance from all positions
+  # what CBN's averaged derivative costs: distance from the paper's rule
   python tools/statistics_error.py --iters 600 --images 2 \\
-      --reference "CBN(burn_in=0, positions=None)" --norms "CBN(burn_in=0, positions=128)" \\
-      "CBN(burn_in=0, positions=512)" "CBN(burn_in=0, positions=2048)"
+      --reference "CBN(burn_in=0, positions=None)" --norms "CBN(burn_in=0, positions=16)" \\
+      "CBN(burn_in=0, positions=64)" "CBN(burn_in=0, positions=256)"
 """
 
 import argparse

@@ -58,7 +58,7 @@ def apart_figure(apart: list[Apart], reference: str) -> Figure:
     """How far each norm's variance is from the reference's: a thin line for each layer, over all
     points, and the median of layers; a column for each batch size."""
     sizes = sorted({row.images for row in apart})
-    norms = [n for n in dict.fromkeys(row.norm for row in apart) if n != reference]
+    norms = list(dict.fromkeys(row.norm for row in apart))
     figure = Figure(figsize=(1.5 + 4.7 * len(sizes), 5), layout="constrained")
     figure.suptitle(f"from {reference}", fontsize="medium")
     for axes, images in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):

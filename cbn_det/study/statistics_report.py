@@ -32,7 +32,9 @@ better: share of layers and points where it is smaller."""
 APART_NOTE = """\
 Distance of the variance from that of {reference}, which sees the same mini-batches, as a share of
 the sampling error of a mini-batch's variance (RMS over mini-batches and channels of what BN's
-varies by). Errors add in squares: 10 % of the sampling error makes it larger by 0.5 %."""
+varies by). Errors add in squares: 10 % of the sampling error makes it larger by 0.5 %.
+error: by how much the norm's distance from the truth is larger than the reference's, geometric mean
+over layers and points."""
 
 
 def write_report(
@@ -54,7 +56,7 @@ def write_report(
     Raises:
         OSError: something could not be written; what was there before is whole still.
     """
-    apart = apart_from_reference(measured)
+    apart = apart_from_reference(measured, reference)
     data = {
         "title": title,
         "command": command,
@@ -141,6 +143,9 @@ def _apart_cells(apart: list[Apart]) -> list[dict[str, str]]:
                 cells[f"{name}: median"] = f"{median:.2%}"
                 cells[f"{name}: below 1 %"] = f"{below:.0%}"
                 cells[f"{name}: worst"] = f"{worst.share:.1%} {worst.layer}"
+                errors = [row.error for row in rows if row.error]
+                mean = statistics.geometric_mean(errors) - 1 if errors else None
+                cells[f"{name}: error"] = _number(mean, "{:+.2%}")
         lines.append(cells)
     return lines
 

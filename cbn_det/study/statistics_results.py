@@ -86,8 +86,14 @@ def rows_of(measured: list[Measured], late: bool) -> list[Row]:
 
 @dataclass
 class Apart:
-    """How far a norm's variance is from a reference's in one layer at one point, divided by the
-    sampling error of a mini-batch's variance: what BN's varies by from mini-batch to mini-batch."""
+    """How far a norm's variance is from a reference's in one layer at one point.
+
+    Attributes:
+        share: the distance, divided by the sampling error of a mini-batch's variance: what BN's
+            varies by from mini-batch to mini-batch.
+        error: the norm's own error, its distance from the truth, divided by the reference's; None
+            where the reference has none.
+    """
 
     norm: str
     images: int
@@ -95,10 +101,12 @@ class Apart:
     iteration: int
     late: bool
     share: float
+    error: float | None
 
 
-def apart_from_reference(measured: list[Measured]) -> list[Apart]:
-    """Every layer at every point; nothing where no reference was asked for."""
+def apart_from_reference(measured: list[Measured], reference: str | None) -> list[Apart]:
+    """Every other norm but BN in every layer at every point; nothing where no reference was asked
+    for."""
     found = []
     for m in measured:
         for point in m.points:
@@ -108,10 +116,12 @@ def apart_from_reference(measured: list[Measured]) -> list[Apart]:
                 if not bn.get("var"):
                     continue
                 sampling = math.sqrt(max(bn["var"] ** 2 - bn["var_fixed"] ** 2, 0.0))
+                own = layer["norms"].get(reference, {}).get("var")
                 for norm, errors in layer["norms"].items():
-                    if sampling and norm != "BN" and "apart_var" in errors:
+                    if sampling and norm not in ("BN", reference) and "apart_var" in errors:
                         share = errors["apart_var"] / sampling
-                        row = Apart(norm, m.images, name, point["iteration"], late, share)
+                        error = errors["var"] / own if own else None
+                        row = Apart(norm, m.images, name, point["iteration"], late, share, error)
                         found.append(row)
     return found
 
