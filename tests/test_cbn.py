@@ -665,6 +665,49 @@ def test_the_averaged_derivative_survives_a_forward_that_overflowed():
     assert out.isfinite().all() and model[1]._kept["gradient"].isfinite().all()
 
 
+KINDS = {
+    "averaged": {"positions": 64},
+    "own": {"positions": None},
+    "exact": {"compensation": "exact", "positions": 64},
+    "none": {"compensation": "none"},
+}
+
+
+def with_memory(conv, staged, **options):
+    model = layer(conv, window=3, **options)
+    for t in range(3):
+        model(images(conv, t))
+        tick()
+    if staged:
+        model(images(conv, 3))
+    return model
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("saved", KINDS)
+@pytest.mark.parametrize("loading", KINDS)
+def test_memory_of_another_kind_is_refused(saved, loading, staged):
+    state = with_memory(CONVS["3x3"](), staged, **KINDS[saved])[1].memory_state_dict()
+    model = layer(CONVS["3x3"](), window=3, **KINDS[loading])
+    if loading == saved or saved == "none":  # naive entries lack a derivative, and are left soon
+        model[1].load_memory_state_dict(state)
+        for t in range(4, 8):
+            assert model(images(model[0], t)).isfinite().all()
+            tick()
+    else:
+        with pytest.raises(ValueError, match="another kind than that of compensation="):
+            model[1].load_memory_state_dict(state)
+        assert len(model[1]._window) == 0 and not model[1]._kept and not model[1]._staged
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_memory_of_another_convolution_is_refused(kind):
+    state = with_memory(nn.Conv2d(3, 5, 3, padding=1), False, **KINDS[kind])[1].memory_state_dict()
+    model = with_memory(nn.Conv2d(3, 5, 5, padding=2), False, **KINDS[kind])
+    with pytest.raises(ValueError, match="a convolution of another shape"):
+        model[1].load_memory_state_dict(state)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_pooled_running_statistics_are_those_of_the_mixture(bias):
     """During burn-in the moments of mini-batches, then those of windows, kept raw."""

@@ -298,22 +298,20 @@ class CBN2d(SmallBatchNorm2d):
         geometry = ConvGeometry.of(self.conv)
         patch = mean_patch(x, geometry, tuple(y.shape[2:]))
         row = {"patch": patch, "anchor_mean": self._products_with_patches(patch[None])[0]}
-        if self.positions is None and self.compensation != "exact":
+        if self.compensation == "exact":
+            crops = choose_crops(tuple(y.shape), self.positions, self.steps)
+            covariance = patch_covariance(x, y, patch, geometry, crops)
+            anchor = self._quadratic_forms(covariance[None])[0]
+            return row | {"covariance": covariance, "anchor_var": anchor}
+        if self.positions is None:
             shape = self.conv.weight.shape
             gradient = variance_gradient(x, y, batch.mean, geometry, shape)
             anchor = self._products_with(gradient[None])[0]
             return row | {"gradient": gradient, "anchor_var": anchor}
-        averaged = self.compensation != "exact"
-        positions = self.positions
-        if averaged:
-            # fewer for each further forward of an iteration: all of them count the same, and what
-            # is staged stays small
-            positions = max(1, positions // (self._staged_forwards + 1))
+        # fewer for each further forward of an iteration: all of them count the same, and what is
+        # staged stays small
+        positions = max(1, self.positions // (self._staged_forwards + 1))
         crops = choose_crops(tuple(y.shape), positions, self.steps)
-        if not averaged:
-            covariance = patch_covariance(x, y, patch, geometry, crops)
-            anchor = self._quadratic_forms(covariance[None])[0]
-            return row | {"covariance": covariance, "anchor_var": anchor}
         left, right, anchor = variance_gradient_factors(x, y, batch.mean, patch, geometry, crops)
         row |= {"left": left, "right": right, "anchor_var": anchor}
         return row if self._product is None else row | {"product": self._product}
@@ -380,23 +378,19 @@ class CBN2d(SmallBatchNorm2d):
 
     def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().check_memory(shapes)
-        if "patch" not in shapes and "gradient" not in shapes:
-            return  # naive, or the convolution was frozen
-        if "patch" in shapes:  # an entry: remembered, or staged
-            if self.compensation == "exact":
-                found = "covariance" in shapes
-            elif self.positions is None:
-                found = "gradient" in shapes
-            else:
-                found = not {"change", "left"}.isdisjoint(shapes)
-            if not (self.needs_conv and found):
-                raise ValueError(
-                    "the saved memory is of another kind than that of"
-                    f" compensation={self.compensation!r}, positions={self.positions}"
-                )
-        d = shapes["patch"][1] if "patch" in shapes else shapes["gradient"][1]
-        groups = shapes["patch"][0] if "patch" in shapes else None
-        if self.conv is not None and (
-            d != self.conv.weight[0].numel() or groups not in (None, self.conv.groups)
-        ):
+        if "patch" not in shapes:
+            return  # naive, or the convolution was frozen; or not an entry, but what is averaged
+        if self.compensation == "exact":
+            wanted = {"covariance"}
+        elif self.positions is None:
+            wanted = {"gradient"}
+        else:
+            wanted = {"change", "left"}  # remembered; staged
+        if not self.needs_conv or wanted.isdisjoint(shapes):
+            raise ValueError(
+                "the saved memory is of another kind than that of"
+                f" compensation={self.compensation!r}, positions={self.positions}"
+            )
+        conv = self.conv
+        if conv is not None and shapes["patch"] != (conv.groups, conv.weight[0].numel()):
             raise ValueError("the saved memory is of a convolution of another shape")
