@@ -528,7 +528,6 @@ def test_the_average_has_less_noise_than_one_estimate_and_follows_the_weight():
         weight = conv.weight.detach().clone().requires_grad_()
         many = conv._conv_forward(images(conv, 999, n=40, size=(24, 24)), weight, None)
         (truth,) = torch.autograd.grad(many.var((0, 2, 3), unbiased=False).sum(), weight)
-        norm._advance() if t == 0 else None
         tick()
         norm._advance()
         if t >= 20:
