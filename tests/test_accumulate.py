@@ -10,54 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from both_engines import ENGINES, make_trainer, words_for
 from ranks import run_ranks
-from tiny_run import arguments, result_of, run_loggers_removed, tiny_inputs
+from tiny_run import result_of, run_loggers_removed, tiny_inputs
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from cbn_det.run.arguments import argument_parser
-
 inputs = tiny_inputs
-ENGINES = ["standalone", pytest.param("detectron2", marks=pytest.mark.detectron2)]
-CONFIGS = {"standalone": "standalone.yaml", "detectron2": "tiny.yaml"}
 NO_TEST = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "1000")
 # of these a mini-batch is normalised as its images are in any other
 FROZEN = (
     *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "FrozenBN"),
     *("MODEL.ROI_BOX_HEAD.NORM", "FrozenBN"),
 )
-
-
-def words_for(engine: str, inputs: Path, output: Path, *words: str) -> list[str]:
-    return ["--engine", engine, *arguments(inputs, output, *words, config=CONFIGS[engine])]
-
-
-def make_trainer(engine: str, inputs: Path, output: Path, *words: str) -> Any:
-    """As the launcher makes it."""
-    args = argument_parser().parse_args(words_for(engine, inputs, output, *words))
-    args.command = "a test"
-    output.mkdir(parents=True, exist_ok=True)
-    if engine == "detectron2":
-        from detectron2.utils import comm
-
-        from cbn_det.plugin.config import build_config
-        from cbn_det.plugin.datasets import prepare_datasets
-        from cbn_det.plugin.trainer import Trainer
-
-        cfg, _ = build_config(args, comm.get_world_size())
-        prepare_datasets(cfg, args.coco_dataset)
-        torch.manual_seed(cfg.SEED)
-        return Trainer(cfg, args.accumulate)
-    from cbn_det.standalone.datasets import DetectionDataset, prepare_datasets
-    from cbn_det.standalone.launch import build_config
-    from cbn_det.standalone.model import build_model
-    from cbn_det.standalone.trainer import Trainer
-
-    cfg, _ = build_config(args)
-    files = prepare_datasets(cfg, args.coco_dataset)
-    torch.manual_seed(cfg.SEED)
-    dataset = DetectionDataset(files[cfg.DATASETS.TRAIN[0]], cfg, training=True)
-    return Trainer(cfg, build_model(cfg), dataset, dict, args.accumulate)
 
 
 def start(trainer: Any) -> None:

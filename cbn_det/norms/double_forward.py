@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
 from .base import SmallBatchNorm2d, in_backward
+from .first_proposals import FirstProposals, RandomState
 from .repeat import FrozenParts
 
 
@@ -33,11 +34,12 @@ class DoubleForward:
     A forward pre-hook on the model keeps the inputs of every training forward, the state of torch's
     random generators (those of the CPU and of the model's device) and of autocast. Only references
     are kept, until :meth:`refresh`: inputs must not be changed in place before it. The second pass
-    samples the same proposals and drops the same units. It runs in training mode without gradient;
-    layers update in order, so that deeper ones see what refreshed ones put out. Each MBN layer
-    replaces what it staged in the iteration, and with it its running statistics. Everything else is
-    as before: the statistics and memory of all other layers, every other buffer, and the random
-    state. Hooks on the modules run as in any forward.
+    draws the same random numbers, and a detector whose ``proposals`` are named has the very RoIs of
+    the first (:class:`~cbn_det.norms.first_proposals.FirstProposals`). It runs in training mode
+    without gradient; layers update in order, so that deeper ones see what refreshed ones put out.
+    Each MBN layer replaces what it staged in the iteration, and with it its running statistics.
+    Everything else is as before: the statistics and memory of all other layers, every other buffer,
+    and the random state. Hooks on the modules run as in any forward.
 
     It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
     that has something to refresh: predictors, losses, heads without such layers are left out. In
@@ -56,9 +58,13 @@ class DoubleForward:
     Args:
         model: of a DistributedDataParallel, the module inside is
             used.
+        proposals: the submodule of a two-stage detector that makes region proposals: detectron2's
+            ``model.proposal_generator``, torchvision's ``model.rpn``. The paper does not say what
+            becomes of them in the second pass; those of the first are used, so that statistics
+            differ from the first's by the weights alone, and at no cost.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, proposals: nn.Module | None = None) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._forwards: list[_Forward] = []
         self._others: list[SmallBatchNorm2d] = []
@@ -66,6 +72,7 @@ class DoubleForward:
         self._running = False
         clock.install()
         self._frozen = FrozenParts()
+        self._proposals = proposals
         self._recording: _Forward | None = None
         self._handles = [
             self.model.register_forward_pre_hook(self._record, with_kwargs=True),
@@ -146,10 +153,11 @@ class DoubleForward:
             self._recording = _Forward.of(args, kwargs, layers)
             self._forwards.append(self._recording)
             self._frozen.keep_from(model)
+            self._recording.begin(self._proposals)
 
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recording is not None and not self._running and not in_backward():
-            self._recording.count_calls()
+            self._recording.end()
             self._frozen.keep_no_more()
             self._recording = None
 
@@ -168,24 +176,20 @@ class _Forward:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    device: torch.device
-    random_state: Tensor
-    device_random_state: Tensor | None
+    random_state: RandomState
     autocast: dict[str, Any]
     calls: dict[SmallBatchNorm2d, int]
+    proposals: FirstProposals | None = None
 
     @staticmethod
     def of(
         args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[SmallBatchNorm2d]
     ) -> _Forward:
         device = layers[0].running_mean.device
-        on_gpu = device.type == "cuda"
         return _Forward(
             args,
             kwargs,
-            device,
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if on_gpu else None,
+            RandomState.now(device),
             {
                 "device_type": device.type,
                 "enabled": torch.is_autocast_enabled(device.type),
@@ -195,16 +199,21 @@ class _Forward:
             {layer: -_calls(layer) for layer in layers},
         )
 
-    def count_calls(self) -> None:
-        """At the end of the forward; at its start, what layers had before was taken off."""
-        for layer in self.calls:
+    def begin(self, proposals: nn.Module | None) -> None:
+        if proposals is not None:
+            calls = lambda: [_calls(layer) for layer in self.calls]  # noqa: E731
+            self.proposals = FirstProposals(proposals, self.random_state.device, calls)
+
+    def end(self) -> None:
+        for layer in self.calls:  # at the start, what layers had before was taken off
             self.calls[layer] += _calls(layer)
+        if self.proposals is not None:
+            self.proposals.keep_no_more()
 
     def replay(self, model: nn.Module) -> None:
-        torch.set_rng_state(self.random_state)
-        if self.device_random_state is not None:
-            torch.cuda.set_rng_state(self.device_random_state, self.device)
-        with torch.autocast(**self.autocast):
+        self.random_state.restore()
+        given = self.proposals.given() if self.proposals is not None else nullcontext()
+        with torch.autocast(**self.autocast), given:
             model(*self.args, **self.kwargs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +91,8 @@ class FrozenParts:
             self._repeats[part] = _equal(output, call.output)
             return output
 
-        part.forward = forward
-        try:
+        with replaced_forward(part, forward):
             yield
-        finally:
-            del part.forward
 
 
 @dataclass
@@ -135,6 +132,28 @@ class _Call:
         )
 
 
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, ``forward`` is called in place of the module's own."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module does not call its ``forward`` each time it is called."""
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__module__.startswith("torch._dynamo")
+    )
+
+
 def _frozen_parts(module: nn.Module) -> list[nn.Module]:
     """The outermost submodules that may be frozen parts, each once."""
     parts: dict[nn.Module, None] = {}
@@ -158,12 +177,11 @@ def _is_frozen(module: nn.Module) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether what a module does can be seen from outside, and be replaced."""
     return not (
-        isinstance(module, (SmallBatchNorm2d, torch.jit.ScriptModule))
+        isinstance(module, SmallBatchNorm2d)
+        or is_compiled(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or "forward" in vars(module)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or type(module).__module__.startswith("torch._dynamo")
     )
 
 

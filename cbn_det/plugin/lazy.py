@@ -146,7 +146,7 @@ class NormHook(HookBase):
 
     def __init__(self, model: nn.Module, *periods: int) -> None:
         self._model = model
-        self._double_forward = DoubleForward(model)
+        self._double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self._periods = [period for period in periods if period > 0]
 
     def after_step(self) -> None:

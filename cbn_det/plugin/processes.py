@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -136,6 +137,7 @@ def _join(
     job: Job,
     args: tuple[Any, ...],
 ) -> int:
+    faulthandler.enable()  # a process that a signal ends says where it was
     _use_threads(device, layout.processes)
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     if gpus:

@@ -111,7 +111,7 @@ class Trainer(ResumableTrainer):
         step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
         self._trainer = step(wrapped, loader, optimizer, accumulate=accumulate)
         self.bare_model = model
-        self.double_forward = DoubleForward(model)
+        self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0

@@ -82,7 +82,7 @@ class Trainer:
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
-        self.double_forward = DoubleForward(model)
+        self.double_forward = DoubleForward(model, getattr(model, "rpn", None))
         self.checkpointer = _Checkpointer(
             model, cfg.OUTPUT_DIR, optimizer=self.optimizer, training=self
         )
