@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import runpy
 import sys
@@ -16,6 +17,7 @@ from tiny_run import arguments, run_loggers_removed, tiny_inputs
 from cbn_det.benchmark.inference import inference_workload
 from cbn_det.benchmark.iteration import BATCHES, iteration_workload, parse
 from cbn_det.benchmark.layer import layer_workload
+from cbn_det.benchmark.norm import norm_workload
 from cbn_det.benchmark.worker import _end_burn_in
 from cbn_det.norms import CBN2d, MBN2d
 from cbn_det.study import benchmark
@@ -160,6 +162,33 @@ def test_the_report_says_what_was_measured_and_on_what():
     assert "Processor time" in by_cpu
 
 
+def test_bandwidth_is_what_has_to_be_moved_in_the_time():
+    case = dataclasses.replace(made_up_case(), moved={"BN": 2 * 10**9, "CBN": 8 * 10**9})
+    text = text_report([case], "step", "wall", "python x", (1.5, 2.5))
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
+    assert rows[0][4:6] == ["GB/s", "of BN's"]
+    assert rows[2][4:6] == ["10.0", "100%"] and rows[3][4:6] == ["13.3", "133%"]  # 4 / 3
+    assert "8 times the tensor" in text
+    assert "GB/s" not in text_report([made_up_case()], "step", "wall", "python x", (1.5, 2.5))
+
+
+def test_norms_alone_are_timed_beside_a_copy(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "norm"])
+    words = ["norm", "--norms", "GN", "CBN(compensation='none')", "--shapes", "2,32,6,5"]
+    options = ["--repetitions", "7", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
+    assert main([*words, *options, "--output", str(tmp_path)]) == 0
+    assert "of copy's" in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "norm.json").read_text())["cases"]
+    size = 2 * 32 * 6 * 5 * 4
+    assert case["name"] == "2x32x6x5"
+    assert case["moved"] == {
+        "copy": 2 * size,
+        "GN": 8 * size,
+        "CBN(compensation='none')": 8 * size,
+    }
+    assert list(case["seconds"]) == list(case["moved"])
+
+
 def test_layers_are_timed_and_reported(main, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "layer"])
     words = ["layer", "--norms", "BN", "CBN(window=3)", "MBN(window=2)", "--shapes", "2,4,6,5,8,3"]
@@ -193,6 +222,9 @@ def test_layers_are_timed_and_reported(main, tmp_path, monkeypatch, capsys):
             ["layer", "--norms", "BN", "GN", "--shapes", "1,2,3,4,5,2"],
             "--shapes 1,2,3,4,5,2: numbers",
         ),
+        (["norm", "--norms", "BN", "GN", "--shapes", "1,2,3"], "--shapes 1,2,3: expected N,C,H,W"),
+        (["norm", "--norms", "BN", "GN", "--shapes", "1,0,3,3"], "--shapes 1,0,3,3: expected"),
+        (["norm", "--norms", "copy", "BN"], "--norms copy"),
         (["iteration", "--norms", "BN", "GN", "--opts", "SEED"], "--opts takes KEY VALUE"),
         (["iteration", "--norms", "BN", "GN", "--images", "0"], "--images 0"),
     ],
@@ -230,6 +262,21 @@ def test_a_layer_step_trains_and_does_all_of_a_norms_work():
     work.step()
     assert staged == [False, True]  # Double Forward is part of the step
     assert isinstance(layer_workload("GN", (1, 4, 3, 3), 64, 1, "cpu").model[1], torch.nn.GroupNorm)
+
+
+def test_a_step_of_a_norm_alone_goes_forward_and_back(monkeypatch):
+    work = norm_workload("CBN(compensation='none')", (2, 4, 6, 5), "cpu")
+    seen = []
+    work.model.register_full_backward_hook(lambda m, dx, dy: seen.append((dx[0], dy[0])))
+    work.step()
+    work.step()
+    assert work.model.num_batches_tracked == 2
+    (dx, _), (_, dy) = seen
+    assert dx.shape == (2, 4, 6, 5) and dx.abs().sum() > 0 and not torch.equal(dx, dy)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: copied.append((to.shape, x.shape)))
+    norm_workload("copy", (2, 4, 6, 5), "cpu").step()
+    assert copied == [((2, 4, 6, 5), (2, 4, 6, 5))]
 
 
 def test_a_layer_of_somebody_else_is_timed_like_ours(main, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """What a norm costs: seconds and peak memory, as ratios to another norm's, with intervals.
 
-Three kinds of measurement:
+Four kinds of measurement:
 
   layer      a convolution and its norm at given shapes: forward, backward, optimiser step (a lone
              layer gives KN and GKN nothing to predict from: their cost shows in an iteration)
+  norm       norms alone, forward and backward, and the share of the memory's bandwidth that they
+             reach: beside a copy, which is the first line (without a convolution there is nothing
+             that CBN could compensate by: CBN(compensation='none'))
   iteration  a training iteration of a detector, from a config, on either engine
   inference  its forward pass over a test image; "deployed:NORM" with norms made plain BatchNorm
              first, "folded:NORM" with norms taken into the convolutions (cbn_det.deploy; its peak
@@ -25,6 +28,10 @@ examples:
   # a layer of your own or of another project: theirs(in_channels, out_channels, kernel_size) in
   # peers.py returns convolution and norm in one module
   python tools/benchmark.py layer --norms BN CBN peers.py:theirs
+
+  # the share of memory bandwidth that the norms' kernels reach on a GPU
+  python tools/benchmark.py norm --norms BN "CBN(compensation='none')" MBN BGN GN --device cuda \\
+      --shapes 2,256,200,304
 
   # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
   python tools/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
@@ -55,6 +62,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cbn_det.engines import ENGINES  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.benchmark import (  # noqa: E402
+    MAPS,
     SHAPES,
     Detector,
     Settings,
@@ -62,6 +70,7 @@ from cbn_det.study.benchmark import (  # noqa: E402
     benchmark_inference,
     benchmark_iterations,
     benchmark_layers,
+    benchmark_norms,
 )
 from cbn_det.study.compare import guarded  # noqa: E402
 from cbn_det.study.recipes import RECIPES  # noqa: E402
@@ -107,7 +116,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N,C,H,W,OUT,KERNEL",
         help="default: " + " ".join(SHAPES),
     )
-    layer.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    norm = kinds.add_parser("norm", parents=[common], help="a norm alone, beside a copy")
+    norm.add_argument(
+        "--shapes", nargs="+", default=MAPS, metavar="N,C,H,W", help="default: " + " ".join(MAPS)
+    )
+    for kind in (layer, norm):
+        kind.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
 
     detector = argparse.ArgumentParser(add_help=False)
     add = detector.add_argument
@@ -146,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.kind == "layer":
         return benchmark_layers(settings, [Shape.parse(s) for s in args.shapes], args.device)
+    if args.kind == "norm":
+        return benchmark_norms(settings, args.shapes, args.device)
     detector = Detector(
         recipe=args.recipe,
         config=args.config_file,

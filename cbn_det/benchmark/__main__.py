@@ -1,6 +1,7 @@
 """One worker, as ``tools/benchmark.py`` starts it.
 
 python -m cbn_det.benchmark layer NORM N C H W OUT KERNEL DEVICE
+python -m cbn_det.benchmark norm NORM N C H W DEVICE
 python -m cbn_det.benchmark iteration LAUNCHER-ARGUMENTS
 python -m cbn_det.benchmark inference trained|deployed|folded LAUNCHER-ARGUMENTS
 """
@@ -21,6 +22,12 @@ def main(words: list[str]) -> int:
         norm, *numbers, device = rest
         n, c, h, w, out, kernel = map(int, numbers)
         return serve(lambda: layer_workload(norm, (n, c, h, w), out, kernel, device))
+    if kind == "norm":
+        from .norm import norm_workload
+
+        norm, *numbers, device = rest
+        n, c, h, w = map(int, numbers)
+        return serve(lambda: norm_workload(norm, (n, c, h, w), device))
     from .iteration import iteration_workload, parse
 
     if kind == "inference":

@@ -56,10 +56,11 @@ def _conv_and_norm(norm: str, inputs: int, channels: int, kernel: int) -> nn.Mod
             raise ValueError(f"{path} defines no {function!r}")
         return found[function](inputs, channels, kernel)
     conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, _norm(norm, channels))
+    return nn.Sequential(conv, build_layer_norm(norm, channels))
 
 
-def _norm(norm: str, channels: int) -> nn.Module:
+def build_layer_norm(norm: str, channels: int) -> nn.Module:
+    """ "BN", "GN", or a norm of ours; raises ValueError for an unknown one."""
     if norm in _PLAIN:
         return _PLAIN[norm](channels)
     name = parse_spec(norm)[0]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cbn_det.study.benchmark_report import Case, write_report
@@ -55,6 +55,12 @@ class Shape:
     def words(self) -> list[str]:
         return [str(value) for value in vars(self).values()]
 
+
+#: what norms alone are compared with; see `cbn_det.benchmark.norm`
+COPY = "copy"
+
+#: outputs of the convolutions below
+MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
 
 #: an FPN output and lateral convolution, a RoI head's, and the last of a bottleneck
 SHAPES = ["2,256,100,100,256,3", "2,256,100,100,256,1", "128,256,7,7,256,3", "2,64,200,200,256,1"]
@@ -183,6 +189,31 @@ def benchmark_layers(settings: Settings, shapes: list[Shape], device: str) -> in
     return _benchmark(settings, "layer", cases, unit="step")
 
 
+def benchmark_norms(settings: Settings, shapes: Sequence[str], device: str) -> int:
+    """Norms alone, forward and backward, beside a copy. Returns the exit code.
+
+    Args:
+        shapes: "N,C,H,W" each, of the input.
+
+    Raises:
+        ValueError: a shape that is none, or "copy" among the norms.
+        WorkerFailed: a norm that cannot be built or run.
+        OSError: a file cannot be written.
+    """
+    if COPY in settings.norms:
+        raise ValueError(f"--norms {COPY}: it takes part anyway")
+    norms = [COPY, *settings.norms]
+    cases, moved = {}, {}
+    for text in shapes:
+        words = text.split(",")
+        if len(words) != 4 or not all(word.isdecimal() and int(word) for word in words):
+            raise ValueError(f"--shapes {text}: expected N,C,H,W, numbers of 1 or more")
+        name, size = "x".join(words), 4 * math.prod(map(int, words))
+        cases[name] = {norm: ["norm", norm, *words, device] for norm in norms}
+        moved[name] = {norm: size * (2 if norm == COPY else 8) for norm in norms}
+    return _benchmark(settings, "norm", cases, unit="step", moved=moved)
+
+
 @dataclass(frozen=True)
 class Detector:
     """A detector on which norms are compared.
@@ -280,7 +311,11 @@ def benchmark_inference(settings: Settings, detector: Detector) -> int:
 
 
 def _benchmark(
-    settings: Settings, kind: str, cases: dict[str, dict[str, list[str]]], unit: str
+    settings: Settings,
+    kind: str,
+    cases: dict[str, dict[str, list[str]]],
+    unit: str,
+    moved: dict[str, dict[str, int]] | None = None,
 ) -> int:
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0]
@@ -291,7 +326,10 @@ def _benchmark(
             " less"
         )
     with locked(settings.output), interruptible():
-        done = [_measure(settings, name, commands) for name, commands in cases.items()]
+        done = [
+            replace(_measure(settings, name, commands), moved=moved and moved[name])
+            for name, commands in cases.items()
+        ]
         command = shlex.join(["python", *sys.argv])
         loads = load, os.getloadavg()[0]
         text, paths = write_report(

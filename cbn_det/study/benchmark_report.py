@@ -24,6 +24,7 @@ class Case:
         steps: in a repetition.
         machine: of the first worker.
         versions: likewise.
+        moved: for each norm, bytes that a step has to read or write, where that was asked for.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Case:
     steps: int
     machine: dict
     versions: dict[str, str]
+    moved: dict[str, int] | None = None
 
     def times(self, norm: str, clock: str) -> list[float]:
         """Seconds of a step, by "wall" or "cpu" clock, in each repetition."""
@@ -46,6 +48,13 @@ class Case:
         of."""
         reference = next(iter(self.peak_mb.values()))
         return self.peak_mb[norm] / reference if reference > 0 else None
+
+    def bandwidth(self, norm: str, clock: str) -> tuple[float, float]:
+        """Bytes per second, and as a share of the first norm's."""
+        first = next(iter(self.seconds))
+        more = self.moved[norm] / self.moved[first]
+        share = more / self.ratio(norm, clock).median if norm != first else 1.0
+        return self.moved[norm] / statistics.median(self.times(norm, clock)), share
 
     @property
     def share_of_processor(self) -> float:
@@ -107,10 +116,15 @@ def _row(case: Case, norm: str, unit: str, clock: str) -> dict[str, str]:
     time = statistics.median(case.times(norm, clock))
     memory = case.memory_ratio(norm)
     short = unit == "step"
-    return {
+    row = {
         "norm": norm,
         f"{'ms' if short else 's'}/{unit}": f"{1000 * time:.2f}" if short else f"{time:.3f}",
         f"ratio to {first}": "1" if norm == first else str(case.ratio(norm, clock)),
+    }
+    if case.moved:
+        speed, share = case.bandwidth(norm, clock)
+        row |= {"GB/s": f"{speed / 1e9:.1f}", f"of {first}'s": f"{share:.0%}"}
+    return row | {
         "peak MB": f"{case.peak_mb[norm]:.0f}",
         "memory ratio": "-" if memory is None else "1" if norm == first else f"{memory:.3f}",
     }
@@ -139,6 +153,11 @@ def _notes(cases: list[Case], clock: str, load: tuple[float, float]) -> list[str
         f"Load average {load[0]:.1f} before and {load[1]:.1f} after"
         + ("." if machine["gpu"] else f"; timed threads had {busy:.0%} of a core each."),
     ]
+    if case.moved:
+        notes.append(
+            "GB/s: of what has to be moved. A norm reads its input twice and writes its output,"
+            " then reads input and gradient twice and writes one: 8 times the tensor; a copy: 2."
+        )
     return notes
 
 
