@@ -59,9 +59,9 @@ class DoubleForward:
         model: of a DistributedDataParallel, the module inside is
             used.
         proposals: the submodule of a two-stage detector that makes region proposals: detectron2's
-            ``model.proposal_generator``, torchvision's ``model.rpn``. The paper does not say what
-            becomes of them in the second pass; those of the first are used, so that statistics
-            differ from the first's by the weights alone, and at no cost.
+            ``model.proposal_generator``, torchvision's ``model.rpn``. Its proposals of the first
+            pass serve the second, so that statistics differ from the first's by the weights alone:
+            a choice of ours, as there is no code of the authors to look at.
     """
 
     def __init__(self, model: nn.Module, proposals: nn.Module | None = None) -> None:
