@@ -60,7 +60,7 @@ def _conv_and_norm(norm: str, inputs: int, channels: int, kernel: int) -> nn.Mod
 
 
 def build_layer_norm(norm: str, channels: int) -> nn.Module:
-    """ "BN", "GN", or a norm of ours; raises ValueError for an unknown one."""
+    """The norm of that name: BN, GN, or one of ours. Raises ValueError for an unknown one."""
     if norm in _PLAIN:
         return _PLAIN[norm](channels)
     name = parse_spec(norm)[0]

@@ -201,8 +201,9 @@ class _Forward:
 
     def begin(self, proposals: nn.Module | None) -> None:
         if proposals is not None:
-            calls = lambda: [_calls(layer) for layer in self.calls]  # noqa: E731
-            self.proposals = FirstProposals(proposals, self.random_state.device, calls)
+            self.proposals = FirstProposals(
+                proposals, self.random_state.device, lambda: [_calls(layer) for layer in self.calls]
+            )
 
     def end(self) -> None:
         for layer in self.calls:  # at the start, what layers had before was taken off
