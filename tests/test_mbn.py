@@ -90,8 +90,8 @@ def net(spec="MBN(window=3, decay=0.6, burn_in=0)", width=4):
     ).double()
 
 
-def sgd(model, lr=0.1):
-    return torch.optim.SGD(model.parameters(), lr=lr)
+def sgd(model, lr=0.1, fused=False):
+    return torch.optim.SGD(model.parameters(), lr=lr, fused=fused)
 
 
 def mbns(model):
@@ -505,10 +505,11 @@ def test_frozen_layers_are_left_alone():
     assert not torch.equal(model[4]._staged["mean"], first["mean"])
 
 
-def test_a_step_that_was_skipped_is_not_refreshed():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_was_skipped_is_not_refreshed(fused):
     """Its mini-batch belongs to the next iteration, whose second pass runs both."""
     model, other = net(), net()
-    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer, scaler = sgd(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0)
     double_forward = DoubleForward(model)
     for t in range(5):
         optimizer.zero_grad()

@@ -130,8 +130,8 @@ def loss_of(out):
     return (out - torch.linspace(-1, 2, out.numel()).view(out.shape)).square().mean()
 
 
-def sgd(model, lr=0.05):
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+def sgd(model, lr=0.05, fused=False):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=fused)
 
 
 def tick():
@@ -868,10 +868,12 @@ def test_two_optimisers_stepping_together_are_one_iteration(spec):
 
 
 @every_norm
-def test_a_skipped_step_is_no_iteration(spec):
-    """GradScaler on CPU: an overflow skips the step, and the next batch belongs to the same one."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_is_no_iteration(spec, fused):
+    """GradScaler on CPU: an overflow skips the step, and the next batch belongs to the same one. A
+    fused optimiser's step is called all the same, and skips by itself."""
     model = block(spec)
-    optimizer = sgd(model)
+    optimizer = sgd(model, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for t in range(6):
         optimizer.zero_grad()
