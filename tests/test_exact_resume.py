@@ -396,10 +396,35 @@ def test_other_norms_start_with_an_empty_memory(
     again.resume_or_load()
     assert again.start_iter == 3
     (said,) = warnings_in(caplog)
-    assert why in said and "windows and step counts of all norms start anew" in said
+    assert why in said and "windows of all norms start anew, burn-ins go on" in said
+    for layer in fresh.values():
+        layer["steps"] = 3
     assert same(memory_state_dict(again.bare_model), fresh)
     weights = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
     assert same(dict(again.bare_model.state_dict()), dict(weights))
+
+
+def test_a_checkpoint_of_detectron2s_own_trainer_goes_on_where_the_schedule_is(
+    inputs: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cbn_det.norms import memory_state_dict
+
+    more = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=2)", "SOLVER.MAX_ITER", "3")
+    make_trainer(inputs, tmp_path, *more, "DATASETS.TEST", "()").train()
+    file = tmp_path / "model_final.pth"
+    state = torch.load(file, weights_only=True)
+    theirs = ("iteration", "hooks", "_trainer")
+    state["trainer"] = {key: state["trainer"][key] for key in theirs}
+    torch.save(state, file)
+    again = make_trainer(inputs, tmp_path, *more, "DATASETS.TEST", "()")
+    listen(monkeypatch, caplog)
+    again.resume_or_load()
+    (said,) = warnings_in(caplog)
+    assert "it holds no norm memory: windows of all norms start anew, burn-ins go on" in said
+    assert {layer["steps"] for layer in memory_state_dict(again.bare_model).values()} == {3}
 
 
 # ------------------------------------------------------------------ images

@@ -198,6 +198,12 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.roi_heads.box_head.conv1.norm.burn_in_steps == round(5 * 2 / 3)
     assert model.backbone.fpn_lateral2.norm.steps == 4
 
+    cfg.train.max_iter = 6
+    again = instantiate(cfg.model).to("cpu")
+    with run_loggers_removed():
+        lazy.train(cfg, again, resume=True)
+    assert again.backbone.fpn_lateral2.norm.steps == 5, "its burn-in began anew"
+
 
 def test_without_a_file_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from cbn_det.plugin.lazy import main

@@ -39,7 +39,6 @@ positions, the paper's rule to the letter.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ from .functional import (
     variance_gradient,
     variance_gradient_factors,
 )
+from .schedule import Scheduled
 from .spec import register_norm
 from .window import Window
 
@@ -69,12 +69,9 @@ DEFAULT_POSITIONS = 64
 #: Weight of the newest estimate in the averaged derivative; 0.3 was noisier.
 _DERIVATIVE_MOMENTUM = 0.1
 
-#: burn-in, in optimiser steps, of a layer whose fraction nobody resolved against a schedule
-UNRESOLVED_BURN_IN = 2000
-
 
 @register_norm("CBN")
-class CBN2d(SmallBatchNorm2d):
+class CBN2d(Scheduled, SmallBatchNorm2d):
     """Cross-Iteration BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and
     evaluation.
 
@@ -84,8 +81,8 @@ class CBN2d(SmallBatchNorm2d):
         burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a
             number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned into
             steps by :func:`cbn_det.norms.resolve_burn_in` (the trainer calls it with
-            ``SOLVER.MAX_ITER``). Where nobody does, the first forward warns and takes
-            ``UNRESOLVED_BURN_IN`` steps.
+            ``SOLVER.MAX_ITER``). Where nobody does, the first forward warns and takes a schedule of
+            3000.
         compensation: how a remembered entry is carried over to the present weight.
             ``'taylor'``: the paper's rule. ``'central'``: the variance itself is linearised, which
             leaves out the always negative ``-dmu**2``. ``'exact'``: by the covariance of the input
@@ -136,17 +133,8 @@ class CBN2d(SmallBatchNorm2d):
             raise ValueError(f"positions={positions!r}: expected a positive int, or None for all")
         if cutoff is not None and not (is_number(cutoff) and cutoff > 0):
             raise ValueError(f"cutoff={cutoff!r}: expected a positive number, or None")
-        if not (
-            (type(burn_in) is int and burn_in >= 0)
-            or (isinstance(burn_in, float) and 0.0 < burn_in < 1.0)
-        ):
-            raise ValueError(
-                f"burn_in={burn_in!r}: expected an int (optimiser steps, 0 or more) or a float"
-                " between 0 and 1 (fraction of SOLVER.MAX_ITER)"
-            )
         self.window = window
-        self.burn_in = burn_in
-        self.burn_in_steps: int | None = burn_in if isinstance(burn_in, int) else None
+        self._set_times(burn_in=burn_in)
         self.compensation = compensation
         self.positions = positions
         self.cutoff = cutoff
@@ -191,24 +179,10 @@ class CBN2d(SmallBatchNorm2d):
             values["compensation_var"] = (change.abs() / (var + self.eps)).mean()
         return values
 
-    def resolve_burn_in(self, max_iter: int) -> None:
-        """Turns a fractional ``burn_in`` into optimiser steps of a schedule of ``max_iter``
-        steps."""
-        if isinstance(self.burn_in, float):
-            self.burn_in_steps = round(self.burn_in * max_iter)
-
     # ---- the method ----
 
     def estimate(self, batch: Moments) -> Estimate:
-        if self.burn_in_steps is None:
-            self.burn_in_steps = UNRESOLVED_BURN_IN
-            warnings.warn(
-                f"burn_in={self.burn_in!r} is a fraction of a schedule that this CBN layer was not"
-                f" told: taking {UNRESOLVED_BURN_IN} optimiser steps. Call"
-                " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give burn_in"
-                " as an int.",
-                stacklevel=4,
-            )
+        self._require_times()
         self._product = None
         if self._window is None or len(self._window) == 0 or self.recomputing_statistics:
             return Estimate(batch.mean, batch.var, 1.0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import SmallBatchNorm2d
+from .schedule import Scheduled
 from .spec import name_of
 
 
@@ -18,12 +19,21 @@ def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SmallBatchNorm2d)}
 
 
-def resolve_burn_in(model: nn.Module, max_iter: int) -> None:
-    """Tells every layer the length of the schedule, in optimiser steps, that a fractional burn-in
-    or ramp is a fraction of."""
+def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = None) -> None:
+    """Tells every layer where in the schedule it is.
+
+    Args:
+        model: any.
+        max_iter: length of the schedule, in optimiser steps, that a fractional burn-in or ramp is a
+            fraction of.
+        start_iter: optimiser steps that were taken before, where training goes on without what the
+            norms remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
+    """
     for layer in _layers(model).values():
-        if hasattr(layer, "resolve_burn_in"):
+        if isinstance(layer, Scheduled):
             layer.resolve_burn_in(max_iter)
+        if start_iter is not None:
+            layer.steps = start_iter
 
 
 def check_bindings(model: nn.Module) -> None:

@@ -90,14 +90,13 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
             and ``train``.
         model: instantiated, on its device.
         resume: go on from the last checkpoint in ``train.output_dir``. What norms remember starts
-            anew.
+            anew, their burn-in goes on.
 
     Returns:
         The trainer, after its last iteration.
     """
     options = cfg.train
     check_bindings(model)
-    resolve_burn_in(model, options.max_iter)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     on_gpu = next(model.parameters()).is_cuda
@@ -131,7 +130,9 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     )
     checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
     started = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if started else 0, options.max_iter)
+    start_iter = trainer.iter + 1 if started else 0
+    resolve_burn_in(model, options.max_iter, start_iter)
+    trainer.train(start_iter, options.max_iter)
     return trainer
 
 

@@ -149,8 +149,9 @@ class ResumableTrainer(DefaultTrainer):
     def _load_rank_state(self, state: dict[str, Any]) -> list[str]:
         """Restores what the iterations before leave to this rank; returns what it could not, of all
         ranks."""
-        if "norm_memory" not in state:
-            return ["it holds no norm memory: windows and step counts start anew"]
+        schedule = (state["iteration"] + 1, self.cfg.SOLVER.MAX_ITER)
+        if "norm_memory" not in state:  # detectron2's own
+            return [load_norm_state(self.bare_model, state, *schedule)]
         rank, ranks = comm.get_rank(), comm.get_world_size()
         changes, mine, trouble = [], state, ""
         if "run" not in state:
@@ -178,7 +179,7 @@ class ResumableTrainer(DefaultTrainer):
             except ValueError as error:
                 trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
         changes += comm.all_gather(trouble)
-        changes.append(load_norm_state(self.bare_model, mine))
+        changes.append(load_norm_state(self.bare_model, mine, *schedule))
         if same_ranks and not trouble:
             load_buffers(self.bare_model, mine.get("buffers", {}))
         return [change for change in changes if change]

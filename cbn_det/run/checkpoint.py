@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..norms import load_memory_state_dict, memory_state_dict, norm_rows
+from ..norms import load_memory_state_dict, memory_state_dict, norm_rows, resolve_burn_in
 from .files import replace_file
 
 
@@ -40,21 +40,27 @@ def norm_state(model: nn.Module) -> dict[str, Any]:
     return {"norm_memory": memory_state_dict(model), "norms": _norms(model)}
 
 
-def load_norm_state(model: nn.Module, state: Mapping[str, Any]) -> str:
-    """Restores what :func:`norm_state` returned, all of it or nothing.
+def load_norm_state(
+    model: nn.Module, state: Mapping[str, Any], start_iter: int, max_iter: int
+) -> str:
+    """Restores what :func:`norm_state` returned, all of it or nothing. Norms that remember nothing
+    know at least that they are at ``start_iter`` of ``max_iter``.
 
     Returns:
         Why nothing was restored; empty if all is well.
     """
     before = memory_state_dict(model)
     try:
+        if "norm_memory" not in state:
+            raise ValueError("it holds no norm memory")
         # version 0.1 did not say which norms they were
         if state.get("norms", _norms(model)) != _norms(model):
             raise ValueError("the model has other norms")
         load_memory_state_dict(model, state["norm_memory"])
     except ValueError as error:
         load_memory_state_dict(model, before)
-        return f"{error}: windows and step counts of all norms start anew"
+        resolve_burn_in(model, max_iter, start_iter)
+        return f"{error}: windows of all norms start anew, burn-ins go on"
     return ""
 
 

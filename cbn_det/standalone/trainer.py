@@ -142,7 +142,9 @@ class Trainer:
         training = state["training"]
         self.bare_model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        changes = [load_norm_state(self.bare_model, training)]
+        self.iter = self.start_iter = state["iteration"] + 1
+        schedule = (self.start_iter, self.cfg.SOLVER.MAX_ITER)
+        changes = [load_norm_state(self.bare_model, training, *schedule)]
         for name, before, now in (
             ("SEED", training.get("seed", self.cfg.SEED), self.cfg.SEED),
             ("--accumulate", training.get("accumulate", 1), self.accumulate),
@@ -156,7 +158,6 @@ class Trainer:
             self._statistics.load_state_dict(training["statistics"])
         self.clock.load_state_dict(training["clock"])
         self.metrics.load_state_dict(training["metrics"])
-        self.iter = self.start_iter = state["iteration"] + 1
 
     def train(self) -> dict[str, Any]:
         """Trains from ``start_iter`` and evaluates. After a complete run, evaluates only.
