@@ -63,11 +63,8 @@ def test_output_and_gradients_equal_the_paper(groups, channels_last):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("affine", [True, False])
-def test_gradcheck(groups, affine):
-    norm = layer(4, groups=groups, affine=True)
-    if not affine:
-        norm = BGN2d(4, groups=groups, affine=False).double()
+def test_gradcheck_without_affine_parameters(groups):
+    norm = BGN2d(4, groups=groups, affine=False).double()
     x = inputs(2, n=2, c=4, size=(2, 3)).requires_grad_()
     assert torch.autograd.gradcheck(norm, x, atol=1e-7)
 

@@ -85,6 +85,10 @@ EXCEPTIONS = {
         "KN": "its first pass has no graph to find the chain in: that iteration is BatchNorm",
         "GKN": "likewise: test_backbones.py finds the chain before",
     },
+    "test_gradcheck_with_the_memory_held_constant": {
+        "CBN": "its entries follow the weight, as a constant for the gradient: test_cbn.py",
+        "CBN window 1": None,
+    },
     "test_without_gradient_a_cumulative_average_is_the_mean_over_batches": {
         "GKN": _A_GROUPNORM,
         "MBN": "after burn-in the running statistics are the memory's",
@@ -266,6 +270,47 @@ def test_running_statistics_average_the_window(key):
     np.testing.assert_allclose(norm.running_mean, expected[0], rtol=1e-4)
     np.testing.assert_allclose(norm.running_var, expected[1], rtol=1e-4)
     assert norm.num_batches_tracked == 8
+
+
+# ---- 3: the gradient -------------------------------------------------------------------------
+
+
+@every_norm
+def test_gradcheck_with_the_memory_held_constant(spec):
+    check_gradient(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "KN(gain='learned')",
+        "KN(gain='learned', recursion='authors')",
+        "GKN(groups=2, gain='learned')",
+        "GKN(groups=2, gain='learned', recursion='authors')",
+    ],
+)
+def test_gradcheck_of_a_learned_gain(spec):
+    check_gradient(spec)
+
+
+def check_gradient(spec):
+    """Finite differences by the input and all parameters, those of earlier layers included."""
+    model = stack(spec).double()
+    for norm in norms(model):
+        for parameter in norm.parameters():  # away from what they start as
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    for t in range(4):
+        model(images(t).double())
+        tick()
+    for norm in norms(model):
+        if isinstance(norm, nn.BatchNorm2d):
+            # only BRN looks at them: its r and d, constants for the gradient, are at their limits
+            norm.running_mean.fill_(1e3)
+            norm.running_var.fill_(1e-6)
+    x = images(9, size=3).double().requires_grad_()
+    # the forwards of one step read the same memory
+    forward = lambda x, *parameters: model(x)  # noqa: E731
+    assert torch.autograd.gradcheck(forward, [x, *model.parameters()], atol=1e-7)
 
 
 # ---- 4: empty and odd input ------------------------------------------------------------------
