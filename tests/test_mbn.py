@@ -14,9 +14,11 @@ from torch import nn
 from cbn_det.norms import (
     DoubleForward,
     MBN2d,
+    SmallBatchNorm2d,
     build_norm,
     load_memory_state_dict,
     memory_state_dict,
+    norm_diagnostics,
     norm_rows,
     resolve_burn_in,
 )
@@ -356,7 +358,16 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        specs = ["CBN(window=3, burn_in=0)", "BRN(burn_in=0, ramp=0)", "BGN(groups=2)", "MBN"]
+        specs = [
+            "CBN(window=3, burn_in=0)",
+            "BRN(burn_in=0, ramp=0)",
+            "BGN(groups=2)",
+            "KN",
+            "KN(recursion='authors')",
+            "GKN(groups=2)",
+            "GKN(groups=2, recursion='authors')",
+            "MBN",
+        ]
         blocks = [[nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.3)]]
         for spec in specs:
             norm = build_norm(spec, 4, **({"burn_in": 0, "window": 3} if spec == "MBN" else {}))
@@ -380,6 +391,14 @@ def test_nothing_else_changes():
     double_forward = DoubleForward(model)
     calls = []
     model.body[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    within = {}  # what the other norms are during the second pass, before anything is put back
+
+    def look(norm, name):
+        within[name] = copy.deepcopy((norm.state_dict(), norm.memory_state_dict()))
+
+    for name, norm in model.named_modules():
+        if isinstance(norm, SmallBatchNorm2d) and not isinstance(norm, MBN2d):
+            norm.register_forward_hook(lambda norm, *_, name=name: look(norm, name))
     for t in range(4):
         optimizer.zero_grad()
         loss_of(model(images(t, dtype=torch.float32), scale=2.0)).backward()
@@ -388,6 +407,7 @@ def test_nothing_else_changes():
         state, memory = snapshot(model)
         random_state = torch.get_rng_state()
         grads = [p.grad.clone() for p in model.parameters()]
+        within.clear()
         assert double_forward.refresh() is True
         assert torch.equal(torch.get_rng_state(), random_state)
         assert torch.equal(model.drawn[-1], model.drawn[-2])
@@ -398,6 +418,10 @@ def test_nothing_else_changes():
         others = [key for key in state if not key.startswith(of_mbn)]
         assert "forwards" in others and len(others) == len(state) - 4
         assert_same({k: after[k] for k in others}, {k: state[k] for k in others})
+        assert within.keys() == memory.keys() - set(ours) and len(within) == 5
+        for name, (buffers, remembered) in within.items():
+            assert_same(buffers, {key: state[f"{name}.{key}"] for key in buffers})
+            assert_same(remembered, memory[name])
         for name in memory:
             if name not in ours:
                 assert_same(memory_after[name], memory[name])
@@ -409,6 +433,26 @@ def test_nothing_else_changes():
                 assert same == (name == "middle"), "which sees the input alone"
     assert calls == [True, False] * 4
     assert not any(m._in_second_pass for m in model.modules() if hasattr(m, "_in_second_pass"))
+
+
+def test_what_layers_tell_of_their_latest_forward_is_of_the_first_pass():
+    """Diagnostics, which are logged after it, and what KN and GKN hand on."""
+
+    def told():
+        handed = [norm.handed for norm in model.modules() if hasattr(norm, "handed")]
+        return norm_diagnostics(model), [pair for pair in handed if pair is not None]
+
+    model = Mixed()
+    optimizer = sgd(model, 0.05)
+    double_forward = DoubleForward(model)
+    for t in range(3):
+        loss_of(model(images(t, dtype=torch.float32))).backward()
+        optimizer.step()
+        before = told()
+        double_forward.refresh()
+        assert_same(told(), before)
+    keys = {"norm/compensation_var", "norm/r_at_limit", "norm/prediction_mean"}
+    assert keys < before[0].keys() and len(before[1]) == 2
 
 
 def test_training_goes_on_with_the_random_stream_of_one_without_it():

@@ -14,8 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
 from .base import SmallBatchNorm2d, in_backward
+from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
 from .repeat import FrozenParts
+
+#: attributes that tell of a layer's latest forward: for diagnostics, and for the KN and GKN layers
+#: that follow
+_OF_LATEST_FORWARD = ("_compared", "handed")
 
 
 class DoubleForward:
@@ -39,7 +44,8 @@ class DoubleForward:
     without gradient; layers update in order, so that deeper ones see what refreshed ones put out.
     Each MBN layer replaces what it staged in the iteration, and with it its running statistics.
     Everything else is as before: the statistics and memory of all other layers, every other buffer,
-    and the random state. Hooks on the modules run as in any forward.
+    the random state, and what layers report of their latest forward
+    (:func:`cbn_det.norms.norm_diagnostics`). Hooks on the modules run as in any forward.
 
     It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
     that has something to refresh: predictors, losses, heads without such layers are left out. In
@@ -276,6 +282,8 @@ def _staging_anew(
 ) -> Iterator[None]:
     """Lets the layers ``wanting`` stage anew what they staged, and nothing else change."""
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
+    norms = [m for m in model.modules() if isinstance(m, (SmallBatchNorm2d, Chained))]
+    told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
     staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
     for layer in layers:
         layer._in_second_pass = True
@@ -293,3 +301,5 @@ def _staging_anew(
         for owner, buffer, value in buffers:
             if owner not in refreshed:
                 buffer.copy_(value)
+        for norm, key, value in told:
+            setattr(norm, key, value)
