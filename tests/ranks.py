@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # an optimiser imports it: once here, not in every process
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

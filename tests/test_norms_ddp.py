@@ -11,14 +11,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cbn_det.norms import build_norm, memory_state_dict, sync_running_stats
 
-SPEC = "CBN(window=3, burn_in=0)"
+SPECS = {
+    "CBN": "CBN(window=3, burn_in=0)",
+    "MBN": "MBN(window=3, burn_in=0)",
+    "BRN": "BRN(burn_in=0, ramp=0, momentum=0.3)",
+    "KN": "KN(gain=0.3)",
+    "KN authors": "KN(gain=0.3, recursion='authors')",
+    "BGN": "BGN(groups=2)",
+}
+every_norm = pytest.mark.parametrize("key", SPECS)
 
 
-def model_of(seed=0):
-    torch.manual_seed(seed)
+def model_of(key="CBN"):
+    torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), build_norm(SPEC, 4), nn.ReLU(),
-        nn.Conv2d(4, 4, 3), build_norm(SPEC, 4),
+        nn.Conv2d(3, 4, 3, bias=False), build_norm(SPECS[key], 4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), build_norm(SPECS[key], 4),
     )  # fmt: skip
 
 
@@ -109,13 +117,16 @@ def test_pooling_before_any_data_changes_nothing(tmp_path):
 # ---- DistributedDataParallel -----------------------------------------------------------------
 
 
-def ddp(rank, world):
-    model = model_of()
-    alone = model_of()  # the same, without DDP: this rank's data, all ranks' gradients
+def ddp(rank, world, key):
+    model = model_of(key)
+    alone = model_of(key)  # the same, without DDP: this rank's data, all ranks' gradients
     parallel = DistributedDataParallel(model, broadcast_buffers=True)
     pair = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, alone)]
     for t in range(6):
         x = batch(rank, t, n=0 if rank == 1 and t in (2, 4) else 2)
+        if key == "BRN":  # the only one that sees in training what is broadcast
+            for buffer in alone.buffers():
+                dist.broadcast(buffer, 0)
         a, b = parallel(x), alone(x)
         a.square().sum().div(100).backward()
         b.square().sum().div(100).backward()
@@ -128,23 +139,33 @@ def ddp(rank, world):
         for optimizer in pair:
             optimizer.step()
             optimizer.zero_grad()
+    if key == "MBN":  # its running statistics are the memory's
+        for norm, own in ((model[1], alone[1]), (model[4], alone[4])):
+            assert torch.equal(norm.running_mean, own.running_mean)
+            assert torch.equal(norm.running_var, own.running_var)
     parallel(batch(rank, 9))  # commits
     memory = memory_state_dict(model)
     assert memory.keys() == {"1", "4"}
-    return numbers(model[0].weight, memory["1"]["window"]["stacked"]["mean"]), memory["1"]["steps"]
+    return numbers(model[0].weight), memory["1"]
 
 
-def test_ddp_that_broadcasts_buffers_leaves_memory_alone(tmp_path):
+@every_norm
+def test_ddp_that_broadcasts_buffers_leaves_memory_alone(key, tmp_path):
     """One rank gets empty input in two iterations: no hang, zero gradients from it."""
-    (first, first_steps), (second, second_steps) = run_ranks(ddp, 2, tmp_path)
-    np.testing.assert_array_equal(first[0], second[0])  # the weights are the same
-    assert abs(first[1] - second[1]).min() > 1e-4  # what is remembered is not
-    assert (first_steps, second_steps) == (6, 4)
+    (first, memory), (second, other) = run_ranks(ddp, 2, tmp_path, key)
+    np.testing.assert_array_equal(first, second)  # the weights are the same
+    assert (memory["steps"], other["steps"]) == (6, 4)
+    if memory["window"]:  # what is remembered is not
+        own, theirs = (m["window"]["stacked"]["mean"] for m in (memory, other))
+        assert abs(own - theirs).min() > 1e-4
+    for name, reference in memory["held"].items():  # BRN: rank 0's statistics serve all ranks
+        assert torch.equal(reference, other["held"][name])
+    assert bool(memory["held"]) == (key == "BRN")
 
 
-def no_communication(rank, world):
+def no_communication(rank, world, key):
     """Rank 1 runs far fewer forwards than rank 0; any collective in forward would hang."""
-    model = model_of()
+    model = model_of(key)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for t in range(8 if rank == 0 else 1):
         model(batch(rank, t)).square().mean().backward()
@@ -153,6 +174,7 @@ def no_communication(rank, world):
     return numbers(model[1].running_mean)
 
 
-def test_ranks_need_not_run_alike(tmp_path):
-    first, second = run_ranks(no_communication, 2, tmp_path)
+@every_norm
+def test_ranks_need_not_run_alike(key, tmp_path):
+    first, second = run_ranks(no_communication, 2, tmp_path, key)
     np.testing.assert_array_equal(first[0], second[0])

@@ -37,7 +37,8 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
 
     The running statistics take part in training, so forwards without gradient in training mode,
     which move them as they move BatchNorm's, are seen by the iterations after. A mini-batch whose
-    moments are not finite leaves them alone.
+    moments are not finite leaves them alone. Where a DistributedDataParallel broadcasts buffers, as
+    torch's does by default, rank 0's are the reference on all ranks.
 
     Args:
         num_features: channels C.

@@ -66,6 +66,11 @@ def sync_running_stats(model: nn.Module) -> None:
     Every rank must call it. Ranks whose layer has seen no data (a mask head without a RoI) do not
     count, and BatchNorms in evaluation mode (frozen ones) are left as they are. Does nothing
     without an initialised process group.
+
+    A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, puts rank 0's
+    statistics in the place of the others' before every forward: what is pooled is then of rank 0's
+    images and each rank's last ones (MBN's, which are the memory's, are each rank's own). Training
+    is the same either way, but for BRN.
     """
     layers = [m for m in model.modules() if _gathers_statistics(m)]
     if not layers or not dist.is_available() or not dist.is_initialized():
