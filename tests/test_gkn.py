@@ -117,6 +117,33 @@ def test_the_first_layer_of_a_chain_is_groupnorm():
 
 
 @both
+@pytest.mark.parametrize("gain", [0, 0.6])
+def test_groups_of_a_single_value(recursion, gain):
+    """One RoI of 1x1 and as many groups as channels, where ``nn.GroupNorm`` raises: an output of
+    bias alone, and behind another layer what is predicted and the value, mixed."""
+    torch.manual_seed(0)
+    options = {"groups": 4, "gain": gain, "recursion": recursion}
+    first, second = (GKN2d(4, **options).double() for _ in range(2))
+    convs = [nn.Conv2d(cin, 4, 1).double() for cin in (3, 4)]
+    for norm in (first, second):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    x = images(1, n=1, size=1).requires_grad_()
+    y = first(convs[0](x))
+    torch.testing.assert_close(y.flatten(), first.bias)
+    assert all(float(grad.abs().max()) < 1e-12 for grad in gradients(y, [x, first.weight]))
+    ours = second(convs[1](first(convs[0](x))))
+    references = [Kalman(norm, gain, groups=4) for norm in (first, second)]
+    z = references[0](convs[0](x), None)
+    prediction = kalman.convolved(*references[0].handed(recursion), convs[1])
+    theirs = references[1](convs[1](z), prediction)
+    leaves = [x, *first.parameters(), *second.parameters(), *convs[1].parameters()]
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    for g, h in zip(gradients(ours, leaves), gradients(theirs, leaves), strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7)
+
+
+@both
 def test_samples_do_not_see_each_other(recursion):
     model = Net(recursion=recursion).double()
     x = images(1, n=3)

@@ -41,6 +41,7 @@ SPECS = {
     "KN authors": "KN(gain=0.3, recursion='authors')",
     "GKN": "GKN(groups=2, gain=0.3)",
     "GKN authors": "GKN(groups=2, gain=0.3, recursion='authors')",
+    "GKN groups of one": "GKN(groups=4, gain=0.3)",
 }
 
 _A_GROUPNORM = "it is a GroupNorm, with no statistics, memory or clock: test_gkn.py"
@@ -81,6 +82,9 @@ EXCEPTIONS = {
         "BRN": "the running statistics, which such forwards move, take part in training"
     },
     "test_forwards_without_gradient_may_come_first_after_a_step": {"BRN": "likewise"},
+    "test_off_centre_activations_keep_their_variance": {
+        "GKN groups of one": "the first of a chain is torch's, inexact on CPU in channels_last"
+    },
     "test_reentrant_activation_checkpointing_changes_nothing_in_training": {
         "KN": "its first pass has no graph to find the chain in: that iteration is BatchNorm",
         "GKN": "likewise: test_backbones.py finds the chain before",
