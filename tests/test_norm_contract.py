@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import (
     build_norm,
+    find_chain,
     load_memory_state_dict,
     memory_state_dict,
     norm_diagnostics,
@@ -99,6 +100,10 @@ EXCEPTIONS = {
     "test_gradcheck_with_the_memory_held_constant": {
         "CBN": "its entries follow the weight, as a constant for the gradient: test_cbn.py",
         "CBN window 1": None,
+    },
+    "test_reentrant_checkpoints_of_blocks_change_nothing": {
+        "KN authors": "what is handed on crosses their borders as a constant: the test after it",
+        "GKN authors": "likewise",
     },
     "test_without_gradient_a_cumulative_average_is_the_mean_over_batches": {
         "GKN": _A_GROUPNORM,
@@ -881,6 +886,68 @@ def test_under_reentrant_checkpoints_running_statistics_average_mini_batches(key
         tick()
     assert len(ys) == 6
     assert_average_of(ys, model[4])
+
+
+@every_norm
+def test_checkpointed_blocks_change_nothing(spec):
+    check_checkpointed_blocks(spec, reentrant=False)
+
+
+@every_norm
+def test_reentrant_checkpoints_of_blocks_change_nothing(spec):
+    check_checkpointed_blocks(spec, reentrant=True)
+
+
+def check_checkpointed_blocks(spec, reentrant):
+    """Mini-batches of several sizes, all forwards before the backward passes."""
+    torch.manual_seed(0)
+    model = stack(spec)
+    find_chain(model, images(0))
+    other = copy.deepcopy(model)
+    find_chain(other, images(0))
+    pair = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, other)]
+    for t in range(4):
+        xs, zs = ([images(9 * t + k, n=1 + k).requires_grad_() for k in range(3)] for _ in range(2))
+        ours, theirs = [model(x) for x in xs], [by_blocks(other, z, reentrant) for z in zs]
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+            loss_of(a).backward()
+            loss_of(b).backward()
+        assert_same_gradients([*xs, *model.parameters()], [*zs, *other.parameters()])
+        for optimizer in pair:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def by_blocks(model, x, reentrant):
+    """A :func:`stack` in two checkpoints."""
+    for part in (model[:3], model[3:]):
+        x = checkpoint(part, x, use_reentrant=reentrant)
+    return x
+
+
+def assert_same_gradients(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["KN authors", "GKN authors"])
+def test_what_crosses_the_border_of_a_reentrant_checkpoint_is_detached(key):
+    """With one forward before each backward pass; after several the gradient is that of none."""
+    torch.manual_seed(0)
+    models = [stack(SPECS[key].replace(")", f", detach={detach})")) for detach in (True, False)]
+    models[1].load_state_dict(models[0].state_dict())
+    whole = copy.deepcopy(models[1])
+    for model in models:
+        find_chain(model, images(0))
+    for t in range(3):
+        x, y, z = (images(t).requires_grad_() for _ in range(3))
+        a, b, c = models[0](x), by_blocks(models[1], y, reentrant=True), whole(z)
+        assert torch.equal(a, b) and torch.equal(a, c)
+        for out in (a, b, c):
+            loss_of(out).backward()
+        assert_same_gradients([x, *models[0].parameters()], [y, *models[1].parameters()])
+        assert not torch.allclose(y.grad, z.grad, rtol=1e-2)
 
 
 def trained_with_checkpoints_and_without(spec, forwards, reentrant):

@@ -48,6 +48,7 @@ from torch.nn.modules.module import (
 )
 
 from . import clock
+from .base import in_backward
 from .prediction import (
     Affine,
     Concat,
@@ -66,6 +67,7 @@ from .prediction import (
 )
 
 _MARK = "cbn_det norm"
+_HANDED = "cbn_det handed on"
 
 _KEEPS = {
     "MaxPool2DWithIndices",
@@ -88,10 +90,29 @@ class _ChainEnds(Exception):
     """Carries the reason."""
 
 
-def mark(output: Tensor, layer: nn.Module) -> None:
-    """Lets :func:`follow` recognise ``output`` as that of ``layer``."""
+def mark(output: Tensor, layer: nn.Module, handed: Pair | None = None) -> None:
+    """Lets :func:`follow` recognise ``output`` as that of ``layer``, and :func:`handed_before` find
+    what the layer handed on with it."""
     if not torch.compiler.is_compiling() and output.grad_fn is not None:
         output.grad_fn.metadata[_MARK] = layer
+        output.grad_fn.metadata[_HANDED] = handed
+
+
+def handed_before(y: Tensor) -> dict[nn.Module, Pair]:
+    """What the layers that ``y`` follows handed on in the forward that made it, as far as its graph
+    reaches."""
+    found, seen, nodes = {}, set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        layer, handed = (node.metadata.get(key) for key in (_MARK, _HANDED))
+        if layer is None:
+            nodes += [edge[0] for edge in node.next_functions]
+        elif handed is not None:
+            found[layer] = handed
+    return found
 
 
 def follow(y: Tensor, channels: int) -> Expression:
@@ -298,8 +319,8 @@ class Chained:
 
     def _look_for_chain(self, y: Tensor) -> None:
         known = self.chain
-        recomputing = torch._C._current_graph_task_id() != -1
-        if known is not None and (recomputing or not (self._chain_unsure or _may_go_on(known, y))):
+        again = recomputing()
+        if known is not None and (again or not (self._chain_unsure or _may_go_on(known, y))):
             return
         if not torch.is_grad_enabled():
             return
@@ -311,7 +332,7 @@ class Chained:
             _chain_revision=_revision,
             _chain_unsure=False,
             # the forward that this one recomputes knew nothing, and both must give the same
-            _chain_from=clock.now() if recomputing else None,
+            _chain_from=clock.now() if again else None,
         )
 
     @property
@@ -325,11 +346,15 @@ class Chained:
         """Mean and variance of this layer's input, as it estimated them in the latest forward."""
         return self.handed
 
-    def _hand_on(self, mean: Tensor, var: Tensor, output: Tensor | None) -> None:
-        """Keeps this layer's estimate for those that follow, until the backward pass has come back
-        to ``output`` (which the estimate's graph must not outlive)."""
-        self.handed = (mean, var)
-        if output is not None and output.grad_fn is not None and mean.requires_grad:
+    def _hand_on(self, handed: Pair | None, output: Tensor) -> None:
+        """Keeps this layer's estimate for those that follow: with the graph of ``output``, and as
+        the latest, until the backward pass has come back to ``output`` (which the estimate's graph
+        must not outlive)."""
+        mark(output, self, handed)
+        if handed is None:
+            return
+        self.handed = handed
+        if output.grad_fn is not None and handed[0].requires_grad:
             output.grad_fn.register_prehook(self._release)
 
     def _release(self, grads: tuple[Tensor, ...]) -> None:
@@ -368,6 +393,11 @@ class Chained:
         if metadata.get("assign_to_params_buffers") or _hangs_on_statistics(self._chain):
             self.forget_chain()
         return super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: a forward in it is a checkpoint's."""
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 def _may_go_on(known: Expression, y: Tensor) -> bool:
@@ -448,7 +478,7 @@ def _ignorant(module: nn.Module) -> list[Chained]:
 def _trace_frozen_parts(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Has the layers of a model with frozen parts look through them, once. Where a forward cannot
     be traced they will look as far as the graph of the training forward reaches."""
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return
     layers = [m for m in model.modules() if isinstance(m, Chained) and m.predicts]
     if all(m._traced or (m.chain is not None and not m._chain_unsure) for m in layers):

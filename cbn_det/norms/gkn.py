@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import is_number
-from .chain import mark
 from .functional import Moments, mixture, moments, normalize, statistics_dtype
 from .kn import DEFAULT_GAIN, Predicting, observed
 from .prediction import Pair, pooled_samples
@@ -44,8 +43,11 @@ class GKN2d(Predicting, nn.GroupNorm):
         groups: number of groups; must divide C.
         gain: weight of the prediction, in [0, 1), 0 being GroupNorm; or ``'learned'``: one
             parameter ``gain_logit`` a layer, as in KN.
-        recursion, detach: as in :class:`KN2d`. With ``'authors'`` each sample has its own chain;
-            RoIs take the mixture of all samples, so there a sample's mini-batch does count.
+        recursion, detach: as in :class:`KN2d`, whose limits under activation checkpoints
+            ``'authors'`` has here, too: between segments of re-entrant ones it is a constant for
+            the gradient, and with another forward before the backward pass that one's, which
+            ``'consistent'`` avoids. With ``'authors'`` each sample has its own chain; RoIs take the
+            mixture of all samples, so there a sample's mini-batch does count.
         eps: added to the variance.
         affine: whether there are a weight and a bias per channel.
 
@@ -104,28 +106,25 @@ class GKN2d(Predicting, nn.GroupNorm):
         if input.numel() == 0:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            output = None if self.gain == 0 else self._predicted(input)
+            output, handed = (None, None) if self.gain == 0 else self._predicted(input)
         if output is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        if self.handed is not None:
-            self._hand_on(*self.handed, output)
-        mark(output, self)
+        self._hand_on(handed, output)
         return output
 
-    def _predicted(self, input: Tensor) -> Tensor | None:
-        """The output with the prediction taken in; None where there is none."""
+    def _predicted(self, input: Tensor) -> tuple[Tensor | None, Pair | None]:
+        """The output with the prediction taken in, or None; and what is handed on, or None."""
         prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
         if prediction is None and self.recursion == "consistent":
-            return None
+            return None, None
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
         batch = moments(x)
         if prediction is not None:
             prediction = self._of_groups(*prediction, samples=len(input))
-        if self.recursion == "authors":
-            self.handed = self._posterior(x, batch, prediction)
+        handed = self._posterior(x, batch, prediction) if self.recursion == "authors" else None
         if prediction is None:
-            return None
+            return None, handed
         combined = self._combine(prediction, *self._of_samples(batch.mean, batch.var))
         mean, var, share = (self._of_channels(value, len(input)).flatten() for value in combined)
         weight, bias = (
@@ -135,7 +134,9 @@ class GKN2d(Predicting, nn.GroupNorm):
         output = normalize(x, mean, var, weight, bias, share, self.eps, groups)
         # not a view: an activation in place would put the graph of views in the chain's way
         output = torch.ops.aten._unsafe_view(output, input.shape)
-        return output if input.is_contiguous() else output.to(memory_format=torch.channels_last)
+        if not input.is_contiguous():
+            output = output.to(memory_format=torch.channels_last)
+        return output, handed
 
     def _posterior(self, x: Tensor, batch: Moments, prediction: Pair | None) -> Pair:
         """The estimate [N, C] with all of its dependence on the input, for the layers that

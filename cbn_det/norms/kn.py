@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Estimate, SmallBatchNorm2d, is_number
-from .chain import Chained, mark, tracing
+from .chain import Chained, handed_before, recomputing, tracing
 from .functional import Moments, mixture
 from .prediction import Pair, Setting, constant_moments, pooled_samples
 from .spec import register_norm
@@ -110,7 +110,10 @@ class Predicting(Chained):
         chain = self._find_chain(y)
         if chain is None:
             return None
-        setting = Setting(like.detach().new_empty(0), self.recursion == "authors")
+        authors = self.recursion == "authors"
+        # a recomputation follows the forward it repeats, which need not be the latest
+        handed = handed_before(y) if authors and recomputing() else {}
+        setting = Setting(like.detach().new_empty(0), authors, handed)
         if not torch.compiler.is_compiling():
             self._constant = constant_moments(chain.source, setting, self._constant)
             if self._constant is not None:
@@ -174,6 +177,13 @@ class KN2d(Predicting, SmallBatchNorm2d):
     there do not cross the borders of its segments (:func:`cbn_det.norms.find_chain` before training
     finds them whole).
 
+    With ``recursion='authors'`` there are two limits under activation checkpoints, which
+    ``recursion='consistent'`` does not have. What is handed on from segment to segment of
+    re-entrant ones is a constant for the gradient, as with ``detach=True``. And if another forward
+    comes before the backward pass, a recomputation takes what that one handed on, between segments
+    of re-entrant ones and from frozen layers into any: gradients are wrong, mostly without an
+    error.
+
     Args:
         num_features: channels C.
         gain: weight of the prediction, in [0, 1), 0 being BatchNorm; or ``'learned'``: one
@@ -209,6 +219,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
         super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
         self._start_predicting(gain, recursion, detach)
         self._input: Tensor | None = None  # during a forward
+        self._handing: Pair | None = None  # likewise: what it hands on
 
     @property
     def channels(self) -> int:
@@ -228,14 +239,12 @@ class KN2d(Predicting, SmallBatchNorm2d):
         self._input = input
         try:
             output = super().forward(input)
+            if input.numel() > 0:
+                if not self.training:
+                    self._look_for_chain(input)
+                self._hand_on(self._handing, output)
         finally:
-            self._input = None
-        if input.numel() > 0:
-            if not self.training:
-                self._look_for_chain(input)
-            elif self.handed is not None:
-                self._hand_on(*self.handed, output)
-            mark(output, self)
+            self._input = self._handing = None
         return output
 
     def hands_on(self) -> Pair | None:
@@ -251,7 +260,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
             prediction = tuple(value.flatten() for value in pooled_samples(*prediction))
             estimate = Estimate(*self._combine(prediction, batch.mean, batch.var))
         if self.recursion == "authors":
-            self.handed = self._posterior(prediction, batch)
+            self._handing = self._posterior(prediction, batch)
         return estimate
 
     def _posterior(self, prediction: Pair | None, batch: Moments) -> Pair:

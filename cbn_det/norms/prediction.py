@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -135,10 +135,12 @@ class Setting:
         like: a tensor of the device and dtype of the result.
         authors: whether norm layers hand on the estimate of their input (the authors' code), or
             the distribution N(beta, gamma^2) of their output.
+        handed: what layers handed on, by layer, where it is not what they handed on last.
     """
 
     like: Tensor
     authors: bool
+    handed: dict[nn.Module, Pair] = field(default_factory=dict)
 
 
 class Expression:
@@ -150,7 +152,7 @@ class Expression:
         return self.parts()[0].width
 
     def parts(self) -> list[Expression]:
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(self, f.name) for f in fields(self)]
         flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
         return [value for value in flat if isinstance(value, Expression)]
 
@@ -161,7 +163,7 @@ class Expression:
 
     def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
         """The tensors that the moments are computed from; None for what a forward hands on."""
-        for value in (getattr(self, field.name) for field in fields(self)):
+        for value in (getattr(self, f.name) for f in fields(self)):
             if isinstance(value, Tensor):
                 yield value
         for part in self.parts():
@@ -201,7 +203,9 @@ class Norm(Expression):
         yield from _present(self.layer.weight, self.layer.bias)
 
     def moments(self, setting: Setting) -> Pair:
-        handed = self.layer.hands_on() if setting.authors else None
+        handed = None
+        if setting.authors:
+            handed = setting.handed.get(self.layer) or self.layer.hands_on()
         if handed is not None:
             return handed[0].to(setting.like.dtype), handed[1].to(setting.like.dtype)
         return _affine_pair(self.layer.weight, self.layer.bias, self.width, setting.like)
