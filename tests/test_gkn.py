@@ -153,6 +153,26 @@ def test_samples_do_not_see_each_other(recursion):
     torch.testing.assert_close(model(x[:1]), together[:1], rtol=1e-9, atol=1e-9)
 
 
+def test_each_sample_has_its_own_guard():
+    """At 100 times the variance, on average over groups. Identities as convolutions: N(0, 1) is
+    predicted, and of a group of variance v the first layer makes v / (v + eps)."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1, bias=False), GKN2d(4, groups=2, eps=1.0),
+        nn.Conv2d(4, 4, 1, bias=False), GKN2d(4, groups=2, eps=0.0, gain=0.5),
+    ).double()  # fmt: skip
+    ratios = torch.tensor([[99.0, 99.0], [101.0, 101.0], [190.0, 1.01], [210.0, 1.01]]).double()
+    x = F.group_norm(images(1, n=4, channels=4), 2, eps=0.0)
+    x *= (ratios - 1.0).rsqrt().repeat_interleave(2, 1)[..., None, None]
+    with torch.no_grad():
+        for conv in (model[0], model[2]):
+            conv.weight.copy_(torch.eye(4)[..., None, None])
+    out = model(x)
+    plain = F.group_norm(x, 2, eps=0.0)
+    refused = [torch.allclose(a, b) for a, b in zip(out, plain, strict=True)]
+    assert refused == [False, True, False, True]
+    assert float(model[3].diagnostics["guarded"]) == 0.5
+
+
 @both
 def test_rois_of_several_images_follow_their_mixture(recursion):
     """Another number of samples than before: each sample's chain ends, in one of all."""

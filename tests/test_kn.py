@@ -337,6 +337,34 @@ def test_the_guard_refuses_predictions_of_another_scale(recursion, refused):
         assert torch.allclose(g, h, rtol=1e-6, atol=1e-8) == refused
 
 
+@pytest.mark.parametrize(
+    "ratios, refused",
+    [
+        ([99.0] * 4, False),
+        ([101.0] * 4, True),
+        ([390.0, 1.01, 1.01, 1.01], False),  # 98 on average: one channel far off is not enough
+        ([410.0, 1.01, 1.01, 1.01], True),  # 103: nor is one that is right
+    ],
+    ids=str,
+)
+def test_the_guard_is_at_100_times_the_variance_on_average_over_channels(ratios, refused):
+    """Identities as convolutions: N(0, 1) is predicted, and of a channel of variance v the first
+    layer makes v / (v + eps)."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1, bias=False), KN2d(4, eps=1.0),
+        nn.Conv2d(4, 4, 1, bias=False), KN2d(4, eps=1e-12, gain=0.5),
+    ).double()  # fmt: skip
+    x = F.batch_norm(images(1, channels=4), None, None, training=True, eps=1e-12)
+    x *= (torch.tensor(ratios).double() - 1.0).rsqrt().view(1, 4, 1, 1)
+    with torch.no_grad():
+        for conv in (model[0], model[2]):
+            conv.weight.copy_(torch.eye(4)[..., None, None])
+    out = model(x)
+    plain = F.batch_norm(x, None, None, training=True, eps=1e-12)
+    assert float(model[3].diagnostics["guarded"]) == float(refused)
+    assert torch.allclose(out, plain) == refused
+
+
 # ---- evaluation, running statistics, forwards without gradient -------------------------------
 
 
