@@ -107,6 +107,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
         self.ema = ema
+        self._own_momentum = momentum
         self.steps = 0  # iterations (optimiser steps) that this layer took part in
         self._seen = clock.now()
         self._staged_forwards = 0
@@ -123,11 +124,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
 
     @property
     def recomputing_statistics(self) -> bool:
-        """Whether this forward belongs to PreciseBN (it sets the momentum to 1 and runs without
-        gradient). Memory is then ignored: the same few iterations would take part in the
-        normalisation of every batch that the population's statistics are gathered from."""
+        """Whether this forward belongs to PreciseBN (it sets the momentum to 1, torch's
+        ``update_bn`` to None, and both run without gradient). Memory is then ignored: the same few
+        iterations would take part in the normalisation of every batch that the population's
+        statistics are gathered from."""
         without_grad = not torch.is_grad_enabled() and not self._in_second_pass
-        return self.momentum == 1.0 and without_grad
+        another = self.momentum in (1.0, None) and self.momentum != self._own_momentum
+        return another and without_grad
 
     # ---- what a method defines ----
 
@@ -175,10 +178,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+        return self._train(input) if self.training else super().forward(input)
+
+    # what an iteration leaves to the next is no part of a graph that is compiled once
+    @torch.compiler.disable
+    def _train(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        if not self._in_second_pass:
+        # a recomputation is of the iteration of its forward, whatever has stepped since
+        if not (self._in_second_pass or in_backward()):
             self._advance()
         conv_input = self._take_conv_input()
         if input.numel() == 0:
@@ -282,6 +289,20 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
 
     # ---- memory ----
 
+    def forget(self) -> None:
+        """Drops what is remembered of earlier iterations; weights, running statistics and the count
+        of steps stay."""
+        if self._window is not None:
+            self._window.clear()
+        self._staged, self._staged_forwards = {}, 0
+        self._held, self._kept = {}, {}
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "_staged" in self.__dict__:  # BatchNorm's constructor calls this, too
+            self.forget()
+            self.steps = 0
+
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""
         return {
@@ -318,6 +339,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._kept = {key: value.to(device).clone() for key, value in kept.items()}
         self._seen = clock.now() - int(state["stepped"])
         self._unrecorded = 0
+
+    def _replicate_for_data_parallel(self) -> SmallBatchNorm2d:
+        raise RuntimeError(
+            f"{type(self).__name__} does not work in nn.DataParallel, whose replicas, and what they"
+            " remember, are thrown away after each forward: use"
+            " nn.parallel.DistributedDataParallel, one process a GPU"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # the clock is the process's; what counts elsewhere is whether it has moved since

@@ -86,7 +86,7 @@ class ConvBound:
                 " in nor right after an nn.Conv2d (deformable, transposed and Trident convolutions"
                 f" are none). {advice}"
             )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and y.grad_fn is not None:
+        if torch.is_grad_enabled() and y.grad_fn is not None:
             problem = _mismatch(self.conv, y)
             if problem is not None:
                 raise RuntimeError(
@@ -127,6 +127,12 @@ def _mismatch(conv: nn.Conv2d, y: Tensor) -> str | None:
     """What the autograd graph of ``y`` says against its being the output of ``conv``; None if
     nothing."""
     node = y.grad_fn
+    while "BackwardHookFunction" in node.name():  # what users' full backward hooks leave
+        node = node.next_functions[0][0]
+        if node is None:
+            return None
+    if "CompiledFunction" in node.name():  # its graph is not to be seen
+        return None
     if "Convolution" not in node.name():
         return f"its input comes from {node.name()}, not from a convolution"
     source = node.next_functions[1][0]

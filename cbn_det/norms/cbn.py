@@ -185,9 +185,13 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
     # ---- the method ----
 
     def estimate(self, batch: Moments) -> Estimate:
-        self._require_times()
         self._product = None
-        if self._window is None or len(self._window) == 0 or self.recomputing_statistics:
+        if self._window is None:
+            return Estimate(batch.mean, batch.var, 1.0)
+        self._require_times()
+        if self._window and self.in_burn_in:  # the schedule was made longer since
+            self.forget()
+        if not self._window or self.recomputing_statistics:
             return Estimate(batch.mean, batch.var, 1.0)
 
         mean, var, valid = self._compensated()
@@ -258,7 +262,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         return self.conv.weight.detach().to(dtype).flatten(1)
 
     def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
-        if self._window is None or self.steps < self.burn_in_steps:
+        if self._window is None or self.in_burn_in:
             return
         row = {"mean": batch.mean, "var": batch.var}
         if self.needs_conv:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import is_number
+from .base import SmallBatchNorm2d, is_number
 from .functional import Moments, mixture, moments, normalize, statistics_dtype
 from .kn import DEFAULT_GAIN, Predicting, observed
 from .prediction import Pair, pooled_samples
@@ -111,6 +111,8 @@ class GKN2d(Predicting, nn.GroupNorm):
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         self._hand_on(handed, output)
         return output
+
+    _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
     def _predicted(self, input: Tensor) -> tuple[Tensor | None, Pair | None]:
         """The output with the prediction taken in, or None; and what is handed on, or None."""

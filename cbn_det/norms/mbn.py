@@ -109,11 +109,15 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
     def remembers(self) -> bool:
         """Whether the present iteration will be remembered: there is a window, and burn-in is
         over."""
-        return self._window is not None and self.steps >= self.burn_in_steps
+        return self._window is not None and not self.in_burn_in
 
     def estimate(self, batch: Moments) -> Estimate:
+        if self._window is None:
+            return Estimate(batch.mean, batch.var, 1.0)
         self._require_times()
-        if self._window is None or len(self._window) == 0 or self.recomputing_statistics:
+        if self._window and self.in_burn_in:  # the schedule was made longer since
+            self.forget()
+        if not self._window or self.recomputing_statistics:
             return Estimate(batch.mean, batch.var, 1.0)
         return Estimate(*self._combined(batch.mean, batch.var))
 

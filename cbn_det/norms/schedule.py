@@ -17,6 +17,13 @@ class Scheduled:
     """
 
     timed: tuple[str, ...] = ("burn_in",)
+    steps: int
+
+    @property
+    def in_burn_in(self) -> bool:
+        """Whether burn-in is not over in the present iteration; for a layer that knows its
+        schedule."""
+        return self.steps < self.burn_in_steps
 
     def _set_times(self, **times: int | float) -> None:
         """Takes the values of the options ``timed``.
