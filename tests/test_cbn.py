@@ -207,7 +207,7 @@ def test_the_gradient_has_its_projections_divided_by_the_number_of_entries():
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-# ---- degenerate settings ---------------------------------------------------------------------
+# ---- unchanged weights, and burn-in ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", RULES)
@@ -232,44 +232,6 @@ def test_unchanged_weights_give_the_concatenated_batches(mode):
     out = nn.BatchNorm2d(5).double()(conv(torch.cat([*xs[:3], leaf])))
     (theirs,) = torch.autograd.grad((out[-2:] * probe).sum(), leaf)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 1, "compensation": "none"},
-        {"window": 4, "burn_in": 100},
-        {"window": 4, "burn_in": 0.5},
-        {"window": 4, "burn_in": 100, "momentum": None},
-        {"window": 4, "burn_in": 100, "momentum": 0.3, "eps": 1e-3},
-        {"window": 4, "burn_in": 100, "affine": False},
-    ],
-    ids=str,
-)
-def test_degenerate_settings_are_batchnorm(options):
-    torch.manual_seed(0)
-    ours = layer(nn.Conv2d(3, 5, 3), dtype=torch.float32, **options)
-    ours[1].resolve_burn_in(100)
-    taken = {k: v for k, v in options.items() if k in ("momentum", "eps", "affine")}
-    theirs = nn.Sequential(copy.deepcopy(ours[0]), nn.BatchNorm2d(5, **taken))
-    theirs[0]._forward_pre_hooks.clear()
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, theirs)]
-    for t in range(6):
-        x = images(ours[0], t, dtype=torch.float32)
-        outs = []
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            optimizer.zero_grad()
-            outs.append(model(x))
-            (outs[-1] ** 3).mean().backward()
-        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
-        for optimizer in optimizers:
-            optimizer.step()
-    for (key, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=key)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_burn_in_counts_optimiser_steps_and_the_window_fills_from_one():

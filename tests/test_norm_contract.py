@@ -1,5 +1,5 @@
 """The contract of SmallBatchNorm2d, and of GKN where it applies: what holds for every method. A new
-method joins SPECS, and what does not hold for it, EXCEPTIONS."""
+method joins SPECS and DEGENERATE, and what does not hold for it, EXCEPTIONS."""
 
 import copy
 import io
@@ -132,15 +132,15 @@ def test_exceptions_name_tests_and_norms():
         assert test in globals() and of_test.keys() <= SPECS.keys()
 
 
-def block(spec, bias=True, cin=3, channels=4):
+def block(spec, bias=True, cin=3, channels=4, **options):
     return nn.Sequential(
-        nn.Conv2d(cin, channels, 3, padding=1, bias=bias), build_norm(spec, channels)
+        nn.Conv2d(cin, channels, 3, padding=1, bias=bias), build_norm(spec, channels, **options)
     )
 
 
-def stack(spec):
+def stack(spec, **options):
     """Two blocks, so that one norm sees inputs that need gradient and the other does not."""
-    return nn.Sequential(*block(spec), nn.ReLU(), *block(spec, cin=4))
+    return nn.Sequential(*block(spec, **options), nn.ReLU(), *block(spec, cin=4, **options))
 
 
 def images(seed, n=2, size=9, **kwargs):
@@ -292,6 +292,62 @@ def test_running_statistics_average_the_window(key):
     np.testing.assert_allclose(norm.running_mean, expected[0], rtol=1e-4)
     np.testing.assert_allclose(norm.running_var, expected[1], rtol=1e-4)
     assert norm.num_batches_tracked == 8
+
+
+# ---- 2: degenerate settings ------------------------------------------------------------------
+
+DEGENERATE = [  # GKN's are GroupNorm: test_gkn.py
+    "CBN(window=1, burn_in=0)",
+    "CBN(window=1, burn_in=0, compensation='none')",
+    "CBN(window=4, burn_in=100)",
+    "CBN(window=4, burn_in=0.5)",
+    "MBN(window=1, burn_in=0)",
+    "MBN(window=4, burn_in=100)",
+    "MBN(window=4, burn_in=0.5)",
+    "BGN(groups=4)",
+    "BRN(r_max=1, d_max=0, burn_in=0, ramp=0)",
+    "BRN(burn_in=100)",
+    "BRN(burn_in=0.5)",
+    "KN(gain=0)",
+    "KN(gain=0, recursion='authors')",
+]
+
+
+@pytest.mark.parametrize("spec", DEGENERATE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.1},
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 1e-3},
+        {"momentum": 0.1, "affine": False},
+    ],
+    ids=str,
+)
+def test_degenerate_settings_are_batchnorm(spec, options):
+    """With ``ema='batch'``: outputs, gradients, buffers and evaluation over steps of training."""
+    ours = stack(spec, ema="batch", **options).double()
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, **options), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, **options),
+    ).double()  # fmt: skip
+    plain.load_state_dict(ours.state_dict())
+    resolve_burn_in(ours, 100)
+    pair = [sgd(model) for model in (ours, plain)]
+    for t in range(6):
+        x, z = (images(t).double().requires_grad_() for _ in range(2))
+        a, b = ours(x), plain(z)
+        torch.testing.assert_close(a, b)
+        for optimizer, loss in zip(pair, (loss_of(a), loss_of(b)), strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(x.grad, z.grad)
+        for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        for optimizer in pair:
+            optimizer.step()
+    assert_same(ours.state_dict(), plain.state_dict(), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
 # ---- 3: the gradient -------------------------------------------------------------------------
