@@ -49,6 +49,10 @@ def of_levels(*levels):
     return out
 
 
+def concatenated(m, a, b):
+    return torch.cat([F.relu(a), b], 1)
+
+
 def up(x, mode="nearest"):
     return F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0, mode=mode)
 
@@ -64,6 +68,7 @@ RULES = {
     "residual": (lambda m, a, b: F.relu(a + F.relu(b)), "relu(a + relu(b))"),
     "residual in place": (lambda m, a, b: F.relu_(a.add_(b)), "relu(a + b)"),
     "dropout": (lambda m, a, b: F.dropout(F.relu(a), 0.1), "relu(a)"),
+    "dropout as on GPU": (lambda m, a, b: torch.native_dropout(F.relu(a), 0.1, True)[0], "relu(a)"),
     "drop path": (lambda m, a, b: a + b * torch.rand(len(b), 1, 1, 1).round() * 2, "a + b"),
     "cast": (lambda m, a, b: F.relu(a.double()).float(), "relu(a)"),
     "clone": (lambda m, a, b: a.contiguous(memory_format=torch.channels_last).clone(), "a"),
@@ -114,7 +119,7 @@ def test_rules(rule):
 
 
 def test_concatenation():
-    model = Between(lambda m, a, b: torch.cat([F.relu(a), b], 1), width=8)
+    model = Between(concatenated, width=8)
     model(torch.randn(2, 3, 8, 8))
     row = follows(model)
     assert row.follows == "concat(relu(a), b)" and row.sources == ("a", "b")
@@ -143,13 +148,21 @@ def test_values_follow_the_rules():
     expected = {
         "nothing": (1.0, 4.0),
         "relu": (m, v),
+        "max pool": (m, v),
+        "average pool": (1.0, 4.0),
         "up": (0.0, 5.0),
+        "up, bilinear": (0.0, 5.0),
+        "dropout": (m, v),
+        "dropout as on GPU": (m, v),
+        "drop path": (0.0, 5.0),
         "scale": (3.0, 36.0),
         "shift": (4.0, 4.0),
         "levels": (mix, ((4.0 + (1.0 - mix) ** 2) + (w + (n - mix) ** 2)) / 2),
     }
-    for rule, (mean, var) in expected.items():
-        model = Between(RULES[rule][0])
+    models = {rule: Between(RULES[rule][0]) for rule in expected}
+    models["concatenation"] = Between(concatenated, width=8)
+    expected["concatenation"] = ([m] * 4 + [-1.0] * 4, [v] * 4 + [1.0] * 4)
+    for rule, model in models.items():
         with torch.no_grad():
             model.scale.fill_(3.0)
             for name, (beta, variance) in pairs.items():
@@ -157,8 +170,9 @@ def test_values_follow_the_rules():
                 getattr(model, name).weight.fill_(variance**0.5)
         model(torch.randn(2, 3, 8, 8))
         found = model.c.chain.source.moments(Setting(torch.empty(0), False))
-        for got, number in zip(found, (mean, var), strict=True):
-            torch.testing.assert_close(got, torch.full((4,), number), msg=rule)
+        for got, numbers in zip(found, expected[rule], strict=True):
+            channels = torch.tensor(numbers).expand(model.conv_c.in_channels)
+            torch.testing.assert_close(got, channels, msg=rule)
 
 
 def test_a_norm_without_a_convolution_before_it():
