@@ -10,6 +10,7 @@ import torch
 from kalman import Kalman
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import chain
 from cbn_det.norms.chain import find_chain, kn_chain
@@ -151,6 +152,24 @@ def test_samples_do_not_see_each_other(recursion):
     x[1:] *= 50.0
     torch.testing.assert_close(model(x)[:1], together[:1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(model(x[:1]), together[:1], rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_a_constant_group_is_predicted_as_it_is(recursion):
+    """Two dead channels with the same bias: their output is the norm's bias."""
+    model = Net(recursion=recursion).double()
+    with torch.no_grad():
+        model.conv2.weight[:2] = 0.0
+        model.conv2.bias[:2] = 0.5
+    outs = []
+    model.norm2.register_forward_hook(lambda norm, args, out: outs.append(out))
+    out = model(images(1))
+    bias = model.norm2.bias[:2].view(2, 1, 1).expand_as(outs[0][:, :2])
+    torch.testing.assert_close(outs[0][:, :2], bias)
+    assert float(model.norm2.diagnostics["guarded"]) == 0.0
+    expected = model.reference(images(1), 0.6, recursion)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
+    assert all(grad.isfinite().all() for grad in gradients(out, [*model.parameters()]))
 
 
 def test_each_sample_has_its_own_guard():
@@ -359,6 +378,29 @@ def test_no_graph_outlives_the_backward_pass(recursion):
     with torch.no_grad():
         model(X)
     assert all(n.handed is None or n.handed[0].grad_fn is None for n in (model.norm1, model.norm3))
+
+
+@both
+def test_reentrant_checkpointing_is_groupnorm_for_one_iteration_and_the_same_afterwards(recursion):
+    model = Net(recursion=recursion).double()
+    twin, plain = copy.deepcopy(model), copy.deepcopy(model)
+    for norm in (plain.norm1, plain.norm2, plain.norm3):
+        norm.gain = 0.0
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.0)
+    for t in range(3):
+        # two forwards before their backward passes: each must give the same twice
+        zs = [images(2 * t + k).requires_grad_() for k in range(2)]
+        outs = [checkpoint(twin, z, use_reentrant=True) for z in zs]
+        reference = plain if t == 0 else model
+        for z, out in zip(zs, outs, strict=True):
+            x = z.detach().clone().requires_grad_()
+            expected = reference(x)
+            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+            (grad,) = torch.autograd.grad(expected.pow(3).sum(), x)
+            out.pow(3).sum().backward()
+            torch.testing.assert_close(z.grad, grad, rtol=1e-8, atol=1e-10)
+        optimizer.step()
+    assert kn_chain(twin) == kn_chain(model)
 
 
 # ---- formats ---------------------------------------------------------------------------------

@@ -337,6 +337,22 @@ def test_the_guard_refuses_predictions_of_another_scale(recursion, refused):
         assert torch.allclose(g, h, rtol=1e-6, atol=1e-8) == refused
 
 
+@both
+def test_a_dead_channel_is_predicted_as_it_is(recursion):
+    """Its output is its bias; the prediction of the other channels is believed as before."""
+    model = randomise(Chain3(gain=0.6, recursion=recursion).double())
+    with torch.no_grad():
+        model.conv2.weight[1] = 0.0
+    outs = []
+    model.norm2.register_forward_hook(lambda norm, args, out: outs.append(out))
+    out = model(images(1))
+    torch.testing.assert_close(outs[0][:, 1], model.norm2.bias[1].expand(outs[0][:, 1].shape))
+    assert float(model.norm2.diagnostics["guarded"]) == 0.0
+    expected = model.reference(images(1), 0.6, recursion)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
+    assert all(grad.isfinite().all() for grad in gradients(out, [*model.parameters()]))
+
+
 @pytest.mark.parametrize(
     "ratios, refused",
     [

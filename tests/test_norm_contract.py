@@ -89,7 +89,7 @@ EXCEPTIONS = {
     },
     "test_reentrant_activation_checkpointing_changes_nothing_in_training": {
         "KN": "its first pass has no graph to find the chain in: that iteration is BatchNorm",
-        "GKN": "likewise: test_backbones.py finds the chain before",
+        "GKN": "likewise GroupNorm: test_gkn.py; test_backbones.py finds the chain before",
     },
     "test_reentrant_activation_checkpointing_changes_no_running_statistics": {
         "CBN": "the pooled ones are of mini-batches there, not of the window: the test after it",
@@ -461,6 +461,26 @@ def test_constant_and_dead_channels(spec, value):
         assert all(p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
     assert (variances(model[1]) >= 0).all()
+
+
+@every_norm
+@pytest.mark.parametrize("value", [0.0, 1000.0])
+def test_constant_and_dead_channels_behind_another_norm(spec, value):
+    """Where KN and GKN have something to predict from."""
+    model = stack(spec)
+    optimizer = sgd(model, 1e-3)
+    for t in range(5):
+        x = images(t)
+        with torch.no_grad():
+            model[0].weight[2] = 0.0
+            model[3].weight[1] = 0.0
+        out = model(x * 0 + value if t % 2 else x)
+        optimizer.zero_grad()
+        loss_of(out).backward()
+        assert out.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert all((variances(norm) >= 0).all() for norm in norms(model))
 
 
 @every_norm
