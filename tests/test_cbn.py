@@ -256,7 +256,7 @@ def test_burn_in_is_resolved_against_the_schedule():
     unresolved = layer(nn.Conv2d(3, 4, 1), burn_in=0.25)
     with pytest.warns(UserWarning, match="resolve_burn_in"):
         unresolved(images(unresolved[0], 0))
-    assert unresolved[1].burn_in_steps == 2000
+    assert unresolved[1].burn_in_steps == 750  # of a schedule of 3000
 
 
 # ---- whole trajectories ----------------------------------------------------------------------

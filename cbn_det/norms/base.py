@@ -257,8 +257,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             return
         recomputing = in_backward()
         if not recomputing:
-            # fvcore's PreciseBN reads the moments of the mini-batch itself from the buffers
-            self._update_running(batch, estimate if with_grad else None)
+            self._update_running(batch, estimate)
         if not with_grad:
             self._unrecorded += 1
             return
@@ -271,13 +270,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self.stage(batch, y.detach(), conv_input)
         self._staged_forwards += 1
 
-    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
+    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         self.num_batches_tracked += 1
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / self.num_batches_tracked.to(batch.mean.dtype)
         mean, var, count = batch.mean, batch.var, batch.count
-        if self.ema == "pooled" and estimate is not None:
+        if self.ema == "pooled":
             mean, var, count = estimate.mean, estimate.var, batch.count / estimate.share
         # BatchNorm keeps the unbiased variance; a single value has none
         var = var * (count / torch.as_tensor(count - 1.0, dtype=var.dtype).clamp(min=1.0))

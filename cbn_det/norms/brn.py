@@ -129,7 +129,7 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift)
 
-    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
+    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         before = self.running_mean.clone(), self.running_var.clone()
         super()._update_running(batch, estimate)
         finite = torch.isfinite(batch.mean) & torch.isfinite(batch.var)

@@ -100,10 +100,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             counts for a channel. Beyond it the linear term is no longer valid (the neglected
             quadratic term is at least ``(dvar / var)**2 / 4`` of the variance), and that channel
             averages over fewer entries.
-        ema: see :class:`SmallBatchNorm2d`. Under a re-entrant activation checkpoint ``'pooled'``
-            averages the moments of mini-batches, not those of windows: its first pass, which moves
-            the running statistics, is a forward without gradient.
-        momentum, eps, affine: see :class:`SmallBatchNorm2d`.
+        ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range.

@@ -272,7 +272,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
             mean, var, _ = self._combine(prediction, mean, var)
         return (mean.detach(), var.detach()) if self.detach else (mean, var)
 
-    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
-        if self.ema == "batch" and estimate is not None:
+    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
+        if self.ema == "batch":
             batch = Moments(estimate.mean, estimate.var, batch.count)
         super()._update_running(batch, estimate)

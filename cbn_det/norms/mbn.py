@@ -154,7 +154,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         if self._staged:
             self._window.push(self._staged)
 
-    def _update_running(self, batch: Moments, estimate: Estimate | None) -> None:
+    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.remembers and not self.recomputing_statistics:
             self.num_batches_tracked += 1  # stage() writes the statistics
         else:
