@@ -632,14 +632,27 @@ def test_few_values_and_none(recursion):
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_training_with_a_graph_compiled_in_evaluation():
-    model = randomise(Chain3(gain=0.5))
-    model(images(0, dtype=torch.float32))
-    model.eval()
-    x = images(1, dtype=torch.float32)
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="eager")(x)
-        torch.testing.assert_close(compiled, model(x))
+@both
+def test_training_with_a_graph_compiled_in_evaluation(recursion):
+    """Compiled, evaluated and trained in turn, it is what it is without compilation."""
+    torch._dynamo.reset()
+    model = randomise(Chain3(gain=0.5, recursion=recursion).double())
+    find_chain(model, images(0))  # which a compiled forward cannot
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager")
+    pair = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, twin)]
+    for t in range(3):
+        model.eval(), compiled.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images(t)), model(images(t)))
+        model.train(), compiled.train()
+        for m, optimizer in zip((model, compiled), pair, strict=True):
+            optimizer.zero_grad()
+            m(images(t)).pow(3).mean().backward()
+            optimizer.step()
+    for (key, p), q in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, msg=key)
+    assert twin.norm3.diagnostics  # something was predicted
 
 
 @pytest.mark.parametrize(
