@@ -104,11 +104,12 @@ class GKN2d(Predicting, nn.GroupNorm):
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if input.numel() == 0:
-            return super().forward(input)
+            return self._connected(super().forward(input))
         with torch.autocast(input.device.type, enabled=False):
             output, handed = (None, None) if self.gain == 0 else self._predicted(input)
         if output is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+            output = self._connected(output)
         self._hand_on(handed, output)
         return output
 

@@ -105,6 +105,13 @@ class Predicting(Chained):
             return torch.sigmoid(logit), torch.sigmoid(-logit)  # the second never rounds to 0
         return like.new_full((), self.gain), like.new_full((), 1.0 - self.gain)
 
+    def _connected(self, value: Tensor) -> Tensor:
+        """The same, computed without the gain: an empty sum connects a learned one, with a zero
+        gradient (DistributedDataParallel waits for every parameter)."""
+        if self.gain != "learned":
+            return value
+        return value + self.gain_logit.expand(0).sum().to(value.dtype)
+
     def _predict(self, y: Tensor, like: Tensor) -> Pair | None:
         """Predicted mean and variance of the channels of ``y``; None where nothing precedes it."""
         chain = self._find_chain(y)
@@ -255,13 +262,16 @@ class KN2d(Predicting, SmallBatchNorm2d):
         if self.gain != 0 and not self.recomputing_statistics:
             prediction = self._predict(self._input, batch.mean)
         if prediction is None:
-            estimate = Estimate(batch.mean, batch.var, 1.0)
+            estimate = Estimate(self._connected(batch.mean), batch.var, 1.0)
         else:
             prediction = tuple(value.flatten() for value in pooled_samples(*prediction))
             estimate = Estimate(*self._combine(prediction, batch.mean, batch.var))
         if self.recursion == "authors":
             self._handing = self._posterior(prediction, batch)
         return estimate
+
+    def _pass_empty(self, input: Tensor) -> Tensor:
+        return self._connected(super()._pass_empty(input))
 
     def _posterior(self, prediction: Pair | None, batch: Moments) -> Pair:
         """The estimate with all of its dependence on the input, for the layers that follow."""
