@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms.chain import format_chain, kn_chain
 from cbn_det.norms.kn import KN2d
@@ -53,6 +54,10 @@ def concatenated(m, a, b):
     return torch.cat([F.relu(a), b], 1)
 
 
+def half_of(x):
+    return torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+
+
 def up(x, mode="nearest"):
     return F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0, mode=mode)
 
@@ -70,6 +75,17 @@ RULES = {
     "dropout": (lambda m, a, b: F.dropout(F.relu(a), 0.1), "relu(a)"),
     "dropout as on GPU": (lambda m, a, b: torch.native_dropout(F.relu(a), 0.1, True)[0], "relu(a)"),
     "drop path": (lambda m, a, b: a + b * torch.rand(len(b), 1, 1, 1).round() * 2, "a + b"),
+    "drop path, nothing dropped": (lambda m, a, b: a + b * torch.full((2, 1, 1, 1), 1.25), "a + b"),
+    "drop path, all dropped": (lambda m, a, b: a + b * torch.zeros(2, 1, 1, 1), "a + b"),
+    "drop path in two steps": (lambda m, a, b: a + b.div(0.8) * half_of(b), "a + b"),
+    "masked, then scaled": (lambda m, a, b: a * half_of(a) * 2.0, "a"),
+    "dropout, scaled": (lambda m, a, b: 3 * F.dropout(a, 0.1), "3 (a)"),
+    "times a number": (lambda m, a, b: F.relu(a) * 3, "3 (relu(a))"),
+    "a number, times": (lambda m, a, b: torch.tensor(0.5) * a, "0.5 (a)"),
+    "times a number, in place": (lambda m, a, b: F.relu(a.mul_(0.5)), "relu(0.5 (a))"),
+    "divided by a number": (lambda m, a, b: a / 4 / torch.tensor([2.0]), "0.5 (0.25 (a))"),
+    "divided, in place": (lambda m, a, b: a.div_(4), "0.25 (a)"),
+    "scaled residual": (lambda m, a, b: F.relu(a + 0.2 * b), "relu(a + 0.2 (b))"),
     "cast": (lambda m, a, b: F.relu(a.double()).float(), "relu(a)"),
     "clone": (lambda m, a, b: a.contiguous(memory_format=torch.channels_last).clone(), "a"),
     "conv": (lambda m, a, b: F.relu(m.conv_free(F.relu(a))), "relu(conv_free(relu(a)))"),
@@ -79,10 +95,20 @@ RULES = {
     "roi": (lambda m, a, b: rois(a), "roi(a)"),
     "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(roi(a), roi(relu(b)))"),
 }
+CHANNELS = torch.tensor([0.0, 2.0, 0.0, 2.0]).view(1, -1, 1, 1)
 ENDS = {
     "sigmoid": (lambda m, a, b: torch.sigmoid(a), "Sigmoid"),
     "relu6": (lambda m, a, b: F.relu6(a), "Hardtanh"),
     "product": (lambda m, a, b: a * b, "product"),
+    "quotient": (lambda m, a, b: a / (b.exp() + 1), "quotient"),
+    "number by activations": (lambda m, a, b: 1 / (a.exp() + 1), "Reciprocal"),
+    "channel mask": (lambda m, a, b: a * (torch.arange(4) < 2).view(1, -1, 1, 1), "no mask"),
+    "channel mask, doubled": (lambda m, a, b: a * CHANNELS, "no mask"),
+    "mask of positions": (lambda m, a, b: a * (torch.arange(8) < 6), "no mask"),
+    "mask of images": (lambda m, a, b: a * half_of(a), "no mask"),
+    "weights of images": (lambda m, a, b: a * (1 + torch.rand(2, 1, 1, 1)), "no mask"),
+    "zero": (lambda m, a, b: a + b * 0.0, "no mask"),
+    "a mask that was changed": (lambda m, a, b: a * (mask := half_of(a)) + mask.add_(1), "changed"),
     "difference": (lambda m, a, b: a - b, "Sub"),
     "constant": (lambda m, a, b: a + torch.ones(4, 1, 1), "input, or frozen"),
     "detached": (lambda m, a, b: a.detach(), "input, or frozen"),
@@ -141,9 +167,12 @@ def test_values_follow_the_rules():
     """Numbers, by hand: what each rule makes of N(1, 4) and N(-1, 1)."""
     from cbn_det.norms.prediction import Setting, rectified
 
+    def rectified_floats(mean, var):
+        return [float(t) for t in rectified(torch.tensor(mean), torch.tensor(var))]
+
     pairs = {"a": (1.0, 4.0), "b": (-1.0, 1.0)}
-    m, v = (float(t) for t in rectified(torch.tensor(1.0), torch.tensor(4.0)))
-    n, w = (float(t) for t in rectified(torch.tensor(-1.0), torch.tensor(1.0)))
+    m, v = rectified_floats(1.0, 4.0)
+    n, w = rectified_floats(-1.0, 1.0)
     mix = (1.0 + n) / 2
     expected = {
         "nothing": (1.0, 4.0),
@@ -157,6 +186,9 @@ def test_values_follow_the_rules():
         "drop path": (0.0, 5.0),
         "scale": (3.0, 36.0),
         "shift": (4.0, 4.0),
+        "times a number": (3 * m, 9 * v),
+        "divided by a number": (0.125, 0.0625),
+        "scaled residual": rectified_floats(0.8, 4.04),
         "levels": (mix, ((4.0 + (1.0 - mix) ** 2) + (w + (n - mix) ** 2)) / 2),
     }
     models = {rule: Between(RULES[rule][0]) for rule in expected}
@@ -173,6 +205,25 @@ def test_values_follow_the_rules():
         for got, numbers in zip(found, expected[rule], strict=True):
             channels = torch.tensor(numbers).expand(model.conv_c.in_channels)
             torch.testing.assert_close(got, channels, msg=rule)
+
+
+@pytest.mark.parametrize("kept, expected", [(1.25, "a"), (0.0, "a"), (0.5, "0.5 (a)")])
+def test_drop_path_of_a_single_sample(kept, expected):
+    model = Between(lambda m, a, b: a * torch.full((1, 1, 1, 1), kept))
+    model(torch.randn(1, 3, 8, 8))
+    assert follows(model).follows == expected
+
+
+def test_looking_at_a_mask_does_not_run_a_checkpointed_segment_again():
+    runs = []
+    model = Between(lambda m, a, b: runs.append(0) or a * half_of(a) * 2.0)
+    out = checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False)
+    assert len(runs) == 1 and "checkpointed" in follows(model).follows
+    out.sum().backward()
+    assert len(runs) == 2
+    model = Between(lambda m, a, b: a * 3)
+    checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False)
+    assert follows(model).follows == "3 (a)"
 
 
 def test_a_norm_without_a_convolution_before_it():

@@ -8,8 +8,11 @@ Found by walking ``grad_fn`` from a norm's input, once, and kept as an
 - ReLU: rectified moments; any other activation ends the chain;
 - sums of two branches (residual connections, FPN): moments add;
 - concatenation of channels: side by side;
+- a number that multiplies or divides: scaled moments;
 - max and average pooling, nearest and bilinear upsampling, dropout and drop path, clones and casts:
-  moments stay as they are;
+  moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros and
+  one number above 1, for each sample its own. A mask that a non-re-entrant activation checkpoint
+  stores cannot be looked at, and ends the chain;
 - RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
@@ -25,7 +28,7 @@ and end the chain. Where that forward fails there is a warning, and frozen parts
 they do for layers that it does not reach.
 
 Everything else ends the chain: inputs of the model, segments of a re-entrant activation checkpoint,
-multiplications of two activations, unknown operations. A layer behind such an end is the first of
+multiplications of two activations or by other masks, unknown operations. A layer behind such an end is the first of
 a chain and takes the statistics of the mini-batch as they are.
 """
 
@@ -63,6 +66,7 @@ from .prediction import (
     Pair,
     Pooled,
     Relu,
+    Scaled,
     Sum,
 )
 
@@ -157,10 +161,10 @@ def _expression(node: Any) -> Expression:
         return Relu(_expression(edges[0]))
     if operation == "Add" and node._saved_alpha == 1:
         return _either(edges, False)
-    if operation == "Mul":
-        # by what has no gradient: the mask of dropout and drop path, of mean 1
-        activations = [edge for edge in edges if edge is not None]
-        return _expression(activations[0]) if len(activations) == 1 else _either(edges, True)
+    if operation == "Mul" and None not in edges:
+        return _either(edges, True)
+    if operation in ("Mul", "Div"):
+        return _multiplied(node)
     if operation == "Convolution" and not node._saved_transposed:
         weight = _parameter(edges[1])
         if weight is None or weight.dim() != 4:
@@ -203,6 +207,55 @@ def _either(edges: list[Any], multiplies: bool) -> Expression:
     if multiplies:
         raise _ChainEnds("no rule for a product of activations")
     return Sum(_expression(edges[0]), _expression(edges[1]))
+
+
+def _multiplied(node: Any) -> Expression:
+    """A product with a number, or with a mask of mean 1."""
+    factor, source = _constant_factor(node)
+    samples = _samples(node)
+    if _is_mask(factor, samples):
+        return _expression(source)
+    if source is not None and _operation(source) in ("Mul", "Div"):
+        edges = [edge[0] for edge in source.next_functions]
+        if None in edges:  # drop path in two steps: x / keep * mask
+            inner, before = _constant_factor(source)
+            if not _is_mask(inner, samples) and _is_mask(factor * inner, samples):
+                return _expression(before)
+    if factor.numel() == 1 and factor != 0:
+        return Scaled(_expression(source), float(factor))
+    raise _ChainEnds("a product with a tensor that is no mask of dropout")
+
+
+def _constant_factor(node: Any) -> tuple[Tensor, Any]:
+    """What has no gradient in a product or quotient, as a factor, and the edge of what has."""
+    divides = _operation(node) == "Div"
+    left, right = (edge[0] for edge in node.next_functions)
+    if right is not None and (divides or left is not None):
+        raise _ChainEnds("no rule for a quotient or product of activations")
+    name = "other" if right is None else "self"
+    # a checkpoint would run its segment again to show it
+    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+        raise _ChainEnds("a product with a tensor in a checkpointed segment")
+    try:
+        factor = getattr(node, f"_saved_{name}")
+    except RuntimeError as error:
+        raise _ChainEnds("a product with a tensor that was changed since, or released") from error
+    return (1.0 / factor if divides else factor), left if right is None else right
+
+
+def _samples(node: Any) -> int | None:
+    """How many the output of an operation has; None where this version of torch does not say."""
+    metadata = getattr(node, "_input_metadata", None)
+    return metadata[0].shape[0] if metadata else None
+
+
+def _is_mask(factor: Tensor, samples: int | None) -> bool:
+    """Whether it is one of dropout or drop path: of each sample its own, zeros and one number above
+    1. (Of a single sample that number may be all there is, and one sample may be all of them.)"""
+    if factor.dim() != 4 or len(factor) != (samples or len(factor)):
+        return False
+    kept = factor[factor != 0]
+    return len(kept) == 0 or bool(kept[0] > 1) and bool((kept == kept[0]).all())
 
 
 def _without_correction(node: Any) -> Any:

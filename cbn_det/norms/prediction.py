@@ -298,6 +298,21 @@ class Relu(Expression):
 
 
 @dataclass(frozen=True, eq=False)
+class Scaled(Expression):
+    """A product with a number."""
+
+    source: Expression
+    factor: float
+
+    def moments(self, setting: Setting) -> Pair:
+        mean, var = self.source.moments(setting)
+        return mean * self.factor, var * self.factor**2
+
+    def describe(self, names: dict[int, str]) -> str:
+        return f"{self.factor:g} ({self.source.describe(names)})"
+
+
+@dataclass(frozen=True, eq=False)
 class Sum(Expression):
     """Residual connections and the sums of an FPN: moments add."""
 
