@@ -226,6 +226,31 @@ def test_looking_at_a_mask_does_not_run_a_checkpointed_segment_again():
     assert follows(model).follows == "3 (a)"
 
 
+class Pair(nn.Module):
+    """Two inputs and two outputs."""
+
+    def forward(self, a, b):
+        return F.relu(a), b * 2
+
+
+def test_backward_hooks_do_not_stand_in_the_way():
+    """Full ones, on all modules: of Grad-CAM, say, or a logger of gradients."""
+    model = Between(None)
+    model.relu, model.pair = nn.ReLU(), Pair()
+
+    def between(m, a, b):
+        a, b = m.pair(m.relu(a), m.conv_free(b))
+        return a + m.pair(a, b)[1]
+
+    model.between = between
+    seen = []
+    for module in list(model.modules())[1:]:
+        module.register_full_backward_hook(lambda *_: seen.append(0))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert follows(model).follows == "relu(relu(a)) + 2 (2 (conv_free(b)))"
+    assert len(seen) == 10  # the pair twice, bn takes no part
+
+
 def test_a_norm_without_a_convolution_before_it():
     model = nn.Sequential(conv(3), KN2d(4), nn.ReLU(), KN2d(4))
     model(torch.randn(2, 3, 8, 8))

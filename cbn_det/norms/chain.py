@@ -125,9 +125,9 @@ def follow(y: Tensor, channels: int) -> Expression:
     try:
         if y.grad_fn is None:
             raise _ChainEnds("its convolution is frozen")
-        node = y.grad_fn
-        while _operation(node) in ("ToCopy", "Clone") and node.next_functions[0][0] is not None:
-            node = node.next_functions[0][0]
+        node = _past_hooks(y.grad_fn, y.output_nr)
+        while _operation(node) in ("ToCopy", "Clone") and _edges(node)[0] is not None:
+            node = _edges(node)[0]
         if _operation(node) != "Convolution":
             raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
         found = _expression(node)
@@ -143,6 +143,17 @@ def _operation(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
 
+def _past_hooks(node: Any, output: int) -> Any:
+    """Past what full backward hooks of modules look at gradients with: outputs as its inputs."""
+    while node is not None and _operation(node) == "BackwardHookFunction":
+        node, output = node.next_functions[output]
+    return node
+
+
+def _edges(node: Any) -> list[Any]:
+    return [_past_hooks(*edge) for edge in node.next_functions]
+
+
 def _expression(node: Any) -> Expression:
     if node is None:
         raise _ChainEnds("a model input, or frozen")
@@ -154,7 +165,7 @@ def _expression(node: Any) -> Expression:
     if layer is not None:
         return Norm(layer)
     operation = _operation(node)
-    edges = [edge[0] for edge in node.next_functions]
+    edges = _edges(node)
     if operation in _KEEPS:
         return _expression(edges[0])
     if operation == "Relu":
@@ -190,7 +201,7 @@ def _expression(node: Any) -> Expression:
 
 def _levels(node: Any) -> Iterator[Expression]:
     """The feature levels whose RoIs were put into one tensor, one after another."""
-    before, values = (node.next_functions[k][0] for k in (0, -1))
+    before, *_, values = _edges(node)
     if before is not None and _operation(before) == "IndexPut":
         yield from _levels(before)
     elif before is not None:
@@ -216,8 +227,7 @@ def _multiplied(node: Any) -> Expression:
     if _is_mask(factor, samples):
         return _expression(source)
     if source is not None and _operation(source) in ("Mul", "Div"):
-        edges = [edge[0] for edge in source.next_functions]
-        if None in edges:  # drop path in two steps: x / keep * mask
+        if None in _edges(source):  # drop path in two steps: x / keep * mask
             inner, before = _constant_factor(source)
             if not _is_mask(inner, samples) and _is_mask(factor * inner, samples):
                 return _expression(before)
@@ -229,7 +239,7 @@ def _multiplied(node: Any) -> Expression:
 def _constant_factor(node: Any) -> tuple[Tensor, Any]:
     """What has no gradient in a product or quotient, as a factor, and the edge of what has."""
     divides = _operation(node) == "Div"
-    left, right = (edge[0] for edge in node.next_functions)
+    left, right = _edges(node)
     if right is not None and (divides or left is not None):
         raise _ChainEnds("no rule for a quotient or product of activations")
     name = "other" if right is None else "self"
