@@ -284,15 +284,21 @@ def test_replacing_a_module_has_layers_look_anew():
     assert model[7].chain.weight is model[6].weight
 
 
-def test_assigned_parameters_are_followed():
+@pytest.mark.parametrize("how", ["load_state_dict", "attributes"])
+def test_assigned_parameters_are_followed(how):
     model = Between(RULES["conv"][0])
     model(torch.randn(2, 3, 8, 8))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
+    if how == "load_state_dict":
+        model.load_state_dict(state, assign=True)
+    else:
+        for conv in (model.conv_c, model.conv_free):
+            conv.weight, conv.bias = (nn.Parameter(p.detach() * 3) for p in conv.parameters())
     model(torch.randn(2, 3, 8, 8))
-    held = [vars(part).get("weight") for part in model.c.chain.walk()]
-    assert any(w is model.conv_c.weight for w in held)
-    assert any(w is model.conv_free.weight for w in held)
+    held = [v for part in model.c.chain.walk() for v in vars(part).values()]
+    for conv in (model.conv_c, model.conv_free):
+        for parameter in conv.parameters():
+            assert any(value is parameter for value in held)
 
 
 def test_a_part_that_was_copied_out_looks_anew():

@@ -48,6 +48,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
     register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
 )
 
 from . import clock
@@ -292,25 +293,26 @@ def _parameter(node: Any, of_any_shape: bool = False) -> Tensor | None:
     return variable if isinstance(variable, nn.Parameter) else None
 
 
-# ---- replaced modules ------------------------------------------------------------------------
+# ---- replaced modules and parameters ---------------------------------------------------------
 
-_revision = 0  # counts modules put in the place of others: chains found before may be out of date
+_revision = 0  # counts what was put in the place of others: chains found before may be out of date
 _watching = False
 
 
-def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+def _on_registration(parent: nn.Module, name: str, new: nn.Module | Tensor | None) -> None:
     global _revision
-    replaced = parent._modules.get(name)
-    if replaced is not None and replaced is not child:
+    replaced = parent._modules.get(name, parent._parameters.get(name))
+    if replaced is not None and replaced is not new:
         _revision += 1
 
 
 def watch() -> None:
-    """Starts watching, in this process, for replaced modules and for forwards of models with layers
-    that do not know what precedes them; calling it again does nothing."""
+    """Starts watching, in this process, for replaced modules and parameters, and for forwards of
+    models with layers that do not know what precedes them; calling it again does nothing."""
     global _watching
     if not _watching:
         register_module_module_registration_hook(_on_registration)
+        register_module_parameter_registration_hook(_on_registration)
         register_module_forward_pre_hook(_before_forward)
         register_module_forward_hook(_after_forward, always_call=True)
         _watching = True
@@ -453,7 +455,7 @@ class Chained:
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any):
-        if metadata.get("assign_to_params_buffers") or _hangs_on_statistics(self._chain):
+        if _hangs_on_statistics(self._chain):
             self.forget_chain()
         return super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
