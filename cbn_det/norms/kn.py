@@ -241,8 +241,13 @@ class KN2d(Predicting, SmallBatchNorm2d):
         return float(self._weights(self.running_mean)[1].detach())
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training and not tracing():
-            return super().forward(input)
+        if self.training or tracing():
+            return self._take_part(input)
+        return super().forward(input)
+
+    # it looks at the graph, which a compiled forward does not have
+    @torch.compiler.disable
+    def _take_part(self, input: Tensor) -> Tensor:
         self._input = input
         try:
             output = super().forward(input)
