@@ -62,5 +62,5 @@ class Scheduled:
             f" {getattr(self, f'{name}_steps')} optimiser steps. Call"
             " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give it as an"
             " int.",
-            stacklevel=5,
+            stacklevel=7,
         )
