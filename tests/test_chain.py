@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cbn_det.norms.chain import format_chain, kn_chain
+from cbn_det.norms.chain import find_chain, format_chain, kn_chain
 from cbn_det.norms.kn import KN2d
 from cbn_det.norms.spec import build_norm
 
@@ -365,6 +366,93 @@ def test_torchvision_resnet():
     found = {row.name: row.follows for row in kn_chain(model)}
     assert found == {k: v for k, v in expected.items() if not k.startswith("after")}
     assert len(found) == 20
+
+
+# ---- compiled models -------------------------------------------------------------------------
+
+
+def compiled(what, **options):
+    torch._dynamo.reset()
+    # with a graph of gradients of its own, as the default one
+    return torch.compile(what, backend="aot_eager", **options)
+
+
+def compiled_in_place(module):
+    torch._dynamo.reset()
+    module.compile(backend="aot_eager")
+    return module
+
+
+COMPILED = {
+    "whole": compiled,
+    "in parts": lambda model: nn.Sequential(compiled(model[:3]), compiled(model[3:])),
+    "in place": lambda model: nn.Sequential(compiled_in_place(model)),
+}
+
+
+def two_norms(spec):
+    return nn.Sequential(
+        conv(3), build_norm(spec, 4), nn.ReLU(), conv(), build_norm(spec, 4), nn.ReLU()
+    )
+
+
+@pytest.mark.parametrize("spec", ["KN(gain=0.5)", "GKN(groups=2, gain=0.5)"])
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_models_are_traced_as_they_were_written(how, spec):
+    model = two_norms(spec)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8)
+    ours, theirs = COMPILED[how](model)(x), twin(x)
+    assert follows(model, "4").follows == "relu(1)"
+    torch.testing.assert_close(ours, theirs)
+    ours.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("spec", ["KN(gain=0.5)", "GKN(groups=2, gain=0.5)"])
+def test_compiled_functions_hide_what_precedes_and_say_so(spec):
+    model = two_norms(spec)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8)
+    function = compiled(lambda x: model(x))
+    with pytest.warns(UserWarning, match="find_chain"):
+        function(x)
+    assert follows(model, "4").follows == "?"
+    find_chain(model, x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "KN and GKN")
+        torch.testing.assert_close(function(x), twin(x))
+
+
+def test_a_compiled_part_of_a_graph_says_so_once():
+    relu = compiled(F.relu)
+    model = Between(lambda m, a, b: relu(a))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="find_chain"):
+        model(x)
+    assert follows(model).follows == "- (compiled before it could be followed)"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "KN and GKN")
+        model(x)
+    find_chain(model, x)
+    assert follows(model).follows == "relu(a)"
+    model(x)
+    assert follows(model).follows == "relu(a)"
+
+
+def test_a_norm_that_runs_between_two_graphs(monkeypatch):
+    monkeypatch.setattr(KN2d, "forward", torch.compiler.disable(KN2d.forward))
+    model = two_norms("KN(gain=0.5)")
+    conv_1, first, _, conv_2, second, _ = model
+    with pytest.warns(UserWarning, match="find_chain"):
+        compiled(lambda x: second(conv_2(F.relu(first(conv_1(x))))))(torch.randn(2, 3, 8, 8))
+    assert follows(model, "4").follows == "- (compiled before it could be followed)"
+
+
+def test_a_chain_is_found_in_what_spreads_a_model():
+    model = two_norms("KN(gain=0.5)")
+    find_chain(nn.DataParallel(model), torch.randn(2, 3, 8, 8))
+    assert follows(model, "4").follows == "relu(1)"
 
 
 # ---- detectron2 ------------------------------------------------------------------------------

@@ -27,9 +27,14 @@ everywhere, as in untrained models and in weights into which statistics were fol
 and end the chain. Where that forward fails there is a warning, and frozen parts end the chain; so
 they do for layers that it does not reach.
 
+What torch.compile made has no graph of single operations. A compiled model, and one with compiled
+parts, is traced like one with frozen parts, as it was written. Where no module's call tells that
+something was compiled (``torch.compile`` of a function), there is a warning, and layers are
+BatchNorm or GroupNorm until :func:`find_chain` was called.
+
 Everything else ends the chain: inputs of the model, segments of a re-entrant activation checkpoint,
-multiplications of two activations or by other masks, unknown operations. A layer behind such an end is the first of
-a chain and takes the statistics of the mini-batch as they are.
+multiplications of two activations or by other masks, unknown operations. A layer behind such an end
+is the first of a chain and takes the statistics of the mini-batch as they are.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +94,7 @@ _OTHER_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeG
 
 
 _NO_STATISTICS = "a frozen norm without statistics"
+_COMPILED = "compiled before it could be followed"
 
 
 class _ChainEnds(Exception):
@@ -129,7 +135,7 @@ def follow(y: Tensor, channels: int) -> Expression:
         node = _past_hooks(y.grad_fn, y.output_nr)
         while _operation(node) in ("ToCopy", "Clone") and _edges(node)[0] is not None:
             node = _edges(node)[0]
-        if _operation(node) != "Convolution":
+        if _operation(node) not in ("Convolution", "CompiledFunction"):
             raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
         found = _expression(node)
         if found.width != channels:
@@ -197,7 +203,7 @@ def _expression(node: Any) -> Expression:
         return Mixture(tuple(_levels(node)))
     if operation == "torch::autograd::AccumulateGrad":
         raise _ChainEnds("a model input, or the border of a checkpointed segment")
-    raise _ChainEnds(f"no rule for {operation}")
+    raise _ChainEnds(_COMPILED if operation == "CompiledFunction" else f"no rule for {operation}")
 
 
 def _levels(node: Any) -> Iterator[Expression]:
@@ -379,6 +385,8 @@ class Chained:
             self._look_for_chain(y)
             if self._chain_from is not None and self._chain_from == clock.now():
                 return None
+        elif self.chain is None:
+            _warn_of_compilation()
         chain = self.chain
         return None if isinstance(chain, End) else chain
 
@@ -392,6 +400,8 @@ class Chained:
         found = follow(y, self.channels)
         if isinstance(found, End) and isinstance(known, End) and self._traced and not _tracing:
             return  # the tracing forward saw more
+        if isinstance(found, End) and found.reason == _COMPILED and known is None:
+            _warn_of_compilation()
         self.__dict__.update(
             _chain=found,
             _chain_revision=_revision,
@@ -465,6 +475,15 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and in_backward()
 
 
+@torch.compiler.assume_constant_result  # called while compiling, and no more
+def _warn_of_compilation() -> None:
+    warnings.warn(
+        "KN and GKN layers cannot see in compiled code what precedes them: they are BatchNorm and"
+        " GroupNorm. Call cbn_det.norms.find_chain(model, ...) with inputs of the model before.",
+        stacklevel=2,
+    )
+
+
 def _may_go_on(known: Expression, y: Tensor) -> bool:
     """Whether a chain that ended may have been prolonged (a frozen part was released)."""
     return isinstance(known, End) and y.grad_fn is not None
@@ -504,7 +523,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
         # itself: a forward that was interrupted
         if torch.is_grad_enabled() and containing in (None, module):
             _outermost_training = weakref.ref(module)
-            _trace_frozen_parts(module, args)
+            _trace_training(module, args)
         return
     _outermost = id(module)
     if _ignorant(module):
@@ -540,9 +559,9 @@ def _ignorant(module: nn.Module) -> list[Chained]:
     return [m for m in layers if m.predicts_in_evaluation and m.chain is None]
 
 
-def _trace_frozen_parts(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Has the layers of a model with frozen parts look through them, once. Where a forward cannot
-    be traced they will look as far as the graph of the training forward reaches."""
+def _trace_training(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Has the layers of a model with frozen or compiled parts look through them, once. Where a
+    forward cannot be traced they will look as far as the graph of the training forward reaches."""
     if in_backward():
         return
     layers = [m for m in model.modules() if isinstance(m, Chained) and m.predicts]
@@ -551,19 +570,33 @@ def _trace_frozen_parts(model: nn.Module, args: tuple[Any, ...]) -> None:
     parameters = list(model.parameters())
     if not all(type(p) is nn.Parameter for p in parameters):
         return  # sharded ones, which are whole in a forward of their own only
-    if all(p.requires_grad for p in parameters) and not _norms_that_are_frozen(model):
+    frozen = not all(p.requires_grad for p in parameters) or _norms_that_are_frozen(model)
+    if not (frozen or any(map(_is_compiled, model.modules()))):
         return
     try:
         find_chain(model, *args)
     except Exception as error:
         warnings.warn(
-            f"no look through the frozen parts of this {type(model).__name__}: tracing one forward"
-            f" in evaluation failed ({error}). KN and GKN layers behind them take the statistics of"
-            " the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of your own.",
+            f"no look through the frozen or compiled parts of this {type(model).__name__}: tracing"
+            f" one forward in evaluation failed ({error}). KN and GKN layers behind them take the"
+            " statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of"
+            " your own.",
             stacklevel=2,
         )
         for layer in layers:
             layer.__dict__["_chain_traced"] = _revision  # and not again
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled_in_place or hasattr(module, "_orig_mod")
+
+
+def _as_written(model: nn.Module) -> nn.Module:
+    """The model in what compiles it or spreads it over devices."""
+    while hasattr(model, "_orig_mod") or _wraps(model):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _norms_that_are_frozen(model: nn.Module) -> set[nn.Module]:
@@ -612,6 +645,12 @@ def _without_cached_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+def _compiled_parts_as_written() -> AbstractContextManager[Any]:
+    """From torch 2.6 on."""
+    available = hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if available else nullcontext()
+
+
 def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Runs ``model(*args, **kwargs)`` once in evaluation mode, with gradients enabled, so that its
     KN and GKN layers find what precedes them, through frozen parts, too.
@@ -623,7 +662,6 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     modes = {module: module.training for module in model.modules()}
     handed = {module: module.handed for module in modes if isinstance(module, Chained)}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    target = getattr(model, "_orig_mod", model)  # of a compiled model, the one that was compiled
     previous = _tracing, _frozen_norms
     _tracing, _frozen_norms = True, _norms_that_are_frozen(model)
     try:
@@ -634,8 +672,9 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             torch.random.fork_rng(devices=list(devices)),
             _without_cached_casts(),
             _with_gradients(model),
+            _compiled_parts_as_written(),
         ):
-            target.forward(*_plain(args), **_plain(kwargs))
+            _as_written(model).forward(*_plain(args), **_plain(kwargs))
         for layer in handed:
             layer.__dict__["_chain_traced"] = _revision
     finally:
