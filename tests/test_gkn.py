@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import threading
+import warnings
 
 import kalman
 import pytest
@@ -351,10 +353,115 @@ def test_a_forward_that_cannot_be_traced_says_so():
     model = Picky().eval()
     with pytest.raises(RuntimeError, match="find_chain"), torch.no_grad():
         model(X, scale=2.0)
-    assert chain._outermost is None
+    assert chain._thread.outermost is None
     find_chain(model, X, scale=2.0)
     with torch.no_grad():
         assert model(X, scale=2.0).isfinite().all()
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.backbone, self.head = (
+            nn.Sequential(nn.Conv2d(cin, 4, 3), GKN2d(4, groups=2, gain=0.6), nn.ReLU())
+            for cin in (3, 4)
+        )
+        self.calls = 0
+        nn.init.uniform_(self.backbone[1].weight, 0.5, 3.0)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(self.backbone(x))
+
+
+@torch.no_grad()
+def test_parts_that_were_run_alone_are_followed_in_the_whole():
+    expected = Detector().eval()(X)
+    model = Detector().eval()
+    parts = model.head(model.backbone(X))
+    assert not torch.allclose(parts, expected)
+    for _ in range(2):
+        assert torch.equal(model(X), expected)
+        assert torch.equal(model.head(model.backbone(X)), expected)
+    assert model.calls == 3  # one of them to look
+    wrapped = nn.Sequential(model).eval()
+    for _ in range(2):
+        assert torch.equal(wrapped(X), expected)
+    assert model.calls == 6
+    assert torch.equal(model(X), expected) and model.calls == 7
+
+
+@torch.no_grad()
+def test_a_whole_that_cannot_be_traced_leaves_its_parts_as_they_were():
+    class Picky(Detector):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+
+    model = Picky().eval()
+    parts = model.head(model.backbone(X))
+    with pytest.warns(UserWarning, match="find_chain"):
+        assert torch.equal(model(X, scale=1.0), parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(X, scale=1.0), parts)
+    find_chain(model, X, scale=1.0)
+    assert torch.equal(model(X, scale=1.0), Detector().eval()(X))
+
+
+def test_parts_of_a_model_with_frozen_parts_are_followed_in_the_whole():
+    model = Detector()
+    model.backbone.requires_grad_(False)
+    for part in (model.head, model):
+        part(torch.randn(2, 4 if part is model.head else 3, 8, 8))
+    assert kn_chain(model)[1].follows == "relu(backbone.1)"
+
+
+class Interrupted(nn.Module):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_a_forward_that_was_interrupted_is_over():
+    other = Interrupted()
+    for train in (False, True):
+        with pytest.raises(KeyboardInterrupt), torch.enable_grad():
+            other.train(train)(X)
+    assert torch.equal(Detector().eval()(X), trained_chain(Detector()).eval()(X))
+    model = Detector()
+    model.backbone.requires_grad_(False)
+    with torch.enable_grad():
+        model(X)
+    assert kn_chain(model)[1].follows == "relu(backbone.1)"
+
+
+def trained_chain(model):
+    with torch.enable_grad():
+        model.train()(X)
+    return model
+
+
+@torch.no_grad()
+def test_threads_look_for_themselves():
+    """While another thread is inside a forward, and while it looks."""
+    expected = trained_chain(Detector()).eval()(X)
+    results = []
+
+    class Waiting(Detector):
+        def forward(self, x):
+            if self.calls < 2:  # its look, and its forward
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+            return super().forward(x)
+
+    @torch.no_grad()
+    def other():
+        results.append(Detector().eval()(X))
+
+    assert torch.equal(Waiting().eval()(X), expected)
+    assert len(results) == 2 and all(torch.equal(result, expected) for result in results)
 
 
 def test_compiled_in_evaluation():

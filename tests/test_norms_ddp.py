@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cbn_det.norms import build_norm, memory_state_dict, sync_running_stats
+from cbn_det.norms import build_norm, find_chain, memory_state_dict, sync_running_stats
 
 SPECS = {
     "CBN": "CBN(window=3, burn_in=0)",
@@ -170,6 +170,7 @@ def learned_gains(rank, world, spec, affine):
         nn.Conv2d(3, 4, 3), build_norm(spec, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), build_norm(spec, 4)
     )
     parallel = DistributedDataParallel(model)
+    find_chain(parallel, batch(rank, 0))  # a forward of DDP itself would wait for its backward
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for t in range(4):  # DDP raises in the iteration after one in which a parameter took no part
         optimizer.zero_grad()

@@ -17,6 +17,9 @@ Found by walking ``grad_fn`` from a norm's input, once, and kept as an
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
 
+Parts of a model that are called one by one, in evaluation, without the whole end chains at their
+borders, which are looked through when the whole is called.
+
 Frozen parts have no ``grad_fn``. Before the first training forward of a model that has any, one
 forward in evaluation mode is traced in which all parameters take part (:func:`find_chain`), so that
 what is frozen is followed like the rest. The norms in it that normalise by running statistics and
@@ -40,11 +43,14 @@ is the first of a chain and takes the statistics of the mini-batch as they are.
 from __future__ import annotations
 
 import re
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -165,7 +171,7 @@ def _expression(node: Any) -> Expression:
     if node is None:
         raise _ChainEnds("a model input, or frozen")
     layer = node.metadata.get(_MARK)
-    if layer in _frozen_norms:
+    if layer in _thread.frozen_norms:
         if _without_statistics(layer):
             raise _ChainEnds(_NO_STATISTICS)
         return FrozenNorm(layer)
@@ -341,6 +347,7 @@ class Chained:
     _chain_unsure: bool  # copied or moved: look anew as soon as there is a graph
     _chain_from: int | None  # found inside a backward pass: not before the clock has moved on
     _chain_traced: int | None  # the revision for which a forward was traced through frozen parts
+    _chain_within: int | None  # how many modules the traced model had, if that was the latest look
     _constant: Constant | None  # what is predicted from frozen parts, computed once
     handed: Pair | None
 
@@ -351,6 +358,7 @@ class Chained:
             _chain_unsure=False,
             _chain_from=None,
             _chain_traced=None,
+            _chain_within=None,
             _constant=None,
         )
         self.handed = None
@@ -398,7 +406,7 @@ class Chained:
         if not torch.is_grad_enabled():
             return
         found = follow(y, self.channels)
-        if isinstance(found, End) and isinstance(known, End) and self._traced and not _tracing:
+        if isinstance(found, End) and isinstance(known, End) and self._traced and not tracing():
             return  # the tracing forward saw more
         if isinstance(found, End) and found.reason == _COMPILED and known is None:
             _warn_of_compilation()
@@ -406,6 +414,7 @@ class Chained:
             _chain=found,
             _chain_revision=_revision,
             _chain_unsure=False,
+            _chain_within=None,
             # the forward that this one recomputes knew nothing, and both must give the same
             _chain_from=clock.now() if again else None,
         )
@@ -414,6 +423,11 @@ class Chained:
     def _traced(self) -> bool:
         """Whether the modules are those through which a forward was traced."""
         return self._chain_traced == _revision and not self._chain_unsure
+
+    def _may_go_on_outside(self, modules: int) -> bool:
+        """Whether a chain ended in a part, traced alone, of a model of so many modules."""
+        within = self._chain_within
+        return isinstance(self.chain, End) and within is not None and within < modules
 
     # ---- what the previous layers know, handed on within a forward ----
 
@@ -500,53 +514,82 @@ def _hangs_on_statistics(known: Expression | None) -> bool:
 
 # ---- tracing a forward --------------------------------------------------------------
 
-_outermost: int | None = None  # id of the module whose forward in evaluation contains all others
-_outermost_training: weakref.ref[nn.Module] | None = None  # the same in training
-_tracing = False
-_frozen_norms: set[nn.Module] = set()  # of the model that is being traced
+
+class _Outermost:
+    """A forward that contains all others, while it runs."""
+
+    def __init__(self, module: nn.Module, call: FrameType) -> None:
+        self._module, self._call = weakref.ref(module), call
+
+    def is_of(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def is_running(self) -> bool:
+        """Whether the call is on this thread's stack: of Ctrl-C, torch tells no hook."""
+        frame = sys._getframe()
+        while frame is not None and frame is not self._call:
+            frame = frame.f_back
+        return frame is not None
+
+
+class _State(threading.local):
+    outermost: _Outermost | None = None  # in evaluation
+    outermost_training: _Outermost | None = None
+    tracing = False
+    frozen_norms: set[nn.Module] = frozenset()  # of the model that is being traced
+
+
+_thread = _State()
 
 
 def tracing() -> bool:
     """Whether a forward runs only to find out what precedes what."""
-    return _tracing
+    return not torch.compiler.is_compiling() and _thread.tracing
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Traces a forward before that of a model with layers that need it."""
-    global _outermost, _outermost_training
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if _tracing or _outermost is not None or _wraps(module):
+    if _thread.tracing or _runs(_thread.outermost) or _wraps(module):
         return
     if module.training:
-        containing = None if _outermost_training is None else _outermost_training()
-        # itself: a forward that was interrupted
-        if torch.is_grad_enabled() and containing in (None, module):
-            _outermost_training = weakref.ref(module)
+        if torch.is_grad_enabled() and not _runs(_thread.outermost_training):
+            _thread.outermost_training = _Outermost(module, sys._getframe(1))
             _trace_training(module, args)
         return
-    _outermost = id(module)
-    if _ignorant(module):
-        try:
-            find_chain(module, *args)
-        except Exception as error:
-            raise RuntimeError(
-                f"cannot tell which norms precede which in this {type(module).__name__}: tracing"
-                f" one forward in evaluation failed ({error}). Call"
-                " cbn_det.norms.find_chain(model, ...) with inputs of your own before."
-            ) from error
+    _thread.outermost = _Outermost(module, sys._getframe(1))
+    layers = _ignorant(module)
+    if not layers:
+        return
+    try:
+        find_chain(module, *args)
+    except Exception as error:
+        text = (
+            f"cannot tell which norms precede which in this {type(module).__name__}: tracing"
+            f" one forward in evaluation failed ({error}). Call"
+            " cbn_det.norms.find_chain(model, ...) with inputs of your own before."
+        )
+        if any(layer.chain is None for layer in layers):
+            raise RuntimeError(text) from error
+        warnings.warn(f"{text} Until then chains end as in the parts of it.", stacklevel=2)
+        for layer in layers:
+            layer.__dict__["_chain_within"] = None  # and not again
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    global _outermost, _outermost_training
     if torch.compiler.is_compiling():
         return
-    if module in _frozen_norms and isinstance(output, Tensor):
+    if module in _thread.frozen_norms and isinstance(output, Tensor):
         mark(output, module)
-    if id(module) == _outermost:
-        _outermost = None
-    if _outermost_training is not None and _outermost_training() is module:
-        _outermost_training = None
+    if _thread.outermost is not None and _thread.outermost.is_of(module):
+        _thread.outermost = None
+    if _thread.outermost_training is not None and _thread.outermost_training.is_of(module):
+        _thread.outermost_training = None
+
+
+def _runs(forward: _Outermost | None) -> bool:
+    return forward is not None and forward.is_running()
 
 
 def _wraps(module: nn.Module) -> bool:
@@ -554,9 +597,11 @@ def _wraps(module: nn.Module) -> bool:
 
 
 def _ignorant(module: nn.Module) -> list[Chained]:
-    """Layers that work in evaluation as in training, and do not know what precedes them."""
-    layers = (m for m in module.modules() if isinstance(m, Chained))
-    return [m for m in layers if m.predicts_in_evaluation and m.chain is None]
+    """Layers that work in evaluation as in training, and do not know what precedes them, or not in
+    the whole of this model."""
+    modules = list(module.modules())
+    layers = [m for m in modules if isinstance(m, Chained) and m.predicts_in_evaluation]
+    return [m for m in layers if m.chain is None or m._may_go_on_outside(len(modules))]
 
 
 def _trace_training(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -564,27 +609,32 @@ def _trace_training(model: nn.Module, args: tuple[Any, ...]) -> None:
     forward cannot be traced they will look as far as the graph of the training forward reaches."""
     if in_backward():
         return
-    layers = [m for m in model.modules() if isinstance(m, Chained) and m.predicts]
-    if all(m._traced or (m.chain is not None and not m._chain_unsure) for m in layers):
+    modules = list(model.modules())
+    layers = [m for m in modules if isinstance(m, Chained) and m.predicts]
+    if all(
+        (m._traced or (m.chain is not None and not m._chain_unsure))
+        and not m._may_go_on_outside(len(modules))
+        for m in layers
+    ):
         return
     parameters = list(model.parameters())
     if not all(type(p) is nn.Parameter for p in parameters):
         return  # sharded ones, which are whole in a forward of their own only
     frozen = not all(p.requires_grad for p in parameters) or _norms_that_are_frozen(model)
-    if not (frozen or any(map(_is_compiled, model.modules()))):
+    if not (frozen or any(map(_is_compiled, modules))):
         return
     try:
         find_chain(model, *args)
     except Exception as error:
         warnings.warn(
-            f"no look through the frozen or compiled parts of this {type(model).__name__}: tracing"
-            f" one forward in evaluation failed ({error}). KN and GKN layers behind them take the"
-            " statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of"
-            " your own.",
+            f"no look through the frozen parts, or compiled ones, of this {type(model).__name__}:"
+            f" tracing one forward in evaluation failed ({error}). KN and GKN layers behind them"
+            " take the statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes"
+            " inputs of your own.",
             stacklevel=2,
         )
         for layer in layers:
-            layer.__dict__["_chain_traced"] = _revision  # and not again
+            layer.__dict__.update(_chain_traced=_revision, _chain_within=None)  # and not again
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -658,12 +708,11 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     A training forward does that by itself, and so does the first forward in evaluation of a model
     with GKN, on its own input. Random state, modes and what is trained are left as they were.
     """
-    global _tracing, _frozen_norms
     modes = {module: module.training for module in model.modules()}
     handed = {module: module.handed for module in modes if isinstance(module, Chained)}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    previous = _tracing, _frozen_norms
-    _tracing, _frozen_norms = True, _norms_that_are_frozen(model)
+    previous = _thread.tracing, _thread.frozen_norms
+    _thread.tracing, _thread.frozen_norms = True, _norms_that_are_frozen(model)
     try:
         model.eval()
         with (
@@ -676,9 +725,9 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         ):
             _as_written(model).forward(*_plain(args), **_plain(kwargs))
         for layer in handed:
-            layer.__dict__["_chain_traced"] = _revision
+            layer.__dict__.update(_chain_traced=_revision, _chain_within=len(modes))
     finally:
-        _tracing, _frozen_norms = previous
+        _thread.tracing, _thread.frozen_norms = previous
         for module, training in modes.items():
             module.training = training
         for layer, value in handed.items():
