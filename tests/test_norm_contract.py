@@ -106,7 +106,6 @@ EXCEPTIONS = {
     "test_update_bn_of_torch_gives_the_mean_over_batches": {
         "GKN": _A_GROUPNORM,
     },
-    "test_full_backward_hooks_change_nothing": {"KN": "todo", "GKN": "todo"},
     "test_the_output_of_a_new_layer_is_standardised": {
         "BRN": "by its limits r_max and d_max only as far as they allow"
     },
@@ -1219,7 +1218,7 @@ def test_memory_of_another_layer_is_refused(saved, loaded, what):
 # ---- beside other tools of torch -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["CBN", "CBN all positions", "MBN", "BRN", "BGN"])
+@pytest.mark.parametrize("key", ["CBN", "CBN all positions", "MBN", "BRN", "BGN", "KN", "GKN"])
 def test_training_compiled_is_training(key):
     """Many steps: a graph that knew the number of steps would be compiled anew at each, and given
     up after eight."""
@@ -1227,6 +1226,7 @@ def test_training_compiled_is_training(key):
     model = stack(SPECS[key])
     other = copy.deepcopy(model)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(other, backend="aot_eager")
     ours = train(model, sgd(model), range(12))
     theirs = train(other, sgd(other), range(12), forward=compiled)
