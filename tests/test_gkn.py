@@ -9,10 +9,9 @@ import warnings
 import kalman
 import pytest
 import torch
-from kalman import Kalman
+from kalman import Kalman, checkpointed_after_one_iteration_without
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import chain
 from cbn_det.norms.chain import find_chain, kn_chain
@@ -491,23 +490,7 @@ def test_no_graph_outlives_the_backward_pass(recursion):
 @both
 def test_reentrant_checkpointing_is_groupnorm_for_one_iteration_and_the_same_afterwards(recursion):
     model = Net(recursion=recursion).double()
-    twin, plain = copy.deepcopy(model), copy.deepcopy(model)
-    for norm in (plain.norm1, plain.norm2, plain.norm3):
-        norm.gain = 0.0
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.0)
-    for t in range(3):
-        # two forwards before their backward passes: each must give the same twice
-        zs = [images(2 * t + k).requires_grad_() for k in range(2)]
-        outs = [checkpoint(twin, z, use_reentrant=True) for z in zs]
-        reference = plain if t == 0 else model
-        for z, out in zip(zs, outs, strict=True):
-            x = z.detach().clone().requires_grad_()
-            expected = reference(x)
-            torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-            (grad,) = torch.autograd.grad(expected.pow(3).sum(), x)
-            out.pow(3).sum().backward()
-            torch.testing.assert_close(z.grad, grad, rtol=1e-8, atol=1e-10)
-        optimizer.step()
+    twin = checkpointed_after_one_iteration_without(model, images)
     assert kn_chain(twin) == kn_chain(model)
 
 

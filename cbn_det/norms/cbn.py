@@ -183,12 +183,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
 
     def estimate(self, batch: Moments) -> Estimate:
         self._product = None
-        if self._window is None:
-            return Estimate(batch.mean, batch.var, 1.0)
-        self._require_times()
-        if self._window and self.in_burn_in:  # the schedule was made longer since
-            self.forget()
-        if not self._window or self.recomputing_statistics:
+        if not self._memory_takes_part():
             return Estimate(batch.mean, batch.var, 1.0)
 
         mean, var, valid = self._compensated()

@@ -112,12 +112,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         return self._window is not None and not self.in_burn_in
 
     def estimate(self, batch: Moments) -> Estimate:
-        if self._window is None:
-            return Estimate(batch.mean, batch.var, 1.0)
-        self._require_times()
-        if self._window and self.in_burn_in:  # the schedule was made longer since
-            self.forget()
-        if not self._window or self.recomputing_statistics:
+        if not self._memory_takes_part():
             return Estimate(batch.mean, batch.var, 1.0)
         return Estimate(*self._combined(batch.mean, batch.var))
 

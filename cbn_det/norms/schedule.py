@@ -9,7 +9,7 @@ UNRESOLVED_SCHEDULE = 3000
 
 
 class Scheduled:
-    """Mixin of a norm whose options ``timed`` are times.
+    """Mixin of a :class:`~.base.SmallBatchNorm2d` whose options ``timed`` are times.
 
     An int is a number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned
     into steps by :func:`cbn_det.norms.resolve_burn_in`. An option ``burn_in`` has its steps in
@@ -24,6 +24,15 @@ class Scheduled:
         """Whether burn-in is not over in the present iteration; for a layer that knows its
         schedule."""
         return self.steps < self.burn_in_steps
+
+    def _memory_takes_part(self) -> bool:
+        """Whether earlier iterations take part in the statistics of the present forward."""
+        if self._window is None:
+            return False
+        self._require_times()
+        if self._window and self.in_burn_in:  # the schedule was made longer since
+            self.forget()
+        return bool(self._window) and not self.recomputing_statistics
 
     def _set_times(self, **times: int | float) -> None:
         """Takes the values of the options ``timed``.
@@ -62,5 +71,5 @@ class Scheduled:
             f" {getattr(self, f'{name}_steps')} optimiser steps. Call"
             " cbn_det.norms.resolve_burn_in(model, max_iter) before training, or give it as an"
             " int.",
-            stacklevel=7,
+            stacklevel=8,
         )
