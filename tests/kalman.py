@@ -1,6 +1,5 @@
 """Kalman Normalization written out with autograd, for small networks; shares nothing with the
-package. Raw second moments, dense weights, every dependence kept. At the end, a check of both norms.
-"""
+package. Raw second moments, dense weights, every dependence kept. Last, a check of both norms."""
 
 from __future__ import annotations
 
