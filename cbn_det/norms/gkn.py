@@ -35,8 +35,10 @@ class GKN2d(Predicting, nn.GroupNorm):
     was trained knows; one that was loaded from a checkpoint runs its first forward in evaluation
     twice, the first time with gradients enabled to find out (layers that this forward does not
     reach, such as a head without a RoI, have it done again).
-    :func:`cbn_det.norms.find_chain` does it explicitly; nothing is kept in the state dict. A layer
-    called several times in a forward takes what precedes its first call.
+    :func:`cbn_det.norms.find_chain` does it explicitly, and should where a loaded model is run in
+    parts, one by one, before it runs whole: a part does not know what comes before it. Nothing is
+    kept in the state dict. A layer called several times in a forward takes what precedes its first
+    call.
 
     Args:
         num_channels: channels C.
