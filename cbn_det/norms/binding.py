@@ -123,14 +123,20 @@ def _feeding_conv(parent: nn.Module, name: str) -> nn.Conv2d | None:
     return before if isinstance(before, nn.Conv2d) else None
 
 
+def past_hooks(node: Any, output: int) -> Any:
+    """From a node of an autograd graph, and which of its outputs is meant, past what full backward
+    hooks of modules look at gradients with: its outputs are as its inputs."""
+    while node is not None and "BackwardHookFunction" in node.name():
+        node, output = node.next_functions[output]
+    return node
+
+
 def _mismatch(conv: nn.Conv2d, y: Tensor) -> str | None:
     """What the autograd graph of ``y`` says against its being the output of ``conv``; None if
     nothing."""
-    node = y.grad_fn
-    while "BackwardHookFunction" in node.name():  # what users' full backward hooks leave
-        node = node.next_functions[0][0]
-        if node is None:
-            return None
+    node = past_hooks(y.grad_fn, y.output_nr)
+    if node is None:
+        return None
     if "CompiledFunction" in node.name():  # its graph is not to be seen
         return None
     if "Convolution" not in node.name():

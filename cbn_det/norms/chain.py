@@ -64,6 +64,7 @@ from torch.nn.modules.module import (
 
 from . import clock
 from .base import in_backward
+from .binding import past_hooks
 from .prediction import (
     Affine,
     Concat,
@@ -138,7 +139,7 @@ def follow(y: Tensor, channels: int) -> Expression:
     try:
         if y.grad_fn is None:
             raise _ChainEnds("its convolution is frozen")
-        node = _past_hooks(y.grad_fn, y.output_nr)
+        node = past_hooks(y.grad_fn, y.output_nr)
         while _operation(node) in ("ToCopy", "Clone") and _edges(node)[0] is not None:
             node = _edges(node)[0]
         if _operation(node) not in ("Convolution", "CompiledFunction"):
@@ -156,15 +157,8 @@ def _operation(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
 
-def _past_hooks(node: Any, output: int) -> Any:
-    """Past what full backward hooks of modules look at gradients with: outputs as its inputs."""
-    while node is not None and _operation(node) == "BackwardHookFunction":
-        node, output = node.next_functions[output]
-    return node
-
-
 def _edges(node: Any) -> list[Any]:
-    return [_past_hooks(*edge) for edge in node.next_functions]
+    return [past_hooks(*edge) for edge in node.next_functions]
 
 
 def _expression(node: Any) -> Expression:
