@@ -70,6 +70,8 @@ class Run:
             *(("--num-gpus", str(args.ranks)) if args.ranks > 1 else ()),
             *("MODEL.FPN.NORM", args.norm, "MODEL.ROI_BOX_HEAD.NORM", args.norm),
             *("SOLVER.MAX_ITER", str(args.iterations), "SOLVER.CHECKPOINT_PERIOD", "3"),
+            *("SOLVER.WARMUP_ITERS", str(args.iterations // 2)),
+            *("SOLVER.STEPS", f"({args.iterations * 3 // 4},)"),
             *("TEST.EVAL_PERIOD", "15", "DATALOADER.NUM_WORKERS", str(args.workers)),
         ]
         script = str(REPOSITORY / "tools" / "train_net.py")

@@ -35,7 +35,11 @@ LEARNED_KN_AND_OTHERS = (
     *("MODEL.RESNETS.NORM", "BGN(groups=2)", "MODEL.ROI_BOX_HEAD.NORM", "BRN(burn_in=1, ramp=2)"),
     *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"),
 )
-LENGTH = ("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "3")
+# every iteration has a learning rate of its own
+LENGTH = (
+    *("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "3"),
+    *("SOLVER.WARMUP_ITERS", "4", "SOLVER.STEPS", "(5,)"),
+)
 SHORT = ("SOLVER.MAX_ITER", "1")
 OF_RANKS = (
     *(*CBN, "MODEL.RESNETS.NORM", "BRN(burn_in=1, ramp=2)"),

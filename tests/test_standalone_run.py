@@ -383,7 +383,11 @@ def test_a_crash_is_recorded_and_shown(
 # ------------------------------------------------------------------ resume
 
 
-LENGTH = ("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "3")
+# every iteration has a learning rate of its own
+LENGTH = (
+    *("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "3"),
+    *("SOLVER.WARMUP_ITERS", "4", "SOLVER.STEPS", "(5,)"),
+)
 
 
 def break_save(monkeypatch: pytest.MonkeyPatch) -> None:
