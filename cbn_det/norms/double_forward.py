@@ -53,7 +53,8 @@ class DoubleForward:
     first pass (:class:`~cbn_det.norms.repeat.FrozenParts`). There is no second pass at all where no
     MBN layer asks for one: during burn-in, after they were frozen, with
     ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
-    optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it).
+    optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it,
+    unless :meth:`forget` is called).
 
     Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
     MBN would, in the second pass too, where ranks need not agree on where it ends: do not mix them.
@@ -89,7 +90,7 @@ class DoubleForward:
         """Stops recording and forgets what was recorded."""
         for handle in self._handles:
             handle.remove()
-        self._forget()
+        self.forget()
 
     def include(self, layers: Iterable[SmallBatchNorm2d]) -> None:
         """Refreshes these layers too, which are no part of the model but are called with what its
@@ -111,7 +112,14 @@ class DoubleForward:
         try:
             return self._refresh()
         finally:
-            self._forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Forgets the inputs that were recorded. After a step that was skipped, its mini-batches
+        then stay out of the second pass, and with it out of memory: for a training that is to go on
+        from a checkpoint as it would have, since inputs are in none."""
+        self._forwards = []
+        self._frozen.forget()
 
     def _refresh(self) -> bool:
         layers = self._layers()
@@ -152,7 +160,7 @@ class DoubleForward:
         if self._running or not model.training or not torch.is_grad_enabled() or in_backward():
             return
         if self._recorded_at != clock.now():
-            self._forget()
+            self.forget()
             self._recorded_at = clock.now()
         layers = [m for m in self._layers() if m.double_forward and m.training]
         if layers:
@@ -166,10 +174,6 @@ class DoubleForward:
             self._recording.end()
             self._frozen.keep_no_more()
             self._recording = None
-
-    def _forget(self) -> None:
-        self._forwards = []
-        self._frozen.forget()
 
 
 @dataclass

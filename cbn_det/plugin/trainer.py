@@ -214,6 +214,7 @@ class Trainer(ResumableTrainer):
         super().run_step()
         with EventStorage():  # what heads log of the second pass is dropped
             self.double_forward.refresh()
+        self.double_forward.forget()  # of a step that was skipped: checkpoints have no images
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the model as it is on ``DATASETS.TEST``. All ranks must call it."""
