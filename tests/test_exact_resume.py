@@ -252,7 +252,10 @@ def test_mixed_precision_and_accumulation_resume_exactly(
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=4.0, growth_interval=2)
     monkeypatch.setattr("torch.cuda.amp.GradScaler", scaler)
     words = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "3", "DATASETS.TEST", "()")
-    norms = ("MODEL.FPN.NORM", "KN(gain='learned')", "MODEL.ROI_BOX_HEAD.NORM", "MBN(burn_in=1)")
+    norms = (
+        *("MODEL.FPN.NORM", "KN(gain='learned')", "MODEL.ROI_BOX_HEAD.NORM", "MBN(burn_in=1)"),
+        *("MODEL.RESNETS.NORM", "CBN(window=3, burn_in=1)"),
+    )
 
     def make(name: str) -> Trainer:
         cfg = config_of(inputs, *words, *norms, "OUTPUT_DIR", str(tmp_path / name))
