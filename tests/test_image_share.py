@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_run import arguments, result_of, run_loggers_removed
+from tiny_run import arguments, evaluation_of, result_of, run_loggers_removed
 from tiny_run import tiny_inputs as inputs  # noqa: F401
 from torch import nn
 
@@ -205,15 +205,16 @@ def test_a_run_evaluates_once_more(inputs, tmp_path, engine, config, capsys):  #
     # the images per GPU of the training count, not those of this config
     weights = ("MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "SOLVER.IMS_PER_BATCH", "4")
     assert run_here(*run, "--eval-only", "--image-share", "auto", *weights) == 0
-    again = result_of(tmp_path)
+    again = evaluation_of(tmp_path)
     assert again["results_image_share"]["bbox"] == shared
     assert again["images_per_gpu"] == 2
     assert run_here(*run, "--eval-only", "--image-share", "0.5", *weights) == 0
-    assert result_of(tmp_path)["results_image_share"]["bbox"] == shared
+    assert evaluation_of(tmp_path)["results_image_share"]["bbox"] == shared
     assert run_here(*run, "--eval-only", "--image-share", "0", *weights) == 0
-    assert result_of(tmp_path)["results_image_share"] is None
+    assert evaluation_of(tmp_path)["results_image_share"] is None
     assert run_here(*run, "--eval-only", *weights) == 0
-    assert result_of(tmp_path)["results_image_share"] is None
+    assert evaluation_of(tmp_path)["results_image_share"] is None
+    assert result_of(tmp_path) == result
     # weights of nobody knows which training
     elsewhere = (inputs, tmp_path / "elsewhere", engine, config)
     capsys.readouterr()

@@ -167,14 +167,16 @@ def test_a_config_that_does_not_say_its_gpus(tmp_path) -> None:
         Reproduction(Path("out"), configs=tmp_path / "configs").rows(TABLES[FASTER])
 
 
-def test_syncbn_on_fewer_gpus_is_said_to_be_another_row() -> None:
+def test_rows_that_are_others_on_fewer_gpus() -> None:
     reproduction = Reproduction(Path("out"), gpus=2)
-    rows = reproduction.rows(TABLES["faster_rcnn_R_50_FPN_1x"], ["syncbn_2img", "bn_2img"])
-    bn, sync = (reproduction.caveat(row) for row in rows)
+    names = ["syncbn_2img", "bn_2img", "mbn_2img"]
+    rows = reproduction.rows(TABLES["faster_rcnn_R_50_FPN_1x"], names)
+    bn, sync, mbn = (reproduction.caveat(row) for row in rows)
     assert bn is None
+    assert "remembers of a step is of 4 mini-batches there" in mbn
     assert "normalises over 4 images, on the 8 of the row over 16" in sync
     full = Reproduction(Path("out"))
-    assert full.caveat(rows[1]) is None
+    assert full.caveat(rows[1]) is full.caveat(rows[2]) is None
 
 
 def test_rows_by_name_and_norm_in_order() -> None:
@@ -297,6 +299,8 @@ def test_runs_that_are_not_the_row_are_no_measurement(tmp_path) -> None:
         ("cbn_4img", {**good, "images_per_gpu": 2, "world_size": 4}),  # as if edited by hand
         ("gn_4img", {**good, "images_per_gpu": 4, "world_size": 8}),
         ("syncbn_4img", {**good, "images_per_gpu": 4, "world_size": 1, "accumulate": 4}),
+        ("cbn_as_released_4img", {**good, "images_per_gpu": 4, "world_size": 2, "accumulate": 2}),
+        ("none_4img", {**good, "images_per_gpu": 4, "world_size": 2, "accumulate": 2}),
     ):
         folder = reproduction.run(rows[name], 1).folder
         folder.mkdir(parents=True)
@@ -306,6 +310,9 @@ def test_runs_that_are_not_the_row_are_no_measurement(tmp_path) -> None:
     assert "cbn_4img: trained at 2 images per GPU" in text
     assert "gn_4img: run with 32 images a step, its config has 16" in text
     assert "syncbn_4img: run with SyncBN over 4 images, its mini-batch is 16" in text
+    remembered = "run with what the norm remembers of a step from 2 mini-batches"
+    assert f"cbn_as_released_4img: {remembered}" in text
+    assert "none_4img: run" not in text
 
 
 def test_markdown_holds_every_row_and_no_machine(tool, tmp_path, capsys) -> None:

@@ -107,6 +107,34 @@ def test_every_number_of_a_result_has_its_place() -> None:
     assert box.heading == "Total SGD batch 16 (world size 8, 2 images per GPU), 90 iterations"
 
 
+def test_a_run_that_detects_nothing_counts_as_zero() -> None:
+    """detectron2 has NaN for it, and no masks at all; pycocotools would say 0."""
+    split = Split(8, 1)
+    good = finished(21.0, precise=24.0)
+    good["results"]["segm"] = {"AP": 18.0}
+    good["results"]["bbox"]["APl"] = None  # no object is large
+    blind = {
+        "status": "finished",
+        "results": {"bbox": {"AP": None, "AP50": None, "APl": None}},
+        "results_precise_bn": {"bbox": {"AP": None}},
+    }
+    row, unevaluated = make_rows(
+        [
+            ("BN", split, good),
+            ("BN", split, blind),
+            ("BN", split, {"status": "diverged", "results": {}}),
+            ("GN", split, {"status": "finished", "results": {}}),
+        ]
+    )
+    assert (row.ap["bbox"].mean, row.ap["bbox"].n) == (10.5, 2)
+    assert row.ap50["bbox"].mean == 10.5 and row.ap["segm"].mean == 9.0
+    assert row.ap_precise["bbox"].mean == 12.0
+    assert row.ap_large["bbox"] is None and row.ap_image_share["bbox"] is None
+    assert unevaluated.ap["bbox"] is None
+    alone = make_rows([("BN", split, blind)])[0]
+    assert alone.ap["bbox"] is None, "nobody says that there was anything to detect"
+
+
 def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
     small, middle, other = Split(8, 1), Split(4, 2), Split(2, 2)
     results = [("GN", middle, 60.0), ("GN", small, 62.0), ("BN", small, 23.0), ("BN", middle, 38.0)]

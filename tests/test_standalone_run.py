@@ -23,6 +23,7 @@ from tiny_run import (
     REPOSITORY,
     arguments,
     dataset_name,
+    evaluation_of,
     result_of,
     run_loggers_removed,
     tiny_inputs,
@@ -211,7 +212,8 @@ def test_eval_only_repeats_the_ap_and_keeps_what_training_measured(
     weights = ("MODEL.WEIGHTS", str(output / "model_final.pth"))
     code = run_here(inputs, output, "--eval-only", "--precise-bn-iters", "2", *CBN, *weights)
     assert code == 0
-    after = result_of(output)
+    after = evaluation_of(output)
+    assert result_of(output) == before
     assert after["results"] == before["results"]
     assert after["results_precise_bn"] == before["results_precise_bn"]
     for key in ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb", "flops"):

@@ -14,6 +14,7 @@ from tiny_run import (
     REPOSITORY,
     arguments,
     dataset_name,
+    evaluation_of,
     result_of,
     run_loggers_removed,
     write_inputs,
@@ -92,14 +93,15 @@ def test_metrics_hold_losses_evaluations_and_the_norms_state(inputs: Path, tmp_p
     assert result_of(tmp_path)["results"] == {}
 
 
-def test_eval_only_repeats_the_ap_and_keeps_what_training_measured(
-    inputs: Path, trained: Path
-) -> None:
+def test_eval_only_repeats_the_ap_and_keeps_what_training_left(inputs: Path, trained: Path) -> None:
     before = result_of(trained)
-    weights = str(trained / "model_final.pth")
-    norm = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=2)")
-    assert run_here(inputs, trained, "--eval-only", *norm, "MODEL.WEIGHTS", weights) == 0
-    after = result_of(trained)
+    config = (trained / "config.yaml").read_bytes()
+    words = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=2)", "SOLVER.BASE_LR", "7.0")
+    words += ("MODEL.WEIGHTS", str(trained / "model_final.pth"))
+    assert run_here(inputs, trained, "--eval-only", *words) == 0
+    assert result_of(trained) == before
+    assert (trained / "config.yaml").read_bytes() == config
+    after = evaluation_of(trained)
     assert after["results"] == before["results"]
     assert after["results_precise_bn"] is None
     for key in ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb"):
@@ -110,7 +112,7 @@ def test_missed_expectations_fail_the_run(inputs: Path, trained: Path, tmp_path:
     expected = ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]")
     weights = ("MODEL.WEIGHTS", str(trained / "model_final.pth"), "MODEL.FPN.NORM", "CBN")
     assert run_here(inputs, tmp_path, "--eval-only", *weights, *expected) == 1
-    result = result_of(tmp_path)
+    result = evaluation_of(tmp_path)
     assert (result["status"], result["message"]) == (
         "failed",
         "the results miss TEST.EXPECTED_RESULTS",

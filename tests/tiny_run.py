@@ -175,6 +175,11 @@ def result_of(output: Path) -> dict:
     return json.loads((output / "result.json").read_text(encoding="utf-8"))
 
 
+def evaluation_of(output: Path) -> dict:
+    """Of an evaluation on its own."""
+    return json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+
+
 @contextmanager
 def run_loggers_removed() -> Iterator[None]:
     """A run logs to the stdout and folder of its time; afterwards both are gone."""

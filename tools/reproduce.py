@@ -14,7 +14,7 @@ examples:
   # two rows on the GPUs of this machine; "cbn" is every CBN row, "cbn_2img" the one at 2 images
   python tools/reproduce.py TABLE --rows cbn_2img gn_2img --run
 
-  # on one GPU: gradients are accumulated, so that the total batch and what norms see stay
+  # on one GPU: gradients are accumulated, so that the total batch and the mini-batches stay
   python tools/reproduce.py TABLE --rows cbn_2img --num-gpus 1 --run
 
   # three seeds, 16 GPUs as 2 nodes of a SLURM cluster

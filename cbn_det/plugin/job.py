@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..run.errors import ConfigError
+from ..run.files import replace_file
 from ..run.folder import WORST_IMAGES, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
@@ -41,7 +42,7 @@ def run(cfg: CfgNode, notes: list[str], args: argparse.Namespace) -> int:
         notes: what that replaced; logged as warnings.
         args: the command line, with ``command``, its text.
     """
-    default_setup(cfg, args)
+    _set_up(cfg, args)
     logger = setup_logger(
         cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="cbn_det", abbrev_name="cbn"
     )
@@ -49,6 +50,16 @@ def run(cfg: CfgNode, notes: list[str], args: argparse.Namespace) -> int:
     for note in notes:
         logger.warning(note)
     return Detectron2Job(cfg, args).execute()
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """detectron2's, which writes ``config.yaml``; an evaluation leaves its training's there."""
+    config = Path(cfg.OUTPUT_DIR, "config.yaml")
+    of_training = config.read_bytes() if args.eval_only and config.exists() else None
+    comm.synchronize()  # all have looked before rank 0 writes
+    default_setup(cfg, args)
+    if of_training is not None and comm.is_main_process():
+        replace_file(config, lambda file: file.write(of_training))
 
 
 def describe_run(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The folder a run leaves behind, and its ``result.json``: all that a comparison of runs reads."""
+"""The folder a run leaves behind. Its ``result.json`` is the training's, and all that a comparison
+of runs reads; an evaluation on its own writes ``evaluation.json`` in the same form."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ from .measure import machine
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+#: of ``--eval-only``, perhaps of an earlier checkpoint than the last, or while training goes on
+EVALUATION = "evaluation.json"
 #: what an evaluation on its own leaves besides
 WORST_IMAGES = "worst_images.png"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
-# of training; they stay when the same folder is evaluated again
+# of training; an evaluation in the same folder has them too
 _TRAINING_FACTS = (
     "images_per_gpu",
     "world_size",
@@ -120,15 +123,15 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Writes ``result.json``; numbers that are not finite become null."""
+def write_result(folder: Path, result: Mapping[str, Any], name: str = RESULT) -> None:
+    """Writes ``result.json``, or as ``name``; numbers that are not finite become null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(folder / RESULT, lambda file: file.write(text.encode("utf-8")))
+    replace_file(folder / name, lambda file: file.write(text.encode("utf-8")))
 
 
 def keep_training_facts(result: dict[str, Any], folder: Path) -> None:
-    """Before an evaluation overwrites ``result.json``: what training left there stays."""
+    """Adds to the result of an evaluation what training left in the folder's ``result.json``."""
     earlier = read_result(folder) or {}
     if earlier.get("iterations") is not None:
         result.update({key: earlier[key] for key in _TRAINING_FACTS if key in earlier})

@@ -219,8 +219,9 @@ class Job(ABC):
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
             self.result.update(status=FAILED if code else FINISHED, message=message)
-            run_folder.write_result(self.folder, self.result)
-            logger.info(f"{self.result['status']}: {self.folder / run_folder.RESULT}")
+            name = run_folder.EVALUATION if self.args.eval_only else run_folder.RESULT
+            run_folder.write_result(self.folder, self.result, name)
+            logger.info(f"{self.result['status']}: {self.folder / name}")
         return self.gather(code)[0]  # the others wait here
 
     def _add_results(self, results: Any, precise: Any, shared: Any) -> None:

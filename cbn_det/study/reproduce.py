@@ -1,8 +1,9 @@
 """Reproduces published tables: what each row runs, what has been measured, how far apart they are.
 
 A row always has the images per GPU and the total batch of its config. On fewer GPUs than the config
-is for, each accumulates gradients of several mini-batches; norms see the same mini-batches then,
-SyncBN excepted, whose mini-batch is that of all GPUs together.
+is for, each accumulates gradients of several mini-batches; norms see the same mini-batches then. It
+is another row all the same for SyncBN, whose mini-batch is that of all GPUs together, and for norms
+that train with what they remember: of a step that is several mini-batches then instead of one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 #: norms that differences are taken to, where a table has them
 BASELINES = ("none", "bn", "syncbn", "gn")
 _ORDER = (*BASELINES, "brn", "cbn", "cbn_as_released", "kn", "gkn", "mbn", "bgn")
+#: norms that train with what they remember of earlier steps
+REMEMBERING = ("brn", "cbn", "cbn_as_released", "mbn")
 _SET_HERE = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SEED", "OUTPUT_DIR")
 
 
@@ -188,7 +191,14 @@ class Reproduction:
     def caveat(self, row: Row) -> str | None:
         """What is not the row's own where its runs get the GPUs asked for."""
         ranks = (self.gpus or max(1, row.gpus // self.machines)) * self.machines
-        if row.norm != "syncbn" or ranks == row.gpus:
+        if ranks == row.gpus:
+            return None
+        if row.norm in REMEMBERING:
+            return (
+                f"{row.name}: what the norm remembers of a step is of {row.gpus // ranks} "
+                "mini-batches there, on the row's GPUs of one: not the same row"
+            )
+        if row.norm != "syncbn":
             return None
         return (
             f"{row.name}: on {ranks} GPUs SyncBN normalises over {ranks * row.images} images, on "

@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from cbn_det.study.reproduce import (
     BASELINES,
+    REMEMBERING,
     Measured,
     Reproduction,
     Row,
@@ -158,6 +159,11 @@ def _remarks(rows: Sequence[Row], measured: dict[str, Measured]) -> list[str]:
                 found.append(
                     f"{row.name}: run with SyncBN over {gpus * images} images, its mini-batch is "
                     f"{row.gpus * row.images}"
+                )
+            if row.norm in REMEMBERING and accumulated > 1:
+                found.append(
+                    f"{row.name}: run with what the norm remembers of a step from {accumulated} "
+                    "mini-batches, in its config from one"
                 )
             if gpus * accumulated != row.gpus:
                 found.append(

@@ -97,8 +97,10 @@ def read_metrics(folder: Path) -> list[dict]:
 def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     """Group (norm, split, result) of single runs into rows, in the order of first appearance.
 
-    AP, times and memory are over finished runs only; the others are counted in `status`.
+    AP, times and memory are over finished runs only; the others are counted in `status`. A model
+    that detects nothing at all has no AP in its result; where another run has one, it is 0.
     """
+    asked = _metrics_with_truth(results)
     groups: dict[tuple[str, Split], list[dict]] = {}
     for norm, split, result in results:
         groups.setdefault((norm, split), []).append(result)
@@ -117,8 +119,10 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
                 (row.ap_precise, "results_precise_bn", "AP"),
                 (row.ap_image_share, "results_image_share", "AP"),
             ):
-                numbers = [((r.get(source) or {}).get(task) or {}).get(metric) for r in good]
-                values[task] = Spread.of(numbers)
+                nothing = 0.0 if (task, metric) in asked else None
+                values[task] = Spread.of(
+                    [_number(r.get(source), task, metric, nothing) for r in good]
+                )
         for fact in ("sec_per_iter", "peak_memory_mb", "parameters", "flops"):
             setattr(row, fact, Spread.of([r.get(fact) for r in good]))
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
@@ -126,6 +130,25 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     fill_recovered(rows)
     fill_distances(rows)
     return rows
+
+
+def _metrics_with_truth(results: list[tuple[str, Split, dict]]) -> set[tuple[str, str]]:
+    """Tasks and metrics that the data have objects for, as some run's number shows."""
+    return {
+        (task, metric)
+        for _, _, result in results
+        for task, by_metric in (result.get("results") or {}).items()
+        for metric, value in by_metric.items()
+        if value is not None
+    }
+
+
+def _number(results: dict | None, task: str, metric: str, nothing: float | None) -> float | None:
+    """`nothing` where an evaluation found none; detectron2 then leaves out masks altogether."""
+    if not results:
+        return None  # there was no evaluation
+    value = (results.get(task) or {}).get(metric)
+    return nothing if value is None else value
 
 
 def fill_recovered(rows: list[Row], task: str = "bbox") -> None:
