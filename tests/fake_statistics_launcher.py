@@ -4,7 +4,7 @@ Every error is 0.1, times the images per GPU, times the place of the norm in the
 line is there twice, as after a resume. With a reference, BN's error of the variance has a part of
 60 % that all mini-batches share, and norms are 0.008 times the sampling error, times their place,
 from the reference; in the second layer not at all. The environment's FAKE_FAILS names a number of
-images per GPU whose run fails."""
+images per GPU whose run fails, FAKE_DIVERGES one whose run diverges after its second line."""
 
 import argparse
 import json
@@ -31,7 +31,8 @@ def main() -> None:
     with open(out / "attempts", "a") as file:
         file.write("start\n")
     request = json.loads(args.statistics_error)
-    points = [point(at, images, request) for at in request["at"]]
+    diverges = os.environ.get("FAKE_DIVERGES") == str(images)
+    points = [point(at, images, request) for at in request["at"][: 2 if diverges else None]]
     twice = json.loads(json.dumps(points[0]).replace("0.", "7."))
     text = "\n".join(map(json.dumps, [twice, *points])) + '\n{"iteration": 99, "la'
     (out / "statistics_error.jsonl").write_text(text)
@@ -46,7 +47,10 @@ def main() -> None:
         "machine": {"cpu": "a CPU", "cores": 2, "threads": 1, "gpu": None},
         "versions": {"python": "3.11"},
         "test_sets": cfg["DATASETS.TEST"],
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
+    if diverges:
+        result |= {"status": "diverged", "message": "loss is nan", "iterations": 12}
     (out / "result.json").write_text(json.dumps(result))
 
 

@@ -437,6 +437,23 @@ def test_iterations_get_each_norm_at_the_sites_asked_for(monkeypatch, tmp_path):
     }
 
 
+@pytest.mark.detectron2
+@pytest.mark.parametrize("images", [2, 8])
+def test_a_config_for_several_gpus_is_timed_with_the_images_asked_for(
+    monkeypatch, tmp_path, images
+):
+    from cbn_det.plugin.config import build_config
+
+    seen = {}
+    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
+    config = TOOL.parents[1] / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml"
+    detector = Detector(config=config, engine="detectron2")
+    benchmark.benchmark_iterations(Settings(["BN", "GN"], tmp_path), detector, images)
+    ((title, commands),) = seen["args"][2].items()
+    cfg, _ = build_config(parse(commands["GN"][1:]), world_size=1)
+    assert f"{images} images" in title and cfg.SOLVER.IMS_PER_BATCH == images
+
+
 def test_shapes_read_as_they_are_written():
     shape = Shape.parse("128,256,7,9,64,3")
     assert str(shape) == "3x3 256->64, 128x7x9"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import shlex
 import sys
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from cbn_det.run.arguments import argument_parser
+from cbn_det.study import statistics_error
 from cbn_det.study.statistics_error import NORMS, Experiment, measure
 from cbn_det.study.statistics_figure import apart_figure, error_figure
 from cbn_det.study.statistics_results import (
@@ -115,8 +118,9 @@ def read_runs(output: Path) -> list[Measured]:
     return [
         Measured(
             SimpleNamespace(split=SimpleNamespace(images=run["images_per_gpu"])),
-            {"iterations": run["iterations"]},
+            {},
             run["points"],
+            length=40,
         )
         for run in data["runs"]
     ]
@@ -137,6 +141,71 @@ def test_a_run_that_fails_is_told_and_tried_again(tmp_path, capsys, monkeypatch)
     monkeypatch.delenv("FAKE_FAILS")
     assert measure(experiment(tmp_path), jobs=2) == 0
     assert sorted(attempts(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize(("how", "code"), [("FAKE_FAILS", 1), ("FAKE_DIVERGES", 0)])
+def test_only_finished_runs_are_in_the_tables(tmp_path, capsys, monkeypatch, how, code) -> None:
+    monkeypatch.setenv(how, "4")
+    study = experiment(tmp_path, norms=["MBN"], reference="KN")
+    assert measure(study, jobs=2) == code
+    data = json.loads((tmp_path / "out" / "statistics_error.json").read_text())
+    for half in data["rows"].values():
+        assert {row["images"] for row in half} == {1}
+    printed = capsys.readouterr().out
+    assert "1 image per GPU, distance from KN" in printed and "4 images per GPU" not in printed
+    assert "Left out: BN 1x4 seed 1: " in printed
+    assert [bool(run["points"]) for run in data["runs"]] == [True, True], "the file has everything"
+
+
+def test_halves_are_of_the_planned_training() -> None:
+    run = SimpleNamespace(split=SimpleNamespace(images=2))
+    layers = {"stem": {"norms": {"BN": {"var": 0.1, "var_fixed": 0.0}, "KN": {"apart_var": 0.1}}}}
+    layers["stem"]["norms"]["KN"]["var"] = 0.1
+    points = [{"iteration": at, "layers": layers} for at in (60, 299, 300)]
+    for got in ({}, {"iterations": 60}, {"iterations": 600}):
+        measured = [Measured(run, got, points, length=600)]
+        late = [row.late for row in apart_from_reference(measured, "MBN")]
+        assert late == [False, False, True]
+        assert rows_of(measured, late=False) and rows_of(measured, late=True)
+        assert not rows_of([Measured(run, got, points[:2], length=600)], late=True)
+
+
+def test_runs_side_by_side_get_gpus_of_their_own(tmp_path, capsys) -> None:
+    study = experiment(tmp_path)
+    assert measure(study, jobs=2, gpus=["4", "5"]) == 0
+    assert "2 runs, up to 2 at a time on GPU 4 5, in " in capsys.readouterr().out
+    results = [json.loads((r.folder / "result.json").read_text()) for r in study.plan().runs()]
+    assert sorted(result["gpus"] for result in results) == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "jobs", "gpus"),
+    [
+        ([], 6, []),
+        (["--opts", "MODEL.DEVICE", "cuda"], 2, ["2", "3"]),
+        (["--jobs", "5", "--opts", "MODEL.DEVICE", "cuda"], 5, ["2", "3"]),
+    ],
+)
+def test_the_tool_has_as_many_runs_side_by_side_as_gpus(
+    tmp_path, monkeypatch, words, jobs, gpus
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    seen = {}
+
+    def pretrain(run, gpus):
+        seen["backbone"] = list(gpus)
+
+    def run_all(runs, jobs, done, gpus):
+        seen["runs"] = (jobs, list(gpus))
+        return []
+
+    monkeypatch.setattr(statistics_error, "train_backbone", pretrain)
+    monkeypatch.setattr(statistics_error, "run_all", run_all)
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "statistics_error.py"))
+    what = ["--recipe", "finetune", "--engine", "detectron2", "--output", str(tmp_path / "out")]
+    assert tool["main"]([*what, *words]) == 0
+    assert seen == {"backbone": gpus, "runs": (jobs, gpus)}
 
 
 def test_what_a_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +232,27 @@ def test_the_config_s_own_length(tmp_path: Path) -> None:
     config.write_text("SOLVER:\n  BASE_LR: 0.1\n")
     with pytest.raises(ValueError, match="--iters says how long to train"):
         experiment(tmp_path, iterations=None, config=config)
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER is set by --iters"):
+        experiment(tmp_path, overrides=["SOLVER.MAX_ITER", "10"])
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_config_that_scales_its_schedule_is_as_long_as_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int
+) -> None:
+    from cbn_det.plugin.config import build_config
+
+    config = REPOSITORY / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml"
+    study = experiment(tmp_path, iterations=None, config=config, images=[images])
+    assert measure(study, jobs=1, dry_run=True) == 0
+    words = shlex.split(capsys.readouterr().out)[len(LAUNCHER) :]
+    args = argument_parser().parse_args(words)
+    solver = build_config(args, world_size=1)[0].SOLVER
+    assert solver.MAX_ITER == study.length == 90_000 and solver.STEPS == (60_000, 80_000)
+    assert max(json.loads(args.statistics_error)["at"]) == 89_999
+    assert solver.IMS_PER_BATCH == images
+    assert solver.BASE_LR == pytest.approx(0.02 * images / 16)
 
 
 def test_nothing_measured_is_no_figure(tmp_path: Path) -> None:

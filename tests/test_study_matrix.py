@@ -17,6 +17,8 @@ from cbn_det.study import gpus
 from cbn_det.study.compare import compare
 from cbn_det.study.gpus import Places, visible_gpus
 from cbn_det.study.plan import Plan, Run, Split
+from cbn_det.study.processes import LeftBehind, Process, write_note
+from cbn_det.study.runner import Outcome, run_all
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
@@ -226,6 +228,25 @@ def test_a_given_length_is_the_length_and_the_rate_still_follows(tmp_path) -> No
     assert options(whole.runs()[0])["SOLVER.BASE_LR"] == "1.0", "an int would be refused"
 
 
+@pytest.mark.parametrize(
+    ("changes", "short"),
+    [
+        ({}, False),
+        ({"iterations": 40}, True),
+        ({"overrides": ["SOLVER.MAX_ITER", "40"]}, True),
+    ],
+)
+def test_runs_are_short_where_they_were_made_short(tmp_path, capsys, changes, short) -> None:
+    # twice the images of its steps make 40 iterations of it, which the launcher always tells
+    text = "SOLVER: {MAX_ITER: 80, IMS_PER_BATCH: 4, REFERENCE_WORLD_SIZE: 4}\n"
+    plan = make_plan(tmp_path, ["GN"], text, splits=[Split(8, 1)], **changes)
+    assert compare(plan, jobs=8) == 0
+    said = [capsys.readouterr().out]
+    said += [(plan.output / name).read_text() for name in ("table.md", "report.html")]
+    for text in said:
+        assert ("Short runs, 40 of the config" in text) == ("Short runs" in text) == short
+
+
 # --- processes and GPUs ------------------------------------------------------------------------
 
 
@@ -258,7 +279,32 @@ def test_gpus_are_shared_out_one_a_process() -> None:
     for place in (0, 2, 1):  # so that two places of GPU 0 come first
         again.give_back(single[place])
     assert sorted(again.take(2)) == ["0", "1"]
-    assert Places(1, ["GPU-5e"]).take(8) == ["GPU-5e"]
+    assert set(Places(1, ["GPU-5e"]).take(8)) == {"GPU-5e"}
+
+
+@pytest.mark.parametrize("places", [1, 2, 7])
+def test_a_run_with_more_ranks_than_places_has_a_gpu_for_each(places) -> None:
+    eight = Places(places, list("01234567"))
+    wide = eight.take(8)
+    assert wide == list("01234567") and eight.take(1) is None, "it runs alone"
+    eight.give_back(wide)
+    assert [eight.take(1) for _ in range(places)] == [[name] for name in "01234567"[:places]]
+    assert eight.take(1) is None, "its GPUs are no places for others"
+    assert eight.take(8) is None
+
+
+def test_gpus_in_use_are_given_to_nobody_else() -> None:
+    eight = Places(8, list("01234567"))
+    left = [eight.hold(2, gpus) for gpus in ("01", "45", "67", "23")]
+    assert eight.take(1) is None
+    eight.give_back(left[1])
+    assert eight.take(2) == ["4", "5"]
+    fewer = Places(1, list("0123"))  # than an earlier comparison had
+    left = [fewer.hold(2, "01"), fewer.hold(2, "89")]
+    fewer.give_back(left[0])
+    assert fewer.take(1) is None, "a run on GPUs that are not ours is one at a time, too"
+    fewer.give_back(left[1])
+    assert fewer.take(2) == ["0", "1"]
 
 
 def test_a_run_sees_its_gpus_only(tmp_path) -> None:
@@ -266,6 +312,47 @@ def test_a_run_sees_its_gpus_only(tmp_path) -> None:
     assert compare(plan, jobs=4, gpus=["4", "5", "6", "7"]) == 0
     results = [json.loads((run.folder / "result.json").read_text()) for run in plan.runs()]
     assert sorted(result["gpus"] for result in results) == ["4,5", "6,7"]
+
+
+def test_a_run_sees_as_many_gpus_as_it_has_ranks_at_one_job(tmp_path, capsys) -> None:
+    plan = make_plan(tmp_path, ["GN", "BN"], splits=[Split(4, 2)])
+    assert compare(plan, jobs=1, gpus=["4", "5", "6", "7"]) == 0
+    results = [json.loads((run.folder / "result.json").read_text()) for run in plan.runs()]
+    assert [result["gpus"] for result in results] == ["4,5,6,7"] * 2
+    assert "2 runs, up to 1 at a time on GPU 4 5 6 7" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "noted", "expected"), [("0", True, "1"), ("1", True, "0"), ("1", False, "1")]
+)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_run_left_behind_keeps_its_gpu(tmp_path, gpu, noted, expected, turn) -> None:
+    """Notes of earlier versions do not say which it is: then it counts as one of them."""
+    plan = make_plan(tmp_path, ["SLOW", "GN"])
+    slow, other = plan.runs()
+    left = Process(slow, jobs=2, gpus=[gpu])
+    note = slow.folder / "study.json"
+    facts = json.loads(note.read_text())
+    assert facts.pop("gpus") == [gpu]
+    if not noted:
+        note.write_text(json.dumps(facts))
+
+    def done(outcome: Outcome) -> None:
+        (slow.folder / "go").touch()
+
+    outcomes = run_all([slow, other][::turn], 2, done, poll_seconds=0.05, gpus=["0", "1"])
+    results = {outcome.run.norm: outcome.result for outcome in outcomes}
+    assert results["GN"]["gpus"] == expected
+    assert results["SLOW"]["gpus"] == gpu
+    assert (slow.folder / "attempts").read_text().split() == ["start"]
+    assert left.result()["status"] == "finished"
+
+
+def test_the_gpus_of_another_machine_are_not_ours(tmp_path) -> None:
+    run = make_plan(tmp_path, ["GN"]).runs()[0]
+    run.folder.mkdir(parents=True)
+    write_note(run, pid=1, host="elsewhere", gpus=["0"])
+    assert LeftBehind(run).gpus == []
 
 
 def test_gpus_are_left_alone_where_none_is_given(tmp_path, monkeypatch) -> None:

@@ -38,6 +38,7 @@ from cbn_det.engines import ENGINES  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.compare import guarded  # noqa: E402
 from cbn_det.study.engine import resolve_engine  # noqa: E402
+from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.recipes import RECIPES  # noqa: E402
 from cbn_det.study.statistics_error import NORMS, Experiment, measure  # noqa: E402
 
@@ -84,11 +85,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", type=Path, help="base config in place of the recipe's")
-    add("--iters", type=int, help="length of a run (default: the config's)")
+    add("--iters", type=int, help="length of a run (default: the config's SOLVER.MAX_ITER)")
     add_datasets(parser)
     add("--engine", choices=ENGINES, default="auto", help="default auto")
     cores = os.cpu_count() or 1
-    add("--jobs", type=int, default=cores, help=f"runs side by side (default: cores, here {cores})")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help=f"runs side by side (default: as many as GPUs, on CPU as cores: {cores})",
+    )
     add("--output", type=Path, default=Path("output/statistics"), help="default output/statistics")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every run")
@@ -111,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
         datasets=args.coco_dataset,
         overrides=args.opts,
     )
-    return measure(experiment, jobs=args.jobs, dry_run=args.dry_run)
+    gpus = visible_gpus() if experiment.plan().on_gpu else []
+    jobs = args.jobs or len(gpus) or os.cpu_count() or 1
+    return measure(experiment, jobs, args.dry_run, gpus)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from cbn_det.study.benchmark_report import Case, write_report
 from cbn_det.study.engine import resolve_engine, source_environment
 from cbn_det.study.processes import end_group
 from cbn_det.study.ratios import FEWEST
-from cbn_det.study.recipes import RECIPES
+from cbn_det.study.recipes import RECIPES, read_yaml
 from cbn_det.study.runner import interruptible, locked
 
 WORKER = (sys.executable, "-W", "ignore", "-m", "cbn_det.benchmark")
@@ -252,6 +252,13 @@ class Detector:
         words += ["MODEL.DEVICE", self.device] if self.device else []
         return [*words, *[word for key in self._keys for word in (key, norm)], *self.overrides]
 
+    def batch(self, images: int) -> list[str]:
+        """Overrides for an iteration with `images` images."""
+        # With the key, the worker would take the share of one process of several.
+        scales = read_yaml(self._path).get("SOLVER", {}).get("REFERENCE_WORLD_SIZE")
+        alone = ["SOLVER.REFERENCE_WORLD_SIZE", "0"] if scales else []
+        return [*alone, "SOLVER.IMS_PER_BATCH", str(images)]
+
     def title(self, what: str) -> str:
         sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in self._keys]
         engine = resolve_engine(self.engine)
@@ -272,12 +279,12 @@ def benchmark_iterations(settings: Settings, detector: Detector, images: int = 2
     Raises:
         ValueError: a setting that cannot be followed; names the option of the command line.
         WorkerFailed: a norm that cannot be built or run.
-        OSError: a file cannot be written.
+        OSError: a file cannot be read or written.
     """
     if images < 1:
         raise ValueError(f"--images {images}: 1 or more")
     commands = {
-        norm: ["iteration", *detector.words(norm, "SOLVER.IMS_PER_BATCH", str(images))]
+        norm: ["iteration", *detector.words(norm, *detector.batch(images))]
         for norm in settings.norms
     }
     title = detector.title(f"{images} images")

@@ -74,13 +74,16 @@ def compare(
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
             names = ", ".join(dict.fromkeys(plan.norms))
-            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, {_side_by_side(runs, jobs, gpus)}"
+            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, {side_by_side(runs, jobs, gpus)}"
             say(
                 f"[{steps - 1}/{steps}] training {names} with the {plan.engine} engine: {amount}, "
                 f"in {plan.output / 'runs'}"
             )
             outcomes = run_all(runs, jobs, announce, gpus=gpus, submit=submit)
         say(f"[{steps}/{steps}] report")
+        # A whole schedule, scaled to more images a step, has fewer iterations and is not short.
+        shortened = plan.iterations or "SOLVER.MAX_ITER" in plan.overrides[::2]
+        length = config_iterations(plan.config_of(plan.norms[0])) if shortened else None
         comparison = Comparison(
             plan,
             results=[(o.run, o.result) for o in outcomes],
@@ -88,11 +91,10 @@ def compare(
             command=shlex.join(["python", *sys.argv]),
             seconds=time.monotonic() - started,
             reused=sum(o.reused for o in outcomes),
-            config_iterations=config_iterations(plan.config_of(plan.norms[0])),
+            config_iterations=length,
         )
         *others, page = write_files(comparison)
     rows, results = comparison.rows, comparison.results
-    length = comparison.config_iterations
     print("\n" + text_report(rows, results, comparison.title, config_iterations=length))
     print(
         f"Files: {', '.join(str(path) for path in others)}. Wall time {comparison.seconds:.0f} s."
@@ -128,7 +130,8 @@ def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int
         return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
 
 
-def _side_by_side(runs: list[Run], jobs: int, gpus: Sequence[str]) -> str:
+def side_by_side(runs: list[Run], jobs: int, gpus: Sequence[str]) -> str:
+    """How many runs at a time, and on which GPUs, for a reader."""
     ranks = max(run.ranks for run in runs)
     where = f" on GPU {' '.join(gpus)}" if gpus else ""
     return f"up to {max(1, jobs // ranks)} at a time{where}"

@@ -23,7 +23,7 @@ def visible_gpus() -> list[str]:
 class Places:
     """Places for the processes of runs side by side, each with a GPU where there are any.
 
-    With more places than GPUs, GPUs are shared.
+    With more processes than GPUs, GPUs are shared.
 
     Args:
         number: of processes side by side.
@@ -32,23 +32,39 @@ class Places:
 
     def __init__(self, number: int, gpus: Sequence[str] = ()) -> None:
         self.number = number
-        self._free = [gpus[place % len(gpus)] if gpus else "" for place in range(number)]
+        self._gpus = list(gpus) or [""]
+        self._taken: list[str] = []
 
     def take(self, ranks: int) -> list[str] | None:
-        """The GPUs of `ranks` places, or None while that many are not free.
+        """The GPUs of `ranks` processes, or None while that many places are not free.
 
-        A run with more ranks than there are places gets all of them, once nothing else runs.
+        A run with more ranks than there are places runs alone, and still gets a GPU for each of its
+        ranks, as far as there are.
         """
-        ranks = min(ranks, self.number)
-        if len(self._free) < ranks:
+        if len(self._taken) + min(ranks, self.number) > self.number:
             return None
-        # GPUs of its own first, as far as there are
-        order = sorted(range(len(self._free)), key=lambda i: self._free[:i].count(self._free[i]))
-        chosen = sorted(order[:ranks])
-        taken = [self._free[i] for i in chosen]
-        self._free = [name for i, name in enumerate(self._free) if i not in chosen]
-        return taken
+        return self.hold(ranks)
+
+    def hold(self, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
+        """Like :meth:`take` for a run that is under way already, whether there is room or not.
+
+        Args:
+            ranks: its processes.
+            gpus: the GPU of each; none: not known.
+        """
+        held = list(gpus) or self._choose(ranks)
+        self._taken += held
+        return held
 
     def give_back(self, taken: Sequence[str]) -> None:
-        """Free places that :meth:`take` has given."""
-        self._free += taken
+        """Free places that :meth:`take` or :meth:`hold` has given."""
+        for name in taken:
+            self._taken.remove(name)
+
+    def _choose(self, ranks: int) -> list[str]:
+        chosen: list[str] = []
+        for _ in range(ranks):
+            # two ranks of a run on one GPU are worse than two runs on it
+            use = {name: (chosen.count(name), self._taken.count(name)) for name in self._gpus}
+            chosen.append(min(use, key=use.__getitem__))
+        return chosen

@@ -36,7 +36,7 @@ class Process:
     Args:
         run: starts at once, from its last checkpoint if it has one.
         jobs: processes side by side, which share the cores.
-        gpus: names for CUDA_VISIBLE_DEVICES; empty ones leave it alone.
+        gpus: one for each process, as CUDA_VISIBLE_DEVICES names it; empty ones leave it alone.
     """
 
     def __init__(self, run: Run, jobs: int, gpus: Sequence[str] = ()) -> None:
@@ -44,7 +44,8 @@ class Process:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = str(max(1, (cores or 1) // max(jobs, run.ranks)))
         env = source_environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        if any(gpus):
+        gpus = [name for name in gpus if name]
+        if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(gpus))
         command = command_of(run)
         prepare_folder(run)
@@ -59,7 +60,7 @@ class Process:
                 pass_fds=[lock.fileno()],
             )
         pid, host = self._process.pid, socket.gethostname()
-        write_note(run, command=shlex.join(command), pid=pid, host=host)
+        write_note(run, command=shlex.join(command), pid=pid, host=host, gpus=gpus)
 
     def ended(self) -> bool:
         return self._process.poll() is not None
@@ -76,12 +77,18 @@ class Process:
 
 
 class LeftBehind:
-    """A run whose comparison was killed: its process, started by somebody else, still trains."""
+    """A run whose comparison was killed: its process, started by somebody else, still trains.
+
+    Attributes:
+        gpus: of this machine that it uses, one for each process; empty where that is not known.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         note = read_note(run)
-        self._pid = note.get("pid") if note.get("host") == socket.gethostname() else None
+        here = note.get("host") == socket.gethostname()
+        self._pid = note.get("pid") if here else None
+        self.gpus: list[str] = note.get("gpus", []) if here else []
 
     def ended(self) -> bool:
         return not is_running(self._run.folder)

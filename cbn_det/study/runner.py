@@ -58,13 +58,16 @@ def run_all(
 
     A finished or diverged run is taken as it is; a failed one is started again and a broken-off one
     goes on from its last checkpoint. One that an earlier comparison started and left behind, as it
-    was killed, is watched until it ends. A run that ends badly is an outcome, never an exception.
+    was killed, keeps its GPUs and is watched until it ends. A run that ends badly is an outcome,
+    never an exception.
 
     Args:
         runs: what to run.
-        jobs: single-rank processes side by side; a run with more ranks takes as many places.
+        jobs: single-rank runs side by side; one with more ranks takes as many places, and runs
+            alone where there are fewer.
         done: called with each outcome as it comes.
-        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs; none: it is left alone.
+        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs, one a rank as far as there
+            are; none: it is left alone.
         submit: starts a run elsewhere, or finds it running there, in place of a process here.
 
     Raises:
@@ -87,15 +90,16 @@ def run_all(
     active: dict[str, tuple[Run, Active, list[str]]] = {}
     with Display(total=len(runs)) as display:
         try:
+            # before anything starts, which could get the GPUs they use
+            for run in [run for run in waiting if submit is None and is_running(run.folder)]:
+                waiting.remove(run)
+                left = LeftBehind(run)
+                active[run.label] = (run, left, places.hold(run.ranks, left.gpus))
             while waiting or active:
                 while waiting and (taken := places.take(waiting[0].ranks)) is not None:
                     run = waiting.pop(0)
-                    if submit is not None:
-                        active[run.label] = (run, submit(run), taken)
-                    elif is_running(run.folder):
-                        active[run.label] = (run, LeftBehind(run), taken)
-                    else:
-                        active[run.label] = (run, Process(run, jobs, taken), taken)
+                    process = submit(run) if submit else Process(run, jobs, taken)
+                    active[run.label] = (run, process, taken)
                 for label, (run, process, taken) in list(active.items()):
                     if not process.ended():
                         continue

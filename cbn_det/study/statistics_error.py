@@ -9,10 +9,11 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cbn_det.study.compare import EXIT_FAILED, announce, say, train_backbone
+from cbn_det.study.compare import EXIT_FAILED, announce, say, side_by_side, train_backbone
 from cbn_det.study.engine import LAUNCHER
 from cbn_det.study.plan import Plan, Split
 from cbn_det.study.recipes import RECIPES, config_iterations
@@ -54,12 +55,13 @@ class Experiment:
         truth_images: training images that the truth is taken from.
         reference: a norm that the others are compared with, mini-batch by mini-batch; None for
             none.
-        iterations: length of the runs; None: as in the config.
+        iterations: length of the runs; None: the config's SOLVER.MAX_ITER. With
+            SOLVER.REFERENCE_WORLD_SIZE the learning rate follows the images, the length does not.
 
     The others are those of :class:`~cbn_det.study.plan.Plan`.
 
     Raises:
-        ValueError: the config does not say how long to train.
+        ValueError: the config does not say how long to train, or the overrides do.
     """
 
     output: Path
@@ -81,6 +83,8 @@ class Experiment:
         reference = [self.reference] if self.reference else []
         self.norms = list(dict.fromkeys(["BN", *reference, *self.norms]))
         config = self.config or RECIPES[self.recipe].config
+        if "SOLVER.MAX_ITER" in self.overrides[::2]:
+            raise ValueError("SOLVER.MAX_ITER is set by --iters, not by --opts")
         self.length = self.iterations or config_iterations(config)
         if self.length is None:
             raise ValueError(
@@ -100,7 +104,8 @@ class Experiment:
             self.engine,
             recipe=self.recipe,
             config=self.config,
-            iterations=self.iterations,
+            # not None, which lets a config scale its length, away from the moments
+            iterations=self.length,
             precise_bn=0,
             datasets=self.datasets,
             overrides=["DATASETS.TEST", "()", *self.overrides],
@@ -121,12 +126,15 @@ class Experiment:
         )
 
 
-def measure(experiment: Experiment, jobs: int, dry_run: bool = False) -> int:
+def measure(
+    experiment: Experiment, jobs: int, dry_run: bool = False, gpus: Sequence[str] = ()
+) -> int:
     """Run everything that is not finished yet, then print and write the report.
 
     Args:
         jobs: runs side by side.
         dry_run: only print the commands.
+        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs.
 
     Returns:
         an exit code: 0, also when a run diverged, 1 when a run failed.
@@ -142,17 +150,20 @@ def measure(experiment: Experiment, jobs: int, dry_run: bool = False) -> int:
         return 0
     started = time.monotonic()
     with locked(plan.output), interruptible():
-        broken = train_backbone(pretrain) if pretrain else None
+        broken = train_backbone(pretrain, gpus) if pretrain else None
         if broken:
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
             say(
                 f"training with {experiment.trained_with} on the {plan.engine} engine: "
-                f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {jobs} at a time, "
+                f"{len(runs)} run{'s' * (len(runs) > 1)}, {side_by_side(runs, jobs, gpus)}, "
                 f"in {plan.output / 'runs'}"
             )
-            outcomes = run_all(runs, jobs, announce)
-        measured = [Measured(o.run, o.result, read_points(o.run.folder)) for o in outcomes]
+            outcomes = run_all(runs, jobs, announce, gpus=gpus)
+        measured = [
+            Measured(o.run, o.result, read_points(o.run.folder), experiment.length)
+            for o in outcomes
+        ]
         command = shlex.join(["python", *sys.argv])
         text, paths = write_report(
             plan.output,

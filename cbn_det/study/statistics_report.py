@@ -45,7 +45,7 @@ def write_report(
     measured: list[Measured],
     reference: str | None = None,
 ) -> tuple[str, list[Path]]:
-    """Write everything into a folder.
+    """Write everything into a folder. Points of runs that did not finish are in the JSON file only.
 
     Args:
         reference: the norm that the others were compared with.
@@ -56,12 +56,14 @@ def write_report(
     Raises:
         OSError: something could not be written; what was there before is whole still.
     """
-    apart = apart_from_reference(measured, reference)
+    # The others diverged or have fewer moments: averages with them would be of something else.
+    finished = [m for m in measured if m.finished]
+    apart = apart_from_reference(finished, reference)
     data = {
         "title": title,
         "command": command,
         "rows": {
-            part: [dataclasses.asdict(row) for row in rows_of(measured, late)]
+            part: [dataclasses.asdict(row) for row in rows_of(finished, late)]
             for part, late in (("first_half", False), ("second_half", True))
         },
         "runs": [
@@ -82,7 +84,7 @@ def write_report(
         write_text(output / JSON_NAME, json.dumps(data) + "\n"),
         write_text(output / TABLE_NAME, _text(title, measured, "github", apart, reference)),
     ]
-    figure = error_figure(measured, norms)
+    figure = error_figure(finished, norms)
     if figure is not None:
         paths.append(save_png(figure, output / FIGURE_NAME))
     if apart:
@@ -94,7 +96,7 @@ def _text(
     title: str, measured: list[Measured], style: str, apart: list[Apart], reference: str | None
 ) -> str:
     heading = "# " if style == "github" else ""
-    rows = rows_of(measured, late=True)
+    rows = rows_of([m for m in measured if m.finished], late=True)
     parts = [f"{heading}{title}"]
     for images in sorted({row.images for row in rows}):
         parts.append(f"{images} image{'s' * (images > 1)} per GPU")
@@ -108,9 +110,9 @@ def _text(
         parts.append(tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True))
     made = provenance([(m.run, m.result) for m in measured])
     unfinished = [
-        f"{m.run.label}: {m.result.get('status')}: {m.result.get('message')}"
+        f"Left out: {m.run.label}: {m.result.get('status')}: {m.result.get('message')}"
         for m in measured
-        if m.result.get("status") != "finished"
+        if not m.finished
     ]
     parts.append("\n".join([NOTES, *unfinished, *([f"Made with: {made}."] if made else [])]))
     return "\n\n".join(parts) + "\n"

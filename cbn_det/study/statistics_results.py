@@ -16,15 +16,25 @@ FILE = "statistics_error.jsonl"  # see cbn_det.run.statistics_error
 
 @dataclass
 class Measured:
-    """One run: `points` are the lines it left, in the order of iterations."""
+    """One run: `points` are the lines it left, in the order of iterations; `length` is how many
+    iterations it was to have."""
 
     run: Run
     result: dict
     points: list[dict]
+    length: int
 
     @property
     def images(self) -> int:
         return self.run.split.images
+
+    @property
+    def finished(self) -> bool:
+        return self.result.get("status") == "finished"
+
+    def is_late(self, point: dict) -> bool:
+        """Whether a point is in the second half of training."""
+        return 2 * point["iteration"] >= self.length
 
 
 def read_points(folder: Path) -> list[dict]:
@@ -77,7 +87,7 @@ def rows_of(measured: list[Measured], late: bool) -> list[Row]:
             for m in measured
             if m.images == images
             for point in m.points
-            if (2 * point["iteration"] >= (m.result.get("iterations") or 0)) == late
+            if m.is_late(point) == late
         ]
         names = dict.fromkeys(n for p in points for x in p["layers"].values() for n in x["norms"])
         rows += [_row(norm, images, points) for norm in names]
@@ -110,7 +120,7 @@ def apart_from_reference(measured: list[Measured], reference: str | None) -> lis
     found = []
     for m in measured:
         for point in m.points:
-            late = 2 * point["iteration"] >= (m.result.get("iterations") or 0)
+            late = m.is_late(point)
             for name, layer in point["layers"].items():
                 bn = layer["norms"].get("BN", {})
                 if not bn.get("var"):

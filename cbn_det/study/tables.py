@@ -147,7 +147,7 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
 
     Args:
         rows: of all tables.
-        config_iterations: the config's own length of training, if known.
+        config_iterations: the config's own length of training, where the runs were given another.
     """
     said = ["AP on the 0-100 scale. '-': no such number."]
     if any("finished" in row.status and row.iterations and not row.ap.get("bbox") for row in rows):
