@@ -661,6 +661,27 @@ def test_memory_of_another_kind_is_refused(saved, loading, staged):
         assert len(model[1]._window) == 0 and not model[1]._kept and not model[1]._staged
 
 
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("loading", KINDS)
+def test_memory_that_has_the_bias_in_it_is_refused(loading, staged):
+    """Naive entries, by a layer that would add it to them once more. One whose convolution is
+    frozen has such entries, without it."""
+    state = with_memory(CONVS["bias"](), staged, **KINDS["none"])[1].memory_state_dict()
+    model = layer(CONVS["bias"](), window=3, **KINDS[loading])
+    if loading == "none":
+        model[1].load_memory_state_dict(state)
+        return
+    with pytest.raises(ValueError, match="no derivatives by the weight"):
+        model[1].load_memory_state_dict(state)
+    assert len(model[1]._window) == 0 and not model[1]._staged
+    frozen = CONVS["bias"]()
+    frozen.weight.requires_grad_(False)
+    saved = with_memory(frozen, staged, **KINDS[loading])
+    resumed = layer(copy.deepcopy(frozen), window=3, **KINDS[loading])
+    resumed[1].load_memory_state_dict(saved[1].memory_state_dict())
+    assert torch.equal(resumed(images(frozen, 5)), saved(images(frozen, 5)))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_memory_of_another_convolution_is_refused(kind):
     state = with_memory(nn.Conv2d(3, 5, 3, padding=1), False, **KINDS[kind])[1].memory_state_dict()

@@ -305,6 +305,21 @@ def test_models_of_which_nothing_is_trained(frozen):
             assert torch.equal(copied(X), model(X))
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_an_average_follows_changes_through_data(mode):
+    """Which the versions of tensors do not show: the update that most moving averages make."""
+    model = trained()
+    average = getattr(copy.deepcopy(model).requires_grad_(False), mode)()
+    with torch.no_grad():
+        before = average(X)
+        for p, q in zip(average.parameters(), Net().parameters(), strict=True):
+            p.data.mul_(0.5).add_(q.data, alpha=0.5)
+        fresh = Net().eval()
+        fresh.load_state_dict(average.state_dict())
+        torch.testing.assert_close(average(X), fresh(X))
+        assert not torch.allclose(average(X), before, atol=1e-3)
+
+
 def test_a_head_that_a_first_forward_leaves_out_is_found_later():
     model = trained().eval()
     fresh = Net().eval()

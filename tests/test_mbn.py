@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import (
     DoubleForward,
@@ -345,13 +346,16 @@ class Mixed(nn.Module):
         self.body = nn.Sequential(*(m for block in blocks for m in block))
         self.middle = build_norm("MBN(window=3, burn_in=0)", 3)
         self.register_buffer("forwards", torch.zeros(()))
-        self.drawn, self.tail_calls = [], 0
+        self.drawn, self.tail_calls = [], []
+        self.count, self.average = 0, None
 
     def forward(self, x, *, scale=1.0):
         self.forwards += 1
+        self.count += 1
+        self.average = 0.9 * (self.average or 100) + 0.1 * float(x.square().mean())
         self.drawn.append(torch.rand(3))
         x = self.body(self.middle(x) * scale)
-        self.tail_calls += 1
+        self.tail_calls.append(1)  # a list: the second pass leaves numbers as they were
         return x
 
 
@@ -377,10 +381,12 @@ def test_nothing_else_changes():
         state, memory = snapshot(model)
         random_state = torch.get_rng_state()
         grads = [p.grad.clone() for p in model.parameters()]
+        numbers = model.count, model.average
         within.clear()
         assert double_forward.refresh() is True
         assert torch.equal(torch.get_rng_state(), random_state)
         assert torch.equal(model.drawn[-1], model.drawn[-2])
+        assert (model.count, model.average) == numbers and model.count == t + 1
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
         ours = [name for name, m in model.named_modules() if isinstance(m, MBN2d)]
         after, memory_after = snapshot(model)
@@ -451,9 +457,9 @@ def test_it_ends_at_the_last_layer_that_has_something_to_refresh():
         for k in range(2):
             loss_of(model(images(2 * t + k, dtype=torch.float32))).backward()
         optimizer.step()
-        calls = model.tail_calls
+        calls = len(model.tail_calls)
         double_forward.refresh()
-        assert model.tail_calls == calls  # of no micro-batch
+        assert len(model.tail_calls) == calls  # of no micro-batch
 
 
 def test_nothing_to_do():
@@ -663,6 +669,167 @@ def test_forwards_without_gradient_are_not_recorded():
     model.eval()(images(2))
     model.train()
     assert len(double_forward._forwards) == 1
+
+
+def test_a_number_that_only_the_second_pass_sets_is_taken_away():
+    model = net()
+    model.switch = True
+
+    def count(model, *_):
+        if not torch.is_grad_enabled():
+            model.extra, model.late, model.switch = 1, 2.0, False
+
+    model.late = None
+    model.register_forward_pre_hook(count)
+    double_forward = DoubleForward(model)
+    loss_of(model(images(0))).backward()
+    sgd(model).step()
+    assert double_forward.refresh() is True
+    assert not hasattr(model, "extra") and model.late is None
+    assert model.switch is False, "numbers only"
+
+
+class Failing(nn.Module):
+    """Two layers with an error or Ctrl-C between them, and a part that its DoubleForward hooks."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.body, self.error, self.fails, self.calls = net(), error, False, []
+        self.proposals = nn.Identity()
+
+    def forward(self, x):
+        x = self.proposals(self.body[:3](x))
+        self.calls.append(torch.is_grad_enabled())
+        if self.fails:
+            raise self.error("out of memory")
+        return self.body[3:](x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "before, then", [(0, "forward"), (1, "forward"), (0, "evaluation and forward"), (1, "step")]
+)
+def test_a_forward_that_raised_is_not_run_again(error, before, then):
+    """A loop that catches the error goes on, in the same iteration, as if it had not been."""
+    model, other = Failing(error), Failing(error)
+    runs = []
+    for run in (model, other):
+        double_forward, optimizer = DoubleForward(run, run.proposals), sgd(run)
+        for t in range(4):
+            optimizer.zero_grad()
+            for k in range(before):
+                loss_of(run(images(10 * t + k))).backward()
+            if run is model and t == 2:
+                run.fails = True
+                with pytest.raises(error):
+                    run(10 * images(90, size=9))
+                run.fails = False
+                # Ctrl-C is noticed later
+                assert (not run.proposals._forward_hooks) == (error is RuntimeError)
+                if "evaluation" in then:
+                    run.eval()(images(91))
+                    run.train()
+            last = t != 2 or "forward" in then
+            if last:
+                loss_of(run(images(10 * t + 5))).backward()
+            optimizer.step()
+            run.calls.clear()
+            assert double_forward.refresh() is True
+            assert run.calls == [False] * (before + last)
+            assert not double_forward._forwards and not run.proposals._forward_hooks
+        runs.append(snapshot(run))
+    for state, _ in runs:
+        for key in [key for key in state if key.endswith("num_batches_tracked")]:
+            del state[key]  # the failed forward counts
+    for memory in (m for _, memories in runs for m in memories.values()):
+        memory.pop("stepped")
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_forwards_without_gradient_before_an_iteration_do_not_count(checkpointed):
+    """PreciseBN in mid-training: the second pass ends where it ends without."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tails = net()[:5], []
+
+        def forward(self, x):
+            x = checkpoint(self.body, x, use_reentrant=True) if checkpointed else self.body(x)
+            self.tails.append(1)
+            return x
+
+    model = Net()
+    double_forward, optimizer = DoubleForward(model), sgd(model)
+    for t, without in enumerate([0, 1, 2, 5]):
+        with torch.no_grad():
+            for k in range(without):
+                model(images(50 + k))
+        optimizer.zero_grad()
+        outs = [model(images(10 * t + k).requires_grad_()) for k in range(2)]
+        sum(map(loss_of, outs)).backward()  # both are recomputed after both have run
+        optimizer.step()
+        assert [norm._staged_forwards for norm in mbns(model)] == [2, 2]
+        model.tails.clear()
+        assert double_forward.refresh() is True and not model.tails
+        assert [norm._staged_forwards for norm in mbns(model)] == [2, 2]
+
+
+def test_a_generator_with_layers_is_told_after_a_forward_without_gradient():
+    """One leftover, and one layer call that takes its place."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), net()[1].float())
+    double_forward = DoubleForward(model, model[1])
+    x = images(0, dtype=torch.float32)
+    loss_of(model(x)).backward()
+    sgd(model).step()
+    with torch.no_grad():
+        model(x)
+    loss_of(model(x)).backward()
+    assert double_forward._forwards[0].proposals._outputs == [None]
+
+
+def test_copies_of_the_model_are_not_recorded():
+    """Nobody would refresh them; but a copy made with its DoubleForward is refreshed by it."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), net().double()).double()
+    model[0].requires_grad_(False)
+    double_forward = DoubleForward(model)
+
+    def iterate(model, double_forward, ts):
+        optimizer = sgd(model)
+        for t in ts:
+            optimizer.zero_grad()
+            loss_of(model(images(t))).backward()
+            optimizer.step()
+            assert double_forward.refresh() is True
+        return snapshot(model)[0]
+
+    def keeps_its_input(model):
+        x = images(90)
+        seen = weakref.ref(x)
+        loss_of(model(x)).backward()
+        del x
+        gc.collect()
+        return seen() is not None
+
+    iterate(model, double_forward, range(3))
+    for copied in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        alone = copied(model)
+        assert not keeps_its_input(copied(model)) and not keeps_its_input(copied(copied(model)))
+        fresh = DoubleForward(alone)
+        pairs = [copied((model, double_forward)), copied((double_forward, model))[::-1]]
+        states = [iterate(alone, fresh, range(3, 6))]
+        assert fresh._frozen._repeats == {alone[0]: True}
+        for twin, its in pairs:
+            assert its.model is twin
+            states.append(iterate(twin, its, range(3, 6)))
+        for state in states[1:]:
+            assert_same(state, states[0])
+        assert keeps_its_input(twin)
+        its.remove()
+        assert not keeps_its_input(twin)
+    expected = iterate(model, double_forward, range(3, 6))
+    assert_same(states[0], expected)
 
 
 def test_copies_of_the_model_carry_no_images():

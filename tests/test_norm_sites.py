@@ -412,6 +412,63 @@ def test_a_levels_norm_sees_that_level_only(zoo, name, kind):
         assert seen == {height}, key
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_each_level_changes_nothing(zoo, reentrant):
+    """It recomputes the last level first."""
+    from torch.utils.checkpoint import checkpoint
+
+    plain, other = (zoo.build("retinanet", zoo.NORMS["MBN"]).head.double() for _ in range(2))
+    other.load_state_dict(plain.state_dict())
+    for subnet in (other.cls_subnet, other.bbox_subnet):
+        whole = subnet.forward
+        subnet.forward = lambda x, f=whole: checkpoint(f, x, use_reentrant=reentrant)
+    maps = [torch.randn(2, 16, size, size, dtype=torch.float64) for size in (16, 8, 4, 2, 1)]
+    for head in (plain, other):
+        logits, deltas = head([x.clone().requires_grad_() for x in maps])
+        sum(x.square().sum() for x in (*logits, *deltas)).backward()
+    gradients = [[p.grad for p in head.parameters()] for head in (other, plain)]
+    torch.testing.assert_close(*gradients)
+    layers = [list(zoo.our_layers(head).values()) for head in (other, plain)]
+    torch.testing.assert_close(*([layer._staged for layer in own] for own in layers))
+
+
+def test_levels_of_one_size_that_a_checkpoint_recomputes_are_refused(zoo):
+    from torch.utils.checkpoint import checkpoint
+
+    norms = zoo.build("retinanet", zoo.NORMS["MBN"]).head.cls_subnet[1]
+    norms.begin()
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    outputs = [checkpoint(norms, x * level, use_reentrant=False) for level in range(1, 6)]
+    with pytest.raises(RuntimeError, match="5 levels have that size. Checkpoint the head"):
+        outputs[-1].sum().backward()
+
+
+def test_an_iteration_that_breaks_off_between_levels_does_not_shift_the_next(zoo):
+    plain, other = (zoo.build("retinanet", zoo.CBN) for _ in range(2))
+    other.load_state_dict(plain.state_dict())
+    zoo.train(plain, 1)
+    zoo.train(other, 1)
+    conv, calls = other.head.cls_subnet[0], []
+
+    def out_of_memory(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    handle = conv.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        zoo.train(other, 1)
+    handle.remove()
+    heights = []
+    for layer in other.head.cls_subnet[1]:
+        layer.register_forward_pre_hook(lambda m, args: heights.append((m, args[0].shape[2])))
+    zoo.train(other, 1)
+    levels = list(other.head.cls_subnet[1])
+    assert [(levels.index(m), height) for m, height in heights] == [
+        *((0, 12), (1, 6), (2, 3), (3, 2), (4, 1))
+    ]
+
+
 def test_gkn_is_shared_by_the_levels_as_gn_is(zoo):
     model = zoo.build("retinanet", zoo.NORMS["GKN"])
     norms = [m for n, m in zoo.our_layers(model).items() if n.startswith("head.")]

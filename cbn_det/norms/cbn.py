@@ -258,13 +258,16 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             return
         row = {"mean": batch.mean, "var": batch.var}
         if self.needs_conv:
-            with torch.enable_grad():  # a parametrised weight is computed anew whenever it is read
-                trainable = self.conv.weight.requires_grad
-            if trainable:
+            if self._weight_is_trained:
                 row |= self._derivatives(batch, y, conv_input)
             if self.conv.bias is not None:
                 row["mean"] = batch.mean - self.conv.bias.detach().to(batch.mean.dtype)
         self._staged = self._pooled(row)
+
+    @property
+    def _weight_is_trained(self) -> bool:
+        with torch.enable_grad():  # a parametrised weight is computed anew whenever it is read
+            return self.conv.weight.requires_grad
 
     def _derivatives(self, batch: Moments, y: Tensor, x: Tensor) -> dict[str, Tensor]:
         """Of this forward's moments by the weight, for an entry, with their anchors."""
@@ -351,7 +354,15 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
 
     def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().check_memory(shapes)
+        conv = self.conv
         if "patch" not in shapes:
+            biased = self.needs_conv and conv is not None and conv.bias is not None
+            if "mean" in shapes and biased and self._weight_is_trained:
+                # a mean of ``compensation='none'`` has the bias in it, which is added here
+                raise ValueError(
+                    "the saved memory has no derivatives by the weight of the convolution, as that"
+                    " of compensation='none'"
+                )
             return  # naive, or the convolution was frozen; or not an entry, but what is averaged
         if self.compensation == "exact":
             wanted = {"covariance"}
@@ -364,6 +375,5 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
                 "the saved memory is of another kind than that of"
                 f" compensation={self.compensation!r}, positions={self.positions}"
             )
-        conv = self.conv
         if conv is not None and shapes["patch"] != (conv.groups, conv.weight[0].numel()):
             raise ValueError("the saved memory is of a convolution of another shape")

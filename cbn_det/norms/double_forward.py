@@ -44,7 +44,8 @@ class DoubleForward:
     without gradient; layers update in order, so that deeper ones see what refreshed ones put out.
     Each MBN layer replaces what it staged in the iteration, and with it its running statistics.
     Everything else is as before: the statistics and memory of all other layers, every other buffer,
-    the random state, and what layers report of their latest forward
+    numbers that modules keep as plain attributes (detectron2's ``loss_normalizer``), the random
+    state, and what layers report of their latest forward
     (:func:`cbn_det.norms.norm_diagnostics`). Hooks on the modules run as in any forward.
 
     It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
@@ -54,13 +55,14 @@ class DoubleForward:
     MBN layer asks for one: during burn-in, after they were frozen, with
     ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
     optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it,
-    unless :meth:`forget` is called).
+    unless :meth:`forget` is called). A forward that raised is not run again: a loop may catch the
+    error and go on.
 
     Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
     MBN would, in the second pass too, where ranks need not agree on where it ends: do not mix them.
 
     A model that is itself called through a re-entrant activation checkpoint is not recorded; parts
-    of it may be.
+    of it may be. A copy of the model is not recorded, unless the DoubleForward is copied with it.
 
     Args:
         model: of a DistributedDataParallel, the module inside is
@@ -81,9 +83,10 @@ class DoubleForward:
         self._frozen = FrozenParts()
         self._proposals = proposals
         self._recording: _Forward | None = None
+        self._hooks = _Hooks(self)
         self._handles = [
-            self.model.register_forward_pre_hook(self._record, with_kwargs=True),
-            self.model.register_forward_hook(self._end_record, always_call=True),
+            self.model.register_forward_pre_hook(self._hooks.before, with_kwargs=True),
+            self.model.register_forward_hook(self._hooks.after, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -107,6 +110,7 @@ class DoubleForward:
             Exception: what the model raises. Layers and random state are then as they were before
                 the call.
         """
+        self._drop_unfinished()
         if clock.now() == self._recorded_at:
             return False  # no step: what was recorded belongs to an iteration that goes on
         try:
@@ -118,6 +122,7 @@ class DoubleForward:
         """Forgets the inputs that were recorded. After a step that was skipped, its mini-batches
         then stay out of the second pass, and with it out of memory: for a training that is to go on
         from a checkpoint as it would have, since inputs are in none."""
+        self._drop_unfinished()
         self._forwards = []
         self._frozen.forget()
 
@@ -149,15 +154,25 @@ class DoubleForward:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the model has a copy of this among its hooks: without anybody's images
+        # a copy is without anybody's images
         return {**self.__dict__, "_forwards": [], "_others": [], "_recording": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hooks.owner is None:
+            self._hooks.owner = self
 
     def _layers(self) -> list[SmallBatchNorm2d]:
         own = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm2d)]
         return own + self._others
 
     def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._running or not model.training or not torch.is_grad_enabled() or in_backward():
+        if self._running or in_backward():
+            return
+        if model.training and not torch.is_grad_enabled():
+            return  # maybe within the recorded forward
+        self._drop_unfinished()
+        if not model.training:
             return
         if self._recorded_at != clock.now():
             self.forget()
@@ -170,10 +185,41 @@ class DoubleForward:
             self._recording.begin(self._proposals)
 
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._recording is not None and not self._running and not in_backward():
+        if self._recording is None or self._running or in_backward():
+            return
+        if output is None:  # the forward raised
+            self._drop_unfinished()
+            return
+        self._recording.end()
+        self._frozen.keep_no_more()
+        self._recording = None
+
+    def _drop_unfinished(self) -> None:
+        """Forgets a forward that raised. Of Ctrl-C torch tells no hook: later calls look again."""
+        if self._recording is not None:
             self._recording.end()
-            self._frozen.keep_no_more()
+            self._forwards = [f for f in self._forwards if f is not self._recording]
+            self._frozen.forget()
             self._recording = None
+
+
+class _Hooks:
+    """A DoubleForward's hooks on its model. A copy of the model has copies of these, which do
+    nothing where the DoubleForward was not copied, too: nobody would refresh what they record."""
+
+    def __init__(self, owner: DoubleForward) -> None:
+        self.owner: DoubleForward | None = owner
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.owner is not None:
+            self.owner._record(model, args, kwargs)
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.owner is not None:
+            self.owner._end_record(model, args, output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": None}  # a copied DoubleForward puts itself here
 
 
 @dataclass
@@ -181,7 +227,8 @@ class _Forward:
     """One recorded forward.
 
     Attributes:
-        calls: how often it called each MBN layer with anything to stage.
+        calls: how often it called each MBN layer with anything to stage; known at its end.
+        before: what :func:`_counts` said of the layers at its start.
     """
 
     args: tuple[Any, ...]
@@ -189,6 +236,7 @@ class _Forward:
     random_state: RandomState
     autocast: dict[str, Any]
     calls: dict[SmallBatchNorm2d, int]
+    before: dict[SmallBatchNorm2d, tuple[int, int]]
     proposals: FirstProposals | None = None
 
     @staticmethod
@@ -206,18 +254,24 @@ class _Forward:
                 "dtype": torch.get_autocast_dtype(device.type),
                 "cache_enabled": False,  # casts of the weights before the step may be in the cache
             },
-            {layer: -_calls(layer) for layer in layers},
+            {layer: 0 for layer in layers},
+            {layer: _counts(layer) for layer in layers},
         )
 
     def begin(self, proposals: nn.Module | None) -> None:
         if proposals is not None:
             self.proposals = FirstProposals(
-                proposals, self.random_state.device, lambda: [_calls(layer) for layer in self.calls]
+                proposals,
+                self.random_state.device,
+                lambda: [_counts(layer) for layer in self.calls],
             )
 
     def end(self) -> None:
-        for layer in self.calls:  # at the start, what layers had before was taken off
-            self.calls[layer] += _calls(layer)
+        for layer, (staged_before, waiting_before) in self.before.items():
+            staged, waiting = _counts(layer)
+            if waiting >= waiting_before:  # else nothing waited: a forward with gradient dropped it
+                waiting -= waiting_before
+            self.calls[layer] = staged - staged_before + waiting
         if self.proposals is not None:
             self.proposals.keep_no_more()
 
@@ -228,10 +282,11 @@ class _Forward:
             model(*self.args, **self.kwargs)
 
 
-def _calls(layer: SmallBatchNorm2d) -> int:
-    """Forwards of this iteration that the layer has staged, or will when they are recomputed."""
+def _counts(layer: SmallBatchNorm2d) -> tuple[int, int]:
+    """Forwards of this iteration that the layer has staged; and those without gradient since, which
+    it will stage if a backward pass recomputes them (not those of PreciseBN, say)."""
     now = layer._seen == clock.now()
-    return layer._staged_forwards + layer._unrecorded if now else 0
+    return (layer._staged_forwards, layer._unrecorded) if now else (0, 0)
 
 
 class _NothingLeft(BaseException):
@@ -288,6 +343,7 @@ def _staging_anew(
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     norms = [m for m in model.modules() if isinstance(m, (SmallBatchNorm2d, Chained))]
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
+    attributes = {m: dict(vars(m)) for m in set(model.modules()).difference(norms)}
     staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
     for layer in layers:
         layer._in_second_pass = True
@@ -307,3 +363,15 @@ def _staging_anew(
                 buffer.copy_(value)
         for norm, key, value in told:
             setattr(norm, key, value)
+        for module, before in attributes.items():
+            _restore_numbers(vars(module), before)
+
+
+def _restore_numbers(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Gives back what was a number or is one now (a None that was counted up), but for bools."""
+    for key in attributes.keys() | before.keys():
+        if type(attributes.get(key)) in (int, float) or type(before.get(key)) in (int, float):
+            if key in before:
+                attributes[key] = before[key]
+            else:
+                del attributes[key]

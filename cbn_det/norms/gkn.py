@@ -38,7 +38,8 @@ class GKN2d(Predicting, nn.GroupNorm):
     :func:`cbn_det.norms.find_chain` does it explicitly, and should where a loaded model is run in
     parts, one by one, before it runs whole: a part does not know what comes before it. Nothing is
     kept in the state dict. A layer called several times in a forward takes what precedes its first
-    call.
+    call. Results of ``torch.func.functional_call`` are wrong, in evaluation, too: predictions are
+    made with the model's own convolutions, as in :class:`KN2d`.
 
     Args:
         num_channels: channels C.

@@ -122,9 +122,14 @@ class Predicting(Chained):
         handed = handed_before(y) if authors and recomputing() else {}
         setting = Setting(like.detach().new_empty(0), authors, handed)
         if not torch.compiler.is_compiling():
-            self._constant = constant_moments(chain.source, setting, self._constant)
-            if self._constant is not None:
-                return chain.through(*self._constant.pair)
+            # frozen parts of what is trained stay as they are. A moving average does not, and
+            # a change through ``.data`` leaves no trace
+            lasts = self.training and y.requires_grad
+            constant = constant_moments(chain.source, setting, self._constant if lasts else None)
+            if lasts:
+                self._constant = constant
+            if constant is not None:
+                return chain.through(*constant.pair)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
             mean, var = chain.source.moments(setting)
         return chain.through(mean, var)
@@ -182,7 +187,8 @@ class KN2d(Predicting, SmallBatchNorm2d):
     rules, :func:`cbn_det.norms.kn_chain` shows the result); where there is none it is BatchNorm.
     The first iteration under a re-entrant activation checkpoint is BatchNorm, too, and chains found
     there do not cross the borders of its segments (:func:`cbn_det.norms.find_chain` before training
-    finds them whole).
+    finds them whole). Predictions are made with the parameters that convolutions had when the chain
+    was found, and not with those that ``torch.func.functional_call`` puts in their place.
 
     With ``recursion='authors'`` there are two limits under activation checkpoints, which
     ``recursion='consistent'`` does not have. What is handed on from segment to segment of

@@ -31,6 +31,7 @@ from ..norms import (
     parse_spec,
     try_norm,
 )
+from ..norms.base import in_backward
 
 logger = logging.getLogger(__name__)
 
@@ -123,16 +124,52 @@ def _not_shared(record: logging.LogRecord) -> bool:
 
 class NormOfLevels(CycleBatchNormList):
     """detectron2's list of norms that take turns, one for each feature level. A turn that ends by
-    an exception is over, too: Double Forward leaves its second pass so, inside the last norm."""
+    an exception is over, too: Double Forward leaves its second pass so, inside the last norm.
+
+    An activation checkpoint around a single level recomputes the last level first; its turn is then
+    told by the size of its map.
+
+    Raises:
+        RuntimeError: in such a recomputation, of levels of the same size.
+    """
 
     plain_class = CycleBatchNormList  #: what it becomes together with its norms (deploy)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sizes: list[torch.Size | None] = [None] * len(self)
+        self._in_order = True
+
     def forward(self, x: Tensor) -> Tensor:
+        if in_backward() and not self._in_order:
+            self._pos = self._turn_of(x)
         turn = self._pos
+        self._sizes[turn] = x.shape
         try:
             return super().forward(x)
         finally:
             self._pos = (turn + 1) % len(self)
+
+    def begin(self) -> None:
+        self._pos, self._in_order = 0, in_backward()
+
+    def _turn_of(self, x: Tensor) -> int:
+        turns = [turn for turn, size in enumerate(self._sizes) if size == x.shape]
+        if len(turns) != 1:
+            raise RuntimeError(
+                f"an activation checkpoint recomputes a feature level of {list(x.shape)}, and it"
+                f" cannot be told which: {len(turns)} levels have that size. Checkpoint the head as"
+                " a whole, or the backbone"
+            )
+        return turns[0]
+
+
+def _from_the_first_level(head: nn.Module, args: tuple[Any, ...]) -> None:
+    """All levels follow, in order. An iteration that broke off between two of them (out of memory)
+    does not shift the next; and a checkpoint around the head recomputes them like this."""
+    for module in head.modules():
+        if isinstance(module, NormOfLevels):
+            module.begin()
 
 
 def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -145,6 +182,8 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
     if not isinstance(parent, RetinaNetHead) or not isinstance(child, nn.Sequential):
         return
     levels = parent._num_features
+    if _from_the_first_level not in parent._forward_pre_hooks.values():
+        parent.register_forward_pre_hook(_from_the_first_level)
     for index, norm in enumerate(child):
         if not isinstance(norm, SmallBatchNorm2d):
             continue

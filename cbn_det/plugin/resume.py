@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
@@ -141,7 +142,7 @@ class ResumableTrainer(DefaultTrainer):
             logger.warning(f"the checkpoint cannot be resumed exactly: {'; '.join(changes)}")
 
     def _rank_state(self) -> dict[str, Any]:
-        state = norm_state(self.bare_model)
+        state = {**norm_state(self.bare_model), "normalizers": _normalizers(self.bare_model)}
         if comm.get_world_size() > 1:
             state["buffers"] = self._own_buffers or buffers_of(self.bare_model)
         return state
@@ -180,6 +181,28 @@ class ResumableTrainer(DefaultTrainer):
                 trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
         changes += comm.all_gather(trouble)
         changes.append(load_norm_state(self.bare_model, mine, *schedule))
+        changes.append(_load_normalizers(self.bare_model, mine.get("normalizers")))
         if same_ranks and not trouble:
             load_buffers(self.bare_model, mine.get("buffers", {}))
         return [change for change in changes if change]
+
+
+def _normalizers(model: nn.Module) -> dict[str, float]:
+    """What RetinaNet and FCOS divide their losses by, by name of the module: an average over
+    iterations, of this rank's images, in an attribute that is no buffer."""
+    return {
+        name: module.loss_normalizer
+        for name, module in model.named_modules()
+        if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
+    }
+
+
+def _load_normalizers(model: nn.Module, values: dict[str, float] | None) -> str:
+    """Returns what is not as it was: nothing, or that they are not known."""
+    detectors = {n: m for n, m in model.named_modules() if isinstance(m, DenseDetector)}
+    if detectors and values is None:
+        return "the average that losses are divided by is not in it: it starts anew"
+    for name, value in (values or {}).items():
+        if name in detectors:
+            detectors[name].loss_normalizer = value
+    return ""

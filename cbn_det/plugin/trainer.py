@@ -209,12 +209,17 @@ class Trainer(ResumableTrainer):
         return self.results
 
     def run_step(self) -> None:
-        """One optimiser step, and the second pass over its images where an MBN layer wants it."""
+        """One optimiser step, and the second pass over its images where an MBN layer wants it.
+
+        Training forwards outside of it (losses of a validation set) are not run again; under
+        ``torch.no_grad()`` no norm remembers them.
+        """
+        # neither those, nor the images of a step that was skipped, which are in no checkpoint
+        self.double_forward.forget()
         seed_step(self.seed, comm.get_rank(), self.iter)
         super().run_step()
         with EventStorage():  # what heads log of the second pass is dropped
             self.double_forward.refresh()
-        self.double_forward.forget()  # of a step that was skipped: checkpoints have no images
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the model as it is on ``DATASETS.TEST``. All ranks must call it."""
