@@ -20,7 +20,7 @@ import detectron2.layers.batch_norm as home
 from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..norms import (
@@ -137,7 +137,7 @@ class NormOfLevels(CycleBatchNormList):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sizes: list[torch.Size | None] = [None] * len(self)
+        self._sizes: list[Size | None] = [None] * len(self)
         self._in_order = True
 
     def forward(self, x: Tensor) -> Tensor:
