@@ -163,11 +163,13 @@ def test_a_new_run_does_not_inherit_an_old_ones_files(
 ) -> None:
     (tmp_path / "result.json").write_text('{"status": "finished"}')
     (tmp_path / "metrics.json").write_text('{"iteration": 99}\n')
+    (tmp_path / "evaluation.json").write_text('{"status": "finished"}')
     (tmp_path / "last_checkpoint").write_text("model_0000098.pth")
     more = ("SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e999", "DATASETS.TEST", "()")
     assert run_here(inputs, tmp_path, *more) == 3
     assert result_of(tmp_path)["status"] == "diverged"
     assert '"iteration": 99' not in (tmp_path / "metrics.json").read_text()
+    assert not (tmp_path / "evaluation.json").exists()
     assert not (tmp_path / "last_checkpoint").exists()  # NaN weights are not worth a checkpoint
 
 

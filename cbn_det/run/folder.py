@@ -46,6 +46,7 @@ _STALE = (
     "metrics.json",
     "statistics_error.jsonl",
     "coco_instances_results.json",
+    EVALUATION,
 )
 
 
