@@ -18,6 +18,7 @@ from cbn_det.run import statistics_error
 from cbn_det.run.errors import ConfigError
 from cbn_det.run.shadows import Shadows
 from cbn_det.run.statistics_error import FILE, Request, StatisticsError
+from cbn_det.study.statistics_results import read_points
 
 EPS = 1e-5
 SIZE, IMAGES = 2, 8  # of a mini-batch, of the truth
@@ -406,6 +407,18 @@ def test_a_resumed_run_measures_the_same(tmp_path: Path) -> None:
     again.measured.load_state_dict(saved[2])
     again.run(3, 5)
     assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", ["", '\n{"iteration": 4, "lay'])
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(end: str, tmp_path: Path) -> None:
+    """With everything but the line's end there, not even that."""
+    Training("BN", tmp_path, at=(3, 4)).run(0, 4)
+    before = read_points(tmp_path)
+    file = tmp_path / FILE
+    file.write_text(file.read_text().removesuffix("\n") + end)
+    Training("BN", tmp_path, at=(3, 4)).run(4, 5)
+    after = read_points(tmp_path)
+    assert [point["iteration"] for point in after] == [3, 4] and after[:1] == before
 
 
 def test_removed_shadows_are_gone(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ from torch import Tensor, nn
 from ..norms import DoubleForward, Estimate, Moments, SmallBatchNorm2d
 from ..norms.functional import group_moments
 from .errors import ConfigError
+from .files import append_line
 from .precise_bn import PooledMoments, kept_statistics
 from .shadows import Shadows, Site
 
@@ -188,8 +189,7 @@ class StatisticsError:
             "images_per_batch": self._batch_size,
             "layers": measured.result(),
         }
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_line(self._path, json.dumps(line, allow_nan=False))
         logger.info(f"statistics of {len(line['layers'])} layers measured: {self._path}")
 
     def remove(self) -> None:

@@ -39,7 +39,7 @@ class Measured:
 
 def read_points(folder: Path) -> list[dict]:
     """The lines of a run; of an iteration that was measured twice (the run was resumed), the later
-    one. A half-written last line is left out."""
+    one. What a killed process left of a line is left out."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
