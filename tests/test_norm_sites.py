@@ -412,24 +412,54 @@ def test_a_levels_norm_sees_that_level_only(zoo, name, kind):
         assert seen == {height}, key
 
 
+def _train_heads(zoo, head, other, sizes):
+    """Compares the gradients of two heads with the same weights on maps of these sizes, over steps:
+    once levels remember, each has statistics of its own."""
+    other.load_state_dict(head.state_dict())
+    heads = [head.double(), other.double()]
+    optimizers = [torch.optim.SGD(h.parameters(), 0.01) for h in heads]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        maps = [torch.randn(2, 16, n, n, generator=generator, dtype=torch.float64) for n in sizes]
+        for h, optimizer in zip(heads, optimizers, strict=True):
+            optimizer.zero_grad()
+            logits, deltas = h([(x * 2**i + i).requires_grad_() for i, x in enumerate(maps)])
+            sum(x.square().sum() for x in (*logits, *deltas)).sqrt().backward()
+        torch.testing.assert_close(*([p.grad for p in h.parameters()] for h in heads))
+        layers = [list(zoo.our_layers(h).values()) for h in heads]
+        torch.testing.assert_close(*([layer._staged for layer in own] for own in layers))
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_around_each_level_changes_nothing(zoo, reentrant):
     """It recomputes the last level first."""
     from torch.utils.checkpoint import checkpoint
 
-    plain, other = (zoo.build("retinanet", zoo.NORMS["MBN"]).head.double() for _ in range(2))
-    other.load_state_dict(plain.state_dict())
+    plain, other = (zoo.build("retinanet", zoo.NORMS["MBN"]).head for _ in range(2))
     for subnet in (other.cls_subnet, other.bbox_subnet):
         whole = subnet.forward
         subnet.forward = lambda x, f=whole: checkpoint(f, x, use_reentrant=reentrant)
-    maps = [torch.randn(2, 16, size, size, dtype=torch.float64) for size in (16, 8, 4, 2, 1)]
-    for head in (plain, other):
-        logits, deltas = head([x.clone().requires_grad_() for x in maps])
-        sum(x.square().sum() for x in (*logits, *deltas)).backward()
-    gradients = [[p.grad for p in head.parameters()] for head in (other, plain)]
-    torch.testing.assert_close(*gradients)
-    layers = [list(zoo.our_layers(head).values()) for head in (other, plain)]
-    torch.testing.assert_close(*([layer._staged for layer in own] for own in layers))
+    _train_heads(zoo, plain, other, (16, 8, 4, 2, 1))
+
+
+@pytest.mark.parametrize("sizes", [(16, 8, 4, 2, 1), (8, 4, 2, 1, 1)])
+def test_a_checkpoint_around_all_levels_changes_nothing(zoo, sizes):
+    """Of small images the last levels are alike."""
+    from torch.utils.checkpoint import checkpoint
+
+    plain, other = (zoo.build("retinanet", zoo.NORMS["MBN"]).head for _ in range(2))
+    whole = other.forward  # the head's own hooks are not called when it is recomputed
+    other.forward = lambda maps: checkpoint(whole, maps, use_reentrant=False)
+    _train_heads(zoo, plain, other, sizes)
+
+
+def test_heads_without_a_norm_of_ours_can_be_scripted(zoo):
+    """TorchScript compiles the hooks of a module, too."""
+    head = zoo.build("retinanet", "").head
+    maps = [torch.randn(2, 16, size, size) for size in (16, 8, 4, 2, 1)]
+    torch.testing.assert_close(torch.jit.script(head)(maps), head(maps))
 
 
 def test_levels_of_one_size_that_a_checkpoint_recomputes_are_refused(zoo):

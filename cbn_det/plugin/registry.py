@@ -127,7 +127,7 @@ class NormOfLevels(CycleBatchNormList):
     an exception is over, too: Double Forward leaves its second pass so, inside the last norm.
 
     An activation checkpoint around a single level recomputes the last level first; its turn is then
-    told by the size of its map.
+    told by the size of its map, and where several have that size, by the level before it.
 
     Raises:
         RuntimeError: in such a recomputation, of levels of the same size.
@@ -155,6 +155,8 @@ class NormOfLevels(CycleBatchNormList):
 
     def _turn_of(self, x: Tensor) -> int:
         turns = [turn for turn, size in enumerate(self._sizes) if size == x.shape]
+        if self._pos > 0 and self._pos in turns:
+            return self._pos  # a checkpoint around all of them that calls no hook of the head
         if len(turns) != 1:
             raise RuntimeError(
                 f"an activation checkpoint recomputes a feature level of {list(x.shape)}, and it"
@@ -182,8 +184,6 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
     if not isinstance(parent, RetinaNetHead) or not isinstance(child, nn.Sequential):
         return
     levels = parent._num_features
-    if _from_the_first_level not in parent._forward_pre_hooks.values():
-        parent.register_forward_pre_hook(_from_the_first_level)
     for index, norm in enumerate(child):
         if not isinstance(norm, SmallBatchNorm2d):
             continue
@@ -193,6 +193,8 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
             length=levels, bn_class=partial(type(norm), **options), num_features=norm.num_features
         )
         child[index] = cycle
+        if _from_the_first_level not in parent._forward_pre_hooks.values():
+            parent.register_forward_pre_hook(_from_the_first_level)
         for layer in cycle:
             if layer.needs_conv and conv is not None:
                 layer.bind(conv)
