@@ -177,6 +177,9 @@ def test_rows_that_are_others_on_fewer_gpus() -> None:
     assert "normalises over 4 images, on the 8 of the row over 16" in sync
     full = Reproduction(Path("out"))
     assert full.caveat(rows[1]) is full.caveat(rows[2]) is None
+    for gpus in (3, 16):  # which are refused
+        other = Reproduction(Path("out"), gpus=gpus)
+        assert other.caveat(rows[1]) is other.caveat(rows[2]) is None
 
 
 def test_rows_by_name_and_norm_in_order() -> None:
@@ -251,7 +254,7 @@ def test_rows_are_run_resumed_and_set_beside_the_published(tool, tmp_path, capsy
         "(35.0)",
         "28.0 ± 0.7",
         "-7.0",
-        "-",
+        "28.5 ± 0.7",
         "48.0 (56.4)",
         "(37.3)",
     ]
@@ -305,7 +308,7 @@ def test_runs_that_are_not_the_row_are_no_measurement(tmp_path) -> None:
         folder = reproduction.run(rows[name], 1).folder
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
-    assert means(reproduction.measured(rows["cbn_4img"])) == {"bbox": {}}
+    assert means(reproduction.measured(TABLES[FASTER])["cbn_4img"]) == {"bbox": {}}
     text = table_text(reproduction, TABLES[FASTER], list(rows.values()))
     assert "cbn_4img: trained at 2 images per GPU" in text
     assert "gn_4img: run with 32 images a step, its config has 16" in text
@@ -313,6 +316,36 @@ def test_runs_that_are_not_the_row_are_no_measurement(tmp_path) -> None:
     remembered = "run with what the norm remembers of a step from 2 mini-batches"
     assert f"cbn_as_released_4img: {remembered}" in text
     assert "none_4img: run" not in text
+
+
+def test_a_seed_that_detects_nothing_counts_as_zero(tmp_path) -> None:
+    """Oracle: pycocotools, which says 0 where detectron2 leaves the number out."""
+    reproduction = Reproduction(tmp_path)
+    rows = {row.name: row for row in reproduction.rows(TABLES[MASK])}
+    nothing = {"bbox": {"AP": None}}
+    seen = {"bbox": {"AP": 36.0, "APl": None}, "segm": {"AP": 30.0}}
+    for name, seed, plain, precise in (
+        ("cbn_4img", 1, seen, {"bbox": {"AP": 38.0, "AP75": 40.0}}),
+        ("cbn_4img", 2, nothing, nothing),
+        ("gn_4img", 1, nothing, None),
+        ("none_4img", 1, {}, None),
+    ):
+        folder = reproduction.run(rows[name], seed).folder
+        folder.mkdir(parents=True)
+        result = {"status": "finished", "results": plain, "results_precise_bn": precise}
+        result |= {"images_per_gpu": 4, "world_size": 4}
+        (folder / "result.json").write_text(json.dumps(result))
+    known = reproduction.measured(TABLES[MASK])
+    cbn, blind = known["cbn_4img"], known["gn_4img"]
+    assert (cbn.ap["bbox"]["AP"].mean, cbn.ap["bbox"]["AP"].n) == (18.0, 2)
+    assert (cbn.ap["segm"]["AP"].mean, cbn.ap["segm"]["AP"].n) == (15.0, 2)
+    assert (cbn.ap_precise["bbox"].mean, cbn.ap_precise["bbox"].n) == (19.0, 2)
+    assert cbn.ap["bbox"]["AP75"].mean == 0.0, "PreciseBN found some"
+    assert cbn.ap["bbox"]["APl"] is None, "there is no large object"
+    assert blind.ap["bbox"]["AP"].mean == blind.ap["segm"]["AP"].mean == 0.0
+    assert blind.ap_precise["bbox"] is None and known["none_4img"].ap["bbox"]["AP"] is None
+    alone = table_text(reproduction, TABLES[MASK], [rows["gn_4img"]])
+    assert cells(alone, "published box AP")["gn_4img"][2] == "0.0", "whichever rows are shown"
 
 
 def test_markdown_holds_every_row_and_no_machine(tool, tmp_path, capsys) -> None:

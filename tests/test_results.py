@@ -135,6 +135,20 @@ def test_a_run_that_detects_nothing_counts_as_zero() -> None:
     assert alone.ap["bbox"] is None, "nobody says that there was anything to detect"
 
 
+@pytest.mark.parametrize("source", ["results_precise_bn", "results_image_share"])
+def test_any_evaluation_shows_that_there_was_something_to_detect(source) -> None:
+    blind = {"bbox": {"AP": None}}
+    one, other = ({"status": "finished", "results": blind, source: blind} for _ in range(2))
+    one[source] = {"bbox": {"AP": 20.0}}
+    row, other_row = make_rows([(norm, Split(8, 1), r) for norm, r in (("BN", one), ("GN", other))])
+    both = make_rows([("BN", Split(8, 1), one), ("BN", Split(8, 1), other)])[0]
+    of = {"results_precise_bn": both.ap_precise, "results_image_share": both.ap_image_share}[source]
+    assert (of["bbox"].mean, of["bbox"].n) == (10.0, 2)
+    assert (both.ap["bbox"].mean, both.ap["bbox"].n) == (0.0, 2)
+    assert row.ap["bbox"].mean == other_row.ap["bbox"].mean == 0.0, "of the whole table"
+    assert both.ap["segm"] is None
+
+
 def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
     small, middle, other = Split(8, 1), Split(4, 2), Split(2, 2)
     results = [("GN", middle, 60.0), ("GN", small, 62.0), ("BN", small, 23.0), ("BN", middle, 38.0)]

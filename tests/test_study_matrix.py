@@ -3,11 +3,14 @@ what follows from them, GPUs, and how the processes of a run are started."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import runpy
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from cbn_det.study import gpus
 from cbn_det.study.compare import compare
 from cbn_det.study.gpus import Places, visible_gpus
 from cbn_det.study.plan import Plan, Run, Split
-from cbn_det.study.processes import LeftBehind, Process, write_note
+from cbn_det.study.processes import LeftBehind, Process, running_beside, write_note
 from cbn_det.study.runner import Outcome, run_all
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -346,6 +349,60 @@ def test_a_run_left_behind_keeps_its_gpu(tmp_path, gpu, noted, expected, turn) -
     assert results["SLOW"]["gpus"] == gpu
     assert (slow.folder / "attempts").read_text().split() == ["start"]
     assert left.result()["status"] == "finished"
+
+
+def beside(tmp_path: Path, gpus: list[str], ranks: int = 1) -> tuple[Process, Run, Run]:
+    """A run left behind that trains until it is told, and another of the same comparison."""
+    slow, other = make_plan(tmp_path, ["SLOW", "GN"]).runs()
+    slow = dataclasses.replace(slow, ranks=ranks)
+    slow.folder.mkdir(parents=True)
+    (slow.folder.parent / ".lock").touch()  # a file beside the folders, as a table has it
+    return Process(slow, jobs=2, gpus=gpus), slow, other
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "ours", "expected"),
+    [
+        ("0", None, ["0", "1"], "1"),
+        ("1", None, ["0", "1"], "0"),
+        ("0", "elsewhere", ["0", "1"], "0"),
+        ("0", None, ["1"], "1"),
+        ("0", None, [], None),
+    ],
+)
+def test_a_run_left_behind_that_is_not_asked_for_keeps_its_gpu(
+    tmp_path, monkeypatch, gpu, host, ours, expected
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    left, slow, other = beside(tmp_path, [gpu])
+    note = slow.folder / "study.json"
+    facts = json.loads(note.read_text())
+    note.write_text(json.dumps(facts | {"host": host or facts["host"]}))
+    jobs = max(1, len(ours))
+    (outcome,) = run_all([other], jobs, lambda outcome: None, poll_seconds=0.05, gpus=ours)
+    assert outcome.result["gpus"] == expected
+    assert not left.ended(), "it is neither waited for nor stopped"
+    (slow.folder / "go").touch()
+    while not left.ended():
+        time.sleep(0.05)
+    assert left.result()["status"] == "finished"
+
+
+@pytest.mark.parametrize(("ranks", "jobs", "gpus"), [(1, 1, []), (2, 2, []), (1, 1, ["0", "1"])])
+def test_a_run_left_behind_has_its_places_until_it_ends(
+    tmp_path, monkeypatch, ranks, jobs, gpus
+) -> None:
+    left, slow, other = beside(tmp_path, gpus[:1], ranks)
+    asked, ended = [], LeftBehind.ended
+    monkeypatch.setattr(LeftBehind, "ended", lambda self: asked.append(self) or ended(self))
+    threading.Timer(1.0, (slow.folder / "go").touch).start()
+    (outcome,) = run_all([other], jobs, lambda outcome: None, poll_seconds=0.05, gpus=gpus)
+    assert outcome.result["status"] == left.result()["status"] == "finished"
+    files = other.folder / "attempts", slow.folder / "result.json"
+    start, end = (file.stat().st_mtime_ns for file in files)
+    assert start > end
+    assert len(asked) < 100, "not in a hurry"
+    assert running_beside([other]) == []
 
 
 def test_the_gpus_of_another_machine_are_not_ours(tmp_path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -60,7 +61,8 @@ class Process:
                 pass_fds=[lock.fileno()],
             )
         pid, host = self._process.pid, socket.gethostname()
-        write_note(run, command=shlex.join(command), pid=pid, host=host, gpus=gpus)
+        facts = {"pid": pid, "host": host, "ranks": run.ranks, "gpus": gpus}
+        write_note(run, command=shlex.join(command), **facts)
 
     def ended(self) -> bool:
         return self._process.poll() is not None
@@ -146,6 +148,20 @@ def is_running(folder: Path) -> bool:
             return False
     except BlockingIOError:
         return True
+
+
+def running_beside(runs: Sequence[Run]) -> list[Run]:
+    """Other runs that processes of this machine are at, in the folders beside those of `runs`."""
+    ours = {run.folder for run in runs}
+    found = []
+    for parent in dict.fromkeys(folder.parent for folder in ours):
+        for folder in sorted(note.parent for note in parent.glob(f"*/{NOTE}")):
+            other = Run(folder.name, folder, (), "")
+            note = read_note(other)
+            here = note.get("host") == socket.gethostname()
+            if folder not in ours and here and is_running(folder):
+                found.append(replace(other, ranks=note.get("ranks", 1)))
+    return found
 
 
 def command_of(run: Run) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from cbn_det.study.engine import LAUNCHER, REPOSITORY
 from cbn_det.study.plan import Run
 from cbn_det.study.recipes import read_yaml, schedule
 from cbn_det.study.reproduce_data import TABLES, Published, Table, Values
-from cbn_det.study.results import TASKS, Spread, read_result
+from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
 from cbn_det.study.runner import is_running
 
 CONFIGS = REPOSITORY / "configs" / "coco"
@@ -191,7 +191,7 @@ class Reproduction:
     def caveat(self, row: Row) -> str | None:
         """What is not the row's own where its runs get the GPUs asked for."""
         ranks = (self.gpus or max(1, row.gpus // self.machines)) * self.machines
-        if ranks == row.gpus:
+        if ranks == row.gpus or row.gpus % ranks:  # the latter is refused by `run`
             return None
         if row.norm in REMEMBERING:
             return (
@@ -205,8 +205,15 @@ class Reproduction:
             f"the {row.gpus} of the row over {row.gpus * row.images}: not the same row"
         )
 
-    def measured(self, row: Row) -> Measured:
-        """Of all seeds, however many GPUs they ran on."""
+    def measured(self, table: Table) -> dict[str, Measured]:
+        """By row name: of all seeds, however many GPUs they ran on."""
+        rows = self.rows(table)
+        left = {row.name: self._left(row) for row in rows}
+        asked = metrics_with_truth(result for finished, _ in left.values() for result in finished)
+        return {row.name: _measured(row, *left[row.name], asked) for row in rows}
+
+    def _left(self, row: Row) -> tuple[list[dict], list[str]]:
+        """The results of a row's finished runs, and the states of the others."""
         finished, states = [], []
         pattern = f"{row.name}_seed*-{self._hash(row)}"
         for folder in sorted((self.output / row.table.name).glob(pattern)):
@@ -219,16 +226,7 @@ class Reproduction:
                 states.append(f"trained at {result.get('images_per_gpu')} images per GPU")
             else:
                 finished.append(result)
-        return Measured(
-            {
-                task: {metric: _spread(finished, "results", task, metric) for metric in METRICS}
-                for task in row.tasks
-            },
-            {task: _spread(finished, "results_precise_bn", task, "AP") for task in row.tasks},
-            states,
-            list(dict.fromkeys(_split(result) for result in finished)),
-            finished,
-        )
+        return finished, states
 
     def _folder(self, row: Row, seed: int) -> Path:
         return self.output / row.table.name / f"{row.name}_seed{seed}-{self._hash(row)}"
@@ -280,8 +278,27 @@ def means(measured: Measured) -> Values:
     }
 
 
-def _spread(results: Iterable[dict], source: str, task: str, metric: str) -> Spread | None:
-    return Spread.of([((r.get(source) or {}).get(task) or {}).get(metric) for r in results])
+def _measured(
+    row: Row, finished: list[dict], states: list[str], asked: set[tuple[str, str]]
+) -> Measured:
+    """
+    Args:
+        asked: tasks and metrics that the table's data have objects for.
+    """
+
+    def spread(source: str, task: str, metric: str) -> Spread | None:
+        return spread_of(finished, source, task, metric, asked)
+
+    return Measured(
+        {
+            task: {metric: spread("results", task, metric) for metric in METRICS}
+            for task in row.tasks
+        },
+        {task: spread("results_precise_bn", task, "AP") for task in row.tasks},
+        states,
+        list(dict.fromkeys(_split(result) for result in finished)),
+        finished,
+    )
 
 
 def _split(result: dict) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ def overview(reproduction: Reproduction, tables: Sequence[Table]) -> str:
     lines = []
     for table in tables:
         rows = reproduction.rows(table)
-        done = sum(bool(reproduction.measured(row).results) for row in rows)
+        done = sum(bool(one.results) for one in reproduction.measured(table).values())
         lines.append(
             {
                 "table": table.name,
@@ -60,7 +60,8 @@ def table_text(
         style: a format of tabulate; "github" makes Markdown of everything.
     """
     markdown = style == "github"
-    measured = {row.name: reproduction.measured(row) for row in rows}
+    known = reproduction.measured(table)
+    measured = {row.name: known[row.name] for row in rows}
     parts = [("## " if markdown else "") + table.title]
     if reproduction.is_changed:
         words = [*(["--iters", str(reproduction.iterations)] if reproduction.iterations else [])]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cbn_det.study.plan import Split
 
 TASKS = ("bbox", "segm")
+# The evaluations of a run, as its result.json names them.
+EVALUATIONS = ("results", "results_precise_bn", "results_image_share")
 # A small-batch loss has to be larger than so many standard deviations over seeds.
 LOSS_IN_SPREADS = 2.0
 
@@ -98,9 +101,9 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     """Group (norm, split, result) of single runs into rows, in the order of first appearance.
 
     AP, times and memory are over finished runs only; the others are counted in `status`. A model
-    that detects nothing at all has no AP in its result; where another run has one, it is 0.
+    that detects nothing at all has no AP in its result; where another evaluation has one, it is 0.
     """
-    asked = _metrics_with_truth(results)
+    asked = metrics_with_truth(result for _, _, result in results)
     groups: dict[tuple[str, Split], list[dict]] = {}
     for norm, split, result in results:
         groups.setdefault((norm, split), []).append(result)
@@ -119,10 +122,7 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
                 (row.ap_precise, "results_precise_bn", "AP"),
                 (row.ap_image_share, "results_image_share", "AP"),
             ):
-                nothing = 0.0 if (task, metric) in asked else None
-                values[task] = Spread.of(
-                    [_number(r.get(source), task, metric, nothing) for r in good]
-                )
+                values[task] = spread_of(good, source, task, metric, asked)
         for fact in ("sec_per_iter", "peak_memory_mb", "parameters", "flops"):
             setattr(row, fact, Spread.of([r.get(fact) for r in good]))
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
@@ -132,15 +132,29 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     return rows
 
 
-def _metrics_with_truth(results: list[tuple[str, Split, dict]]) -> set[tuple[str, str]]:
-    """Tasks and metrics that the data have objects for, as some run's number shows."""
+def metrics_with_truth(results: Iterable[dict]) -> set[tuple[str, str]]:
+    """Tasks and metrics that the data have objects for, as a number of any evaluation shows."""
     return {
         (task, metric)
-        for _, _, result in results
-        for task, by_metric in (result.get("results") or {}).items()
+        for result in results
+        for source in EVALUATIONS
+        for task, by_metric in (result.get(source) or {}).items()
         for metric, value in by_metric.items()
         if value is not None
     }
+
+
+def spread_of(
+    results: Iterable[dict], source: str, task: str, metric: str, asked: set[tuple[str, str]]
+) -> Spread | None:
+    """A number of finished runs: 0 for one that detects nothing.
+
+    Args:
+        source: one of `EVALUATIONS`.
+        asked: what :func:`metrics_with_truth` finds in all runs on the same data.
+    """
+    nothing = 0.0 if (task, metric) in asked else None
+    return Spread.of([_number(result.get(source), task, metric, nothing) for result in results])
 
 
 def _number(results: dict | None, task: str, metric: str, nothing: float | None) -> float | None:

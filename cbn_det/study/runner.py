@@ -13,7 +13,7 @@ from typing import Protocol
 
 from cbn_det.study.gpus import Places
 from cbn_det.study.plan import Run
-from cbn_det.study.processes import LeftBehind, Process, is_running
+from cbn_det.study.processes import LeftBehind, Process, is_running, running_beside
 from cbn_det.study.progress import Display, say
 from cbn_det.study.results import read_result
 
@@ -58,8 +58,8 @@ def run_all(
 
     A finished or diverged run is taken as it is; a failed one is started again and a broken-off one
     goes on from its last checkpoint. One that an earlier comparison started and left behind, as it
-    was killed, keeps its GPUs and is watched until it ends. A run that ends badly is an outcome,
-    never an exception.
+    was killed, keeps its GPUs and is watched until it ends. One that is not asked for, in a folder
+    beside these, keeps its GPUs as well. A run that ends badly is an outcome, never an exception.
 
     Args:
         runs: what to run.
@@ -95,7 +95,19 @@ def run_all(
                 waiting.remove(run)
                 left = LeftBehind(run)
                 active[run.label] = (run, left, places.hold(run.ranks, left.gpus))
+            beside = []  # of an earlier call for other runs: neither reported nor stopped
+            for run in running_beside(runs) if submit is None else ():
+                left = LeftBehind(run)
+                if left.gpus and not set(left.gpus) & set(gpus):
+                    continue  # in nobody's way
+                beside.append((run, left, places.hold(run.ranks, left.gpus)))
             while waiting or active:
+                for other in list(beside):
+                    run, left, taken = other
+                    if left.ended():
+                        beside.remove(other)
+                        places.give_back(taken)
+                        display.forget(run.label)
                 while waiting and (taken := places.take(waiting[0].ranks)) is not None:
                     run = waiting.pop(0)
                     process = submit(run) if submit else Process(run, jobs, taken)
@@ -107,8 +119,8 @@ def run_all(
                     places.give_back(taken)
                     display.forget(label)
                     ended(run, process.result())
-                display.update([run for run, _, _ in active.values()], len(outcomes))
-                if active:
+                display.update([run for run, *_ in (*active.values(), *beside)], len(outcomes))
+                if active or beside:
                     time.sleep(poll_seconds)
         finally:
             if active:
