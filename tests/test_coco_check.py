@@ -265,6 +265,8 @@ def test_rle(tiny, compressed):
         (rle(True, 64, 48), "another size than their image"),
         ({"size": [48, 64], "counts": [100, 300]}, "do not fill their image"),
         ({"size": [48, 64], "counts": "z" * 40}, "do not fill their image"),
+        ({"size": [48, 64], "counts": "abc"}, "do not fill their image"),  # cut off in a number
+        ({"size": [48, 64], "counts": "T3\ud800"}, "do not fill their image"),
         ({"counts": [100, 300]}, "must be a list of polygons"),
         ([10, 10, 30, 10, 30, 30], "must be a list of polygons"),
         ([[10, 10, 30, float("nan"), 30, 30]], "must be a list of polygons"),
@@ -302,6 +304,64 @@ def test_keys_that_evaluation_reads(tiny, key):
     del tiny.data["annotations"][1][key]
     tiny.refused(f"'{key}', which evaluation needs", "first: 12")
     tiny.check(for_evaluation=False)
+
+
+@pytest.mark.parametrize("value", [None, "0", "1", [0], 2, -1, 0.5])
+@pytest.mark.parametrize("for_evaluation", [True, False])
+def test_crowd_that_is_neither_0_nor_1(tiny, value, for_evaluation):
+    tiny.data["annotations"][1]["iscrowd"] = value
+    message = tiny.refused("'iscrowd' is neither 0 nor 1", for_evaluation=for_evaluation)
+    assert f"(1 in all, first: annotation 12: {value!r})" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [0, 1, False, True, 0.0, 1.0])
+def test_crowd_in_any_spelling_that_pycocotools_takes(tiny, value):
+    tiny.data["annotations"][1]["iscrowd"] = value
+    report = tiny.check(masks=True)
+    assert report.num_crowd == value and report.warnings == ()
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+@pytest.mark.parametrize("value", ["64", None, 64.0, True, 0, -64, [64]])
+def test_image_sizes_that_are_no_integers(tiny, side, value):
+    tiny.data["images"][1][side] = value
+    message = tiny.refused("is not a positive integer", "(1 in all, first: image 2: width ")
+    assert f"{side} {value!r}" in message
+
+
+@pytest.mark.parametrize("value", [None, 2, ["2.jpg"]])
+def test_file_name_that_is_not_text(tiny, value):
+    tiny.data["images"][1]["file_name"] = value
+    tiny.refused("'file_name' is not text", "(1 in all, first: 2)")
+
+
+@pytest.mark.parametrize("value", [None, [1], {"id": 1}])
+def test_ids_that_nothing_can_be_looked_up_by(tiny, value):
+    good = copy.deepcopy(tiny.data)
+    for key, table in (("image_id", "images"), ("category_id", "categories")):
+        tiny.data = copy.deepcopy(good)
+        tiny.data["annotations"][1][key] = value
+        tiny.refused(f"that is not in '{table}'", f"annotation 12 of {key[:-3]} {value}")
+    for table in ("images", "annotations", "categories"):
+        tiny.data = copy.deepcopy(good)
+        tiny.data[table][1]["id"] = value
+        tiny.refused(f"ids in '{table}' that are n", f"(1 in all, first: {value})")
+
+
+def test_ids_of_images_may_be_text(tiny):
+    for record in tiny.data["images"]:
+        record["id"] = f"image {record['id']}"
+    for ann in tiny.data["annotations"]:
+        ann["image_id"] = f"image {ann['image_id']}"
+    assert tiny.check(masks=True).image_ids == {"image 1", "image 2", "image 3"}
+
+
+@pytest.mark.parametrize("size", [5, None, "48 64", {"height": 48}, [48.0, 64.0], ["48", "64"]])
+@pytest.mark.parametrize("masks", [True, False])
+def test_size_of_a_mask_that_is_no_two_integers(tiny, size, masks):
+    tiny.data["annotations"][1]["segmentation"] = {**rle(False), "size": size}
+    tiny.refused("'size' must be [height, width]", "(1 in all, first: 12)", masks=masks)
 
 
 def test_annotation_id_zero_is_warned_about(tiny):

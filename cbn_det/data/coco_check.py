@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,16 +186,34 @@ def _check_structure(
                     f"{path}: entry {i} of '{key}' (id {record.get('id')}) has no "
                     f"{' and no '.join(map(repr, missing))}, which COCO's format requires"
                 )
-        repeated = [i for i, n in Counter(r["id"] for r in data[key]).items() if n > 1]
+        ids = [r["id"] for r in data[key]]
+        repeated = [i for i, n in Counter(filter(_is_id, ids)).items() if n > 1]
         findings.refuse(f"ids repeated in '{key}': give each entry an id of its own", repeated)
-        if key != "images":
+        if key == "images":
+            findings.refuse(
+                "ids in 'images' that are neither numbers nor text: number them",
+                [i for i in ids if not _is_id(i)],
+            )
+        else:
             findings.refuse(
                 f"ids in '{key}' that are not integers: number them",
-                [r["id"] for r in data[key] if type(r["id"]) is not int],
+                [i for i in ids if type(i) is not int],
             )
     for key in ("images", "categories"):
         if not data[key]:
             raise DataError(f"{path}: its list '{key}' is empty")
+    findings.refuse(
+        "images whose 'file_name' is not text: give the file's name below the image folder; ids",
+        (r["id"] for r in data["images"] if not isinstance(r["file_name"], str)),
+    )
+    findings.refuse(
+        "images whose 'width' or 'height' is not a positive integer: give the size in pixels",
+        (
+            f"image {r['id']}: width {r['width']!r}, height {r['height']!r}"
+            for r in data["images"]
+            if not all(type(r[side]) is int and r[side] > 0 for side in ("width", "height"))
+        ),
+    )
     if findings.refused:  # what follows looks things up by id
         raise DataError("\n".join(f"{path}: {line}" for line in findings.refused))
     records = {r["id"]: r for r in data["images"]}
@@ -216,7 +234,7 @@ def _check_annotations(
         (
             f"annotation {a['id']} of image {a['image_id']}"
             for a in anns
-            if a["image_id"] not in records
+            if not _is_listed(a["image_id"], records)
         ),
     )
     findings.refuse(
@@ -224,13 +242,22 @@ def _check_annotations(
         (
             f"annotation {a['id']} of category {a['category_id']}"
             for a in anns
-            if a["category_id"] not in categories
+            if not _is_listed(a["category_id"], categories)
         ),
     )
     findings.refuse(
         "annotations with 'ignore' set, which detectron2 does not support: use 'iscrowd' or remove "
         "them",
         (a["id"] for a in anns if a.get("ignore")),
+    )
+    findings.refuse(
+        "annotations whose 'iscrowd' is neither 0 nor 1: write 0 for a single object, 1 for a "
+        "crowd region",
+        (
+            f"annotation {a['id']}: {a['iscrowd']!r}"
+            for a in anns
+            if "iscrowd" in a and a["iscrowd"] not in (0, 1)
+        ),
     )
     if for_evaluation:
         findings.refuse(
@@ -246,7 +273,20 @@ def _check_annotations(
             "pycocotools counts a detection matched to annotation id 0 as wrong: number from 1",
             (a["id"] for a in anns if a["id"] == 0),
         )
-    return [a for a in anns if a["image_id"] in records and a["category_id"] in categories]
+    return [
+        a
+        for a in anns
+        if _is_listed(a["image_id"], records) and _is_listed(a["category_id"], categories)
+    ]
+
+
+def _is_id(value: object) -> bool:
+    """Whether it can be looked up: a list or an object cannot, nor is null an id."""
+    return isinstance(value, (int, float, str))
+
+
+def _is_listed(value: object, ids: Container) -> bool:
+    return _is_id(value) and value in ids
 
 
 def _is_number(value: object) -> bool:
@@ -325,7 +365,7 @@ def _check_masks(
         elif isinstance(segm, dict) and "counts" in segm and "size" in segm:
             has_rle |= not crowd
             record = records[a["image_id"]]
-            if list(segm["size"]) != [record["height"], record["width"]]:
+            if not _is_size(segm["size"], [record["height"], record["width"]]):
                 wrong_size.append(a["id"])
             elif not _is_valid_rle(segm):
                 bad_rle.append(a["id"])
@@ -360,6 +400,11 @@ def _check_masks(
     return has_rle
 
 
+def _is_size(value: object, size: list[int]) -> bool:
+    """Whether it is the size, in integers: 48.0 is not, for pycocotools."""
+    return value == size and all(type(side) is int for side in value)
+
+
 def _is_valid_rle(segm: dict) -> bool:
     height, width = segm["size"]
     counts = segm["counts"]
@@ -367,8 +412,11 @@ def _is_valid_rle(segm: dict) -> bool:
         return all(type(c) is int and c >= 0 for c in counts) and sum(counts) == height * width
     if not isinstance(counts, str):
         return False
-    # pycocotools does not guard its decoder against runs longer than the image: only ask for
-    # figures that it computes from the runs alone.
+    # pycocotools guards its decoder neither against text that ends in the middle of a number nor
+    # against runs longer than the image: only ask for figures that it computes from the runs alone.
+    digits = [ord(character) - 48 for character in counts]  # of 5 bits, and one for "goes on"
+    if not all(0 <= digit < 64 for digit in digits) or (digits and digits[-1] >= 32):
+        return False
     x, y, w, h = mask_util.toBbox(segm)
     return mask_util.area(segm) <= height * width and x + w <= width and y + h <= height
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -133,7 +133,7 @@ def write_worst_images(
         count: of images on the sheet, less where fewer have an error.
 
     Returns:
-        the scores of the images on the sheet; without any, no file is written.
+        the scores of the images on the sheet; without any there is no sheet, nor an older one.
     """
     made = json.loads(Path(predictions).read_text(encoding="utf-8"))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -142,6 +142,8 @@ def write_worst_images(
     if worst:
         places = [_place(coco, made, Path(images), score) for score in worst]
         _sheet(places).save(path)
+    else:
+        Path(path).unlink(missing_ok=True)
     return worst
 
 
@@ -163,7 +165,7 @@ def _place(coco: COCO, predictions: list[dict], folder: Path, score: ImageScore)
     record = coco.imgs[score.image_id]
     try:
         with Image.open(folder / record["file_name"]) as file:
-            image = file.convert("RGB")
+            image = ImageOps.exif_transpose(file).convert("RGB")  # boxes lie on it as shown
     except BROKEN_IMAGE:
         image = Image.new("RGB", (record["width"], record["height"]), _GREY)
     scale = min(_PICTURE[0] / image.width, _PICTURE[1] / image.height)
