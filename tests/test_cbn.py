@@ -259,6 +259,28 @@ def test_burn_in_is_resolved_against_the_schedule():
     assert unresolved[1].burn_in_steps == 750  # of a schedule of 3000
 
 
+@pytest.mark.parametrize("momentum", [1.0, None])  # of fvcore's PreciseBN, of torch's update_bn
+@pytest.mark.parametrize("spec", ["CBN", "MBN", "BRN"])
+def test_statistics_can_be_computed_anew_without_a_schedule(spec, momentum, recwarn):
+    """Burn-in has no part in it: nothing to warn about, and nothing is decided."""
+    norm = build_norm(f"{spec}(burn_in=0.25)", 4)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), norm), torch.randn(2, 3, 5, 5)
+    own, norm.momentum = norm.momentum, momentum
+    with torch.no_grad():
+        y = model[0](x)
+        model(x)
+    torch.testing.assert_close(norm.running_mean, y.mean((0, 2, 3)))
+    assert not recwarn and all(getattr(norm, f"{name}_steps") is None for name in norm.timed)
+    norm.momentum = own
+    resolved = copy.deepcopy(model)
+    resolved[1].resolve_burn_in(100)
+    resolved(x)
+    assert not recwarn and resolved[1].burn_in_steps == 25
+    with pytest.warns(UserWarning, match="resolve_burn_in"):
+        model(x)
+    assert norm.burn_in_steps == 750
+
+
 # ---- whole trajectories ----------------------------------------------------------------------
 
 
@@ -680,6 +702,36 @@ def test_memory_that_has_the_bias_in_it_is_refused(loading, staged):
     resumed = layer(copy.deepcopy(frozen), window=3, **KINDS[loading])
     resumed[1].load_memory_state_dict(saved[1].memory_state_dict())
     assert torch.equal(resumed(images(frozen, 5)), saved(images(frozen, 5)))
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+def test_behind_a_frozen_convolution_memory_tells_whether_the_bias_is_in_it(kind, staged):
+    """Its entries are a mean and a variance, as those of compensation='none'."""
+    frozen = CONVS["bias"]()
+    frozen.weight.requires_grad_(False)
+    nn.init.constant_(frozen.bias, 10.0)
+    naive = with_memory(copy.deepcopy(frozen), staged, **KINDS["none"])
+    following = with_memory(copy.deepcopy(frozen), staged, **KINDS[kind])
+    for saved, options, message in (
+        (naive, KINDS[kind], "no derivatives by the weight"),
+        (following, KINDS["none"], "another kind than that of compensation='none'"),
+    ):
+        model = layer(copy.deepcopy(frozen), window=3, **options)
+        state = saved[1].memory_state_dict()
+        not_remembered = {**state["window"], "pushed": 0, "stacked": {}}
+        for part in ({}, {"staged": {}}, {"window": not_remembered}):
+            with pytest.raises(ValueError, match=message):
+                model[1].load_memory_state_dict({**state, **part})
+        assert len(model[1]._window) == 0 and not model[1]._staged
+        del state["adds_bias"]  # a checkpoint from before it was saved
+        model[1].load_memory_state_dict(state)
+    # a layer that is bound later cannot tell, and is not refused what is its own
+    unbound = CBN2d(5, window=3, burn_in=0, ema="batch", **KINDS[kind])
+    unbound.load_memory_state_dict(following[1].memory_state_dict())
+    # without entries there is no bias to be wrong about
+    empty = layer(copy.deepcopy(frozen), window=3, **KINDS["none"])[1].memory_state_dict()
+    layer(copy.deepcopy(frozen), window=3, **KINDS[kind])[1].load_memory_state_dict(empty)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])

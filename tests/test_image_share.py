@@ -167,6 +167,20 @@ def test_half_precision_is_kept():
     torch.testing.assert_close(half.float(), exact, rtol=0.03, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["BN", "CBN", "BN without affine"])
+def test_models_of_half_precision(spec, dtype):
+    """Weights of that dtype too; against float32 with weights and images rounded alike."""
+    layer = nn.BatchNorm2d(4, affine=False).eval() if "without" in spec else layer_of(spec)
+    layer, x = layer.to(dtype), images(2).to(dtype)
+    with image_share(layer, 0.5):
+        half = layer(x)
+    assert half.dtype == dtype
+    with image_share(layer.float(), 0.5):
+        exact = layer(x.float())
+    torch.testing.assert_close(half.float(), exact, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("share, images_per_gpu", [(1.5, None), (-0.1, 1), (None, None), (None, 0)])
 def test_wrong_shares(share, images_per_gpu):
     with pytest.raises(ValueError, match="share"):

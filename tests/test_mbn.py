@@ -746,6 +746,46 @@ def test_a_forward_that_raised_is_not_run_again(error, before, then):
     assert_same(*runs)
 
 
+class Silent(nn.Module):
+    """Keeps its output to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.fails = net(), None, False
+
+    def forward(self, x):
+        self.out = self.body(x)
+        if self.fails:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("within", ["nothing", "an except block"])
+def test_a_forward_that_returns_none_is_run_again(within):
+    model, reference = Silent(), net()
+    runs = []
+    for run in (model, reference):
+        double_forward, optimizer = DoubleForward(run), sgd(run)
+        for t in range(3):
+            optimizer.zero_grad()
+            try:
+                if within != "nothing":
+                    raise KeyError
+                out = run(images(t))
+            except KeyError:
+                if run is model:  # one that fails while another error is handled does not count
+                    run.fails = True
+                    with pytest.raises(RuntimeError, match="out of memory"):
+                        run(images(90))
+                    run.fails = False
+                out = run(images(t))
+            loss_of(run.out if run is model else out).backward()
+            optimizer.step()
+            assert double_forward.refresh() is True
+        body = run.body if run is model else run
+        runs.append([memory["window"] for memory in memory_state_dict(body).values()])
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_forwards_without_gradient_before_an_iteration_do_not_count(checkpointed):
     """PreciseBN in mid-training: the second pass ends where it ends without."""

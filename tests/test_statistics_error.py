@@ -16,6 +16,7 @@ from torch import nn
 from cbn_det.norms import DoubleForward, build_norm, memory_state_dict, resolve_burn_in
 from cbn_det.run import statistics_error
 from cbn_det.run.errors import ConfigError
+from cbn_det.run.precise_bn import recompute_statistics
 from cbn_det.run.shadows import Shadows
 from cbn_det.run.statistics_error import FILE, Request, StatisticsError
 from cbn_det.study.statistics_results import read_points
@@ -357,6 +358,32 @@ def test_the_training_is_the_same_to_the_last_bit(host: str, tmp_path: Path) -> 
     for one, other in zip(state_of(plain), state_of(measured), strict=True):
         assert torch.equal(one, other)
     assert [line["iteration"] for line in lines(tmp_path)] == [1, 4]
+
+
+class Averaging(Net):
+    """Keeps an average over training forwards as a plain number, as RetinaNet does."""
+
+    average, count, latest = 100.0, 0, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.average = 0.9 * self.average + 0.1 * float(x.square().mean())
+        self.count += 1
+        self.latest = self.average
+        return super().forward(x) / self.average
+
+
+def test_numbers_that_modules_keep_of_training_forwards_are_left_alone(tmp_path: Path) -> None:
+    model = Averaging("BN")
+    request = Request(("BN", "KN"), at=(0,), images=IMAGES)
+    measured = StatisticsError(model, DoubleForward(model), request, 9, SIZE, tmp_path)
+    measured.measure(0, (torch.randn(SIZE, 3, 8, 8) for _ in range(9)), model)
+    assert (model.average, model.count, model.latest) == (100.0, 0, None)
+    batches = [torch.randn(SIZE, 3, 8, 8) for _ in range(3)]
+    before = model.convs[0][1].running_mean.clone()
+    assert recompute_statistics(model, batches, 3) == 3
+    assert not torch.equal(model.convs[0][1].running_mean, before)
+    assert (model.average, model.count, model.latest) == (100.0, 0, None)
+    assert model.convs[0][1].momentum == 0.1
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_measured(tmp_path: Path) -> None:

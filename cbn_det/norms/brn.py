@@ -115,9 +115,11 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         return 1.0 + progress * (self.r_max - 1.0), progress * self.d_max
 
     def estimate(self, batch: Moments) -> Estimate:
+        if self.recomputing_statistics:
+            return Estimate(batch.mean, batch.var, 1.0)
         self._require_times()
         r_max, d_max = self.limits()
-        if self.recomputing_statistics or (r_max == 1.0 and d_max == 0.0):
+        if r_max == 1.0 and d_max == 0.0:
             return Estimate(batch.mean, batch.var, 1.0)
         if not self._held:
             self._held = {"mean": self.running_mean.clone(), "var": self.running_var.clone()}

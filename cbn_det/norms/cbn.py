@@ -69,6 +69,11 @@ DEFAULT_POSITIONS = 64
 #: Weight of the newest estimate in the averaged derivative; 0.3 was noisier.
 _DERIVATIVE_MOMENTUM = 0.1
 
+_NO_DERIVATIVES = (
+    "the saved memory has no derivatives by the weight of the convolution, as that of"
+    " compensation='none'"
+)
+
 
 @register_norm("CBN")
 class CBN2d(Scheduled, SmallBatchNorm2d):
@@ -206,7 +211,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             mean = mean + mean_change
             if self.compensation == "taylor":
                 change = change - mean_change.square()
-        if self.needs_conv and self.conv.bias is not None:
+        if self._adds_bias:
             mean = mean + self.conv.bias.to(mean.dtype)
         moved_var = var + change
         # a step that overflowed and was skipped by a GradScaler leaves its forward behind
@@ -260,9 +265,15 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         if self.needs_conv:
             if self._weight_is_trained:
                 row |= self._derivatives(batch, y, conv_input)
-            if self.conv.bias is not None:
+            if self._adds_bias:
                 row["mean"] = batch.mean - self.conv.bias.detach().to(batch.mean.dtype)
         self._staged = self._pooled(row)
+
+    @property
+    def _adds_bias(self) -> bool:
+        """Whether remembered means are without the convolution's bias, and the present one is added
+        to them."""
+        return self.needs_conv and self.conv is not None and self.conv.bias is not None
 
     @property
     def _weight_is_trained(self) -> bool:
@@ -352,17 +363,32 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             self._kept["anchor"] = product.lerp(anchor, newest)
         return row | {"change": torch.zeros_like(row["var"])}
 
+    def memory_state_dict(self) -> dict[str, Any]:
+        # entries do not tell: those of a frozen convolution are like those of compensation='none'
+        return {**super().memory_state_dict(), "adds_bias": self._adds_bias}
+
+    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
+        adds_bias = self._adds_bias
+        if self._window is not None and (self.conv is not None or not self.needs_conv):
+            entries = state["staged"] or (state["window"] or {}).get("stacked")
+            # checkpoints of before do not say
+            if entries and state.get("adds_bias", adds_bias) != adds_bias:
+                raise ValueError(_NO_DERIVATIVES if adds_bias else self._another_kind())
+        super().load_memory_state_dict(state)
+
+    def _another_kind(self) -> str:
+        return (
+            "the saved memory is of another kind than that of"
+            f" compensation={self.compensation!r}, positions={self.positions}"
+        )
+
     def check_memory(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().check_memory(shapes)
         conv = self.conv
         if "patch" not in shapes:
-            biased = self.needs_conv and conv is not None and conv.bias is not None
-            if "mean" in shapes and biased and self._weight_is_trained:
+            if "mean" in shapes and self._adds_bias and self._weight_is_trained:
                 # a mean of ``compensation='none'`` has the bias in it, which is added here
-                raise ValueError(
-                    "the saved memory has no derivatives by the weight of the convolution, as that"
-                    " of compensation='none'"
-                )
+                raise ValueError(_NO_DERIVATIVES)
             return  # naive, or the convolution was frozen; or not an entry, but what is averaged
         if self.compensation == "exact":
             wanted = {"covariance"}
@@ -371,9 +397,6 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         else:
             wanted = {"change", "left"}  # remembered; staged
         if not self.needs_conv or wanted.isdisjoint(shapes):
-            raise ValueError(
-                "the saved memory is of another kind than that of"
-                f" compensation={self.compensation!r}, positions={self.positions}"
-            )
+            raise ValueError(self._another_kind())
         if conv is not None and shapes["patch"] != (conv.groups, conv.weight[0].numel()):
             raise ValueError("the saved memory is of a convolution of another shape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from . import clock
 from .base import SmallBatchNorm2d, in_backward
 from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
+from .numbers import kept_numbers
 from .repeat import FrozenParts
 
 #: attributes that tell of a layer's latest forward: for diagnostics, and for the KN and GKN layers
@@ -79,6 +81,7 @@ class DoubleForward:
         self._others: list[SmallBatchNorm2d] = []
         self._recorded_at = clock.now()
         self._running = False
+        self._handled = id(None)  # of the exception that was handled when the forward began
         clock.install()
         self._frozen = FrozenParts()
         self._proposals = proposals
@@ -177,6 +180,7 @@ class DoubleForward:
         if self._recorded_at != clock.now():
             self.forget()
             self._recorded_at = clock.now()
+        self._handled = id(sys.exc_info()[1])
         layers = [m for m in self._layers() if m.double_forward and m.training]
         if layers:
             self._recording = _Forward.of(args, kwargs, layers)
@@ -187,7 +191,8 @@ class DoubleForward:
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recording is None or self._running or in_backward():
             return
-        if output is None:  # the forward raised
+        # torch calls this while it handles what a forward raised; one may return None as well
+        if output is None and id(sys.exc_info()[1]) != self._handled:
             self._drop_unfinished()
             return
         self._recording.end()
@@ -343,7 +348,7 @@ def _staging_anew(
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     norms = [m for m in model.modules() if isinstance(m, (SmallBatchNorm2d, Chained))]
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
-    attributes = {m: dict(vars(m)) for m in set(model.modules()).difference(norms)}
+    others = set(model.modules()).difference(norms)
     staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
     for layer in layers:
         layer._in_second_pass = True
@@ -351,7 +356,8 @@ def _staging_anew(
         layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, _pass
     refreshed: set[nn.Module] = set()
     try:
-        yield
+        with kept_numbers(others):
+            yield
         refreshed = {layer for layer in wanting if layer._staged}
     finally:
         for layer in layers:
@@ -363,15 +369,3 @@ def _staging_anew(
                 buffer.copy_(value)
         for norm, key, value in told:
             setattr(norm, key, value)
-        for module, before in attributes.items():
-            _restore_numbers(vars(module), before)
-
-
-def _restore_numbers(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    """Gives back what was a number or is one now (a None that was counted up), but for bools."""
-    for key in attributes.keys() | before.keys():
-        if type(attributes.get(key)) in (int, float) or type(before.get(key)) in (int, float):
-            if key in before:
-                attributes[key] = before[key]
-            else:
-                del attributes[key]

@@ -110,12 +110,16 @@ class _Weighing:
             return None
         mean, var = self._statistics(layer, x)
         count, channels = mean.shape
-        # images side by side as channels: one call of BatchNorm's own kernel
+        # images side by side as channels: one call of BatchNorm's own kernel, which takes
+        # statistics and affine parameters of one dtype only
         flat = F.batch_norm(
             x.reshape(1, count * channels, *x.shape[2:]),
             mean.flatten(),
             var.flatten(),
-            *(None if p is None else p.repeat(count) for p in (layer.weight, layer.bias)),
+            *(
+                None if p is None else p.to(mean.dtype).repeat(count)
+                for p in (layer.weight, layer.bias)
+            ),
             eps=layer.eps,
         )
         return flat.view(x.shape)

@@ -13,6 +13,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..norms import SmallBatchNorm2d
+from ..norms.chain import Chained
+from ..norms.numbers import kept_numbers
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -104,7 +106,8 @@ def recompute_statistics(
 
 @contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Puts the running statistics of all BatchNorm layers back as they were."""
+    """Puts the running statistics of all BatchNorm layers back as they were, and numbers that
+    other modules keep of training forwards (:func:`~cbn_det.norms.numbers.kept_numbers`)."""
     saved = [
         (buffer, buffer.clone())
         for module in model.modules()
@@ -112,8 +115,10 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if name in _STATISTICS
     ]
+    others = [m for m in model.modules() if not isinstance(m, (SmallBatchNorm2d, Chained))]
     try:
-        yield
+        with kept_numbers(others):
+            yield
     finally:
         for buffer, value in saved:
             buffer.copy_(value)
