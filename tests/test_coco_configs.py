@@ -196,7 +196,14 @@ def test_rows_that_detectron2_has_are_detectron2s(
     zoo = flat(model_zoo.get_config(f"{theirs}.yaml"))
     found = differences(load(COCO / f"{ours}.yaml"), zoo)
     about_the_run = {"OUTPUT_DIR", "SOLVER.REFERENCE_WORLD_SIZE", "TEST.EVAL_PERIOD"}
+    about_the_run |= {"SOLVER.CHECKPOINT_PERIOD"}
     assert found - about_the_run == set(changed)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_checkpoint_goes_before_each_evaluation(table: str) -> None:
+    cfg = load(next(path for path in ROWS if path.parent.name == table))
+    assert cfg["TEST.EVAL_PERIOD"] % cfg["SOLVER.CHECKPOINT_PERIOD"] == 0
 
 
 def test_the_retinanet_example_is_detectron2s_with_a_norm() -> None:

@@ -22,6 +22,7 @@ from same_run import differences, lines_of, predictions_of, same, state_of, tens
 from tiny_run import (
     REPOSITORY,
     arguments,
+    contents,
     dataset_name,
     evaluation_of,
     result_of,
@@ -206,9 +207,7 @@ def test_eval_only_repeats_the_ap_and_keeps_what_training_measured(
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(trained, output)
-    before = result_of(output)
-    for name in predictions_of(output):
-        (output / name).unlink()
+    before, files = result_of(output), contents(output)
     weights = ("MODEL.WEIGHTS", str(output / "model_final.pth"))
     code = run_here(inputs, output, "--eval-only", "--precise-bn-iters", "2", *CBN, *weights)
     assert code == 0
@@ -218,13 +217,39 @@ def test_eval_only_repeats_the_ap_and_keeps_what_training_measured(
     assert after["results_precise_bn"] == before["results_precise_bn"]
     for key in ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb", "flops"):
         assert after[key] == before[key], key
+    assert after["weights"] == weights[1]
+    assert contents(output) == files
     assert len(predictions_of(trained)) == 2
-    assert predictions_of(output) == predictions_of(trained)
-    assert same(lines_of(output), lines_of(trained))
+    assert predictions_of(output / "evaluation") == predictions_of(trained)
     # without weights, of the last checkpoint
     (output / "model_final.pth").unlink()
     (output / "last_checkpoint").write_text("model_0000003.pth")
     assert run_here(inputs, output, "--eval-only", "--resume", *CBN) == 0
+    assert evaluation_of(output)["weights"] == str(output / "model_0000003.pth")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("DATASETS.TRAIN", "('no_such_set',)"),
+        ("MODEL.WEIGHTS", "wrong.pth"),
+        ("--resume", "DATASETS.TRAIN", "('no_such_set',)"),
+        ("--resume", "MODEL.ROI_BOX_HEAD.FC_DIM", "24"),
+    ],
+)
+def test_a_start_that_is_refused_costs_nothing(
+    inputs: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.pth").write_text("not a checkpoint")
+    shutil.copytree(trained, "copy")
+    before = contents(tmp_path / "copy")
+    assert run_here(inputs, tmp_path / "copy", *words, *CBN) == 2
+    assert contents(tmp_path / "copy") == before
 
 
 def test_a_run_without_a_test_set(inputs: Path, tmp_path: Path) -> None:
@@ -579,19 +604,29 @@ def test_resume_in_an_empty_folder_starts(inputs: Path, tmp_path: Path) -> None:
     assert "training starts anew" in (tmp_path / "log.txt").read_text()
 
 
+def test_going_on_from_the_end_writes_the_last_line_as_it_was(inputs: Path, tmp_path: Path) -> None:
+    words = (*CBN, "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "3")
+    assert run_here(inputs, tmp_path, *words) == 0
+    before = lines_of(tmp_path)
+    assert [line["iteration"] for line in before] == [2, 3] and "norm/clamped" in before[-1]
+    assert run_here(inputs, tmp_path, "--resume", *words) == 0
+    assert same(lines_of(tmp_path), before)
+
+
 # ------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (2, 3)])
 def test_a_signal_saves_the_iteration_at_work(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, at: int
 ) -> None:
+    """In the last one, too: evaluating may take long."""
     steps = []
     step = Trainer._step
 
     def watched(trainer: Trainer, batch: Any) -> None:
         steps.append(trainer.iter)
-        if len(steps) == 2:
+        if len(steps) == at + 1:
             os.kill(os.getpid(), number)
         step(trainer, batch)
 
@@ -599,8 +634,9 @@ def test_a_signal_saves_the_iteration_at_work(
     words = (*CBN, *NO_TEST, "SOLVER.MAX_ITER", "4")
     assert run_here(inputs, tmp_path, *words) == 130
     result = result_of(tmp_path)
-    assert (result["status"], result["message"]) == ("failed", "interrupted at iteration 1")
-    assert result["iterations"] == 2
+    message = f"interrupted at iteration {at}"
+    assert (result["status"], result["message"]) == ("failed", message)
+    assert result["iterations"] == at + 1 == len(steps)
     assert run_here(inputs, tmp_path, "--resume", *words) == 0
     assert steps == [0, 1, 2, 3]
     result = result_of(tmp_path)
@@ -684,6 +720,7 @@ def test_divergence_names_the_first_bad_layer(
     assert run_here(inputs, tmp_path, *words) == 3
     message = result_of(tmp_path)["message"]
     assert message.startswith(f"diverged at iteration 1: {expected}"), message
+    assert result_of(tmp_path)["train_seconds"] > 0 and result_of(tmp_path)["peak_memory_mb"] > 0
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000000.pth"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tiny_run import (
     REPOSITORY,
     arguments,
+    contents,
     dataset_name,
     evaluation_of,
     result_of,
@@ -94,18 +96,42 @@ def test_metrics_hold_losses_evaluations_and_the_norms_state(inputs: Path, tmp_p
 
 
 def test_eval_only_repeats_the_ap_and_keeps_what_training_left(inputs: Path, trained: Path) -> None:
-    before = result_of(trained)
-    config = (trained / "config.yaml").read_bytes()
+    before, files = result_of(trained), contents(trained)
     words = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=2)", "SOLVER.BASE_LR", "7.0")
+    earlier = ("MODEL.WEIGHTS", str(trained / "model_0000001.pth"))
+    assert run_here(inputs, trained, "--eval-only", *words, *earlier) == 0
+    assert evaluation_of(trained)["weights"] == str(trained / "model_0000001.pth")
     words += ("MODEL.WEIGHTS", str(trained / "model_final.pth"))
     assert run_here(inputs, trained, "--eval-only", *words) == 0
-    assert result_of(trained) == before
-    assert (trained / "config.yaml").read_bytes() == config
+    assert contents(trained) == files
+    left = {path.name for path in (trained / "evaluation").iterdir()}
+    kinds = {"result.json", "config.yaml", "coco_instances_results.json", "pictures", "inference"}
+    assert kinds <= left
+    assert "BASE_LR: 7.0" in (trained / "evaluation" / "config.yaml").read_text()
     after = evaluation_of(trained)
+    assert after["weights"] == str(trained / "model_final.pth")
     assert after["results"] == before["results"]
     assert after["results_precise_bn"] is None
     for key in ("iterations", "sec_per_iter", "train_seconds", "peak_memory_mb"):
         assert after[key] == before[key]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize(
+    "mistake",
+    [("DATASETS.TRAIN", "('no_such_set',)"), ("MODEL.WEIGHTS", "absent.pth"), ("SEED", "one")],
+)
+def test_a_start_that_is_refused_costs_nothing(
+    inputs: Path, trained: Path, tmp_path: Path, resume: list[str], mistake: tuple[str, str]
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(trained, output, ignore=shutil.ignore_patterns("evaluation"))
+    if resume and "WEIGHTS" in mistake[0]:
+        (output / "last_checkpoint").unlink()
+    before = contents(output)
+    norm = ("MODEL.FPN.NORM", "CBN(window=3, burn_in=2)")
+    assert run_here(inputs, output, *resume, *norm, *mistake) == 2
+    assert contents(output) == before
 
 
 def test_missed_expectations_fail_the_run(inputs: Path, trained: Path, tmp_path: Path) -> None:
@@ -119,9 +145,11 @@ def test_missed_expectations_fail_the_run(inputs: Path, trained: Path, tmp_path:
     )
 
 
+@pytest.mark.parametrize("at", [1, 3])
 def test_ctrl_c_saves_and_resume_goes_on(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
+    """In the last iteration, too: evaluating may take long."""
     from cbn_det.plugin.trainer import Trainer
 
     steps = []
@@ -129,7 +157,7 @@ def test_ctrl_c_saves_and_resume_goes_on(
 
     def interrupted(self: Trainer) -> None:
         steps.append(self.iter)
-        if len(steps) == 2:
+        if len(steps) == at + 1:
             os.kill(os.getpid(), signal.SIGINT)
         run_step(self)
 
@@ -137,8 +165,9 @@ def test_ctrl_c_saves_and_resume_goes_on(
     norm = ("MODEL.FPN.NORM", "CBN(window=2, burn_in=1)")
     assert run_here(inputs, tmp_path, *norm) == 130
     result = result_of(tmp_path)
-    assert (result["status"], result["message"]) == ("failed", "interrupted at iteration 1")
-    assert result["iterations"] == 2
+    message = f"interrupted at iteration {at}"
+    assert (result["status"], result["message"]) == ("failed", message)
+    assert result["iterations"] == at + 1 == len(steps) and not result["results"]
     assert run_here(inputs, tmp_path, "--resume", *norm) == 0
     assert steps == [0, 1, 2, 3]
     result = result_of(tmp_path)
@@ -163,13 +192,15 @@ def test_a_new_run_does_not_inherit_an_old_ones_files(
 ) -> None:
     (tmp_path / "result.json").write_text('{"status": "finished"}')
     (tmp_path / "metrics.json").write_text('{"iteration": 99}\n')
-    (tmp_path / "evaluation.json").write_text('{"status": "finished"}')
+    for name in ("result.json", "coco_instances_results.json", "worst_images.png"):
+        (tmp_path / "evaluation").mkdir(exist_ok=True)
+        (tmp_path / "evaluation" / name).write_text("[]")
     (tmp_path / "last_checkpoint").write_text("model_0000098.pth")
     more = ("SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e999", "DATASETS.TEST", "()")
     assert run_here(inputs, tmp_path, *more) == 3
     assert result_of(tmp_path)["status"] == "diverged"
     assert '"iteration": 99' not in (tmp_path / "metrics.json").read_text()
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not list((tmp_path / "evaluation").iterdir())
     assert not (tmp_path / "last_checkpoint").exists()  # NaN weights are not worth a checkpoint
 
 

@@ -189,6 +189,34 @@ def test_nothing_wrong_is_no_sheet_and_a_lost_image_is_grey(files, tmp_path) -> 
     assert len(write_worst_images(*files, tmp_path / "worst.png")) == 3
 
 
+def test_a_phone_photo_is_shown_upright_under_its_boxes(tmp_path) -> None:
+    """Stored on its side and rotated by EXIF; red on top as shown, and annotated as shown."""
+    stored = np.zeros((48, 64, 3), np.uint8)
+    stored[:, :20, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.fromarray(stored).save(tmp_path / "1.png", exif=exif)
+    data = make_coco([annotation(1, 1, [10.0, 5.0, 20.0, 40.0])], images=1).dataset
+    data["images"][0] |= {"width": 48, "height": 64}
+    (tmp_path / "set.json").write_text(json.dumps(data))
+    (tmp_path / "made.json").write_text("[]")
+    files = tmp_path / "made.json", tmp_path / "set.json", tmp_path
+    assert len(write_worst_images(*files, tmp_path / "worst.png")) == 1
+    sheet = np.asarray(Image.open(tmp_path / "worst.png")).astype(int)
+    picture = sheet[6 + 18 : 6 + 18 + 220, 6 : 6 + 165]  # 48 x 64 in a place 220 high
+    assert (abs(picture[:60] - (255, 0, 0)) < 20).all()
+    assert (picture[80:] < 20).all()
+
+
+def test_an_older_sheet_goes_where_nothing_is_wrong_any_more(files, tmp_path) -> None:
+    path = tmp_path / "worst.png"
+    assert write_worst_images(*files, path) and path.exists()
+    made = [prediction(1, A, 0.9), prediction(2, A, 0.9), prediction(3, B, 0.9)]
+    files[0].write_text(json.dumps(made))
+    assert write_worst_images(*files, path) == []
+    assert not path.exists()
+
+
 def test_the_class_table_is_sorted_worst_first_in_columns() -> None:
     names = {"a": 50.0, "b": 2.0, "c": None, "d": 30.26, "e": 7.0}
     boxes = {"AP": 20.0, "AP50": 30.0, **{f"AP-{name}": ap for name, ap in names.items()}}
@@ -245,12 +273,12 @@ def test_eval_only_gives_pycocotools_ap_a_class_table_and_the_sheet(
         return evaluation_of(out) if "--eval-only" in words else result_of(out)
 
     trained = run("SOLVER.MAX_ITER", "8")
-    assert not (out / "worst_images.png").exists()
+    assert not list(out.rglob("worst_images.png"))
     assert "worst first" not in (out / "log.txt").read_text()
     result = run("--eval-only", "MODEL.WEIGHTS", str(out / "model_final.pth"))
     assert result["results"] == trained["results"]
     for task in ("bbox", "segm"):
-        predictions = out / "coco_instances_results.json"
+        predictions = out / "evaluation" / "coco_instances_results.json"
         want = pycocotools_ap(inputs / "boxes.json", predictions, task)
         assert set(want) == set(result["results"][task])
         for name, value in want.items():
@@ -262,5 +290,5 @@ def test_eval_only_gives_pycocotools_ap_a_class_table_and_the_sheet(
     assert result["results"]["bbox"]["AP"] is not None
     log = (out / "log.txt").read_text()
     assert "AP of each class, worst first" in log and "images with the lowest F1" in log
-    with Image.open(out / "worst_images.png") as sheet:
+    with Image.open(out / "evaluation" / "worst_images.png") as sheet:
         assert sheet.width > 600

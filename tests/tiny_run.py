@@ -177,7 +177,16 @@ def result_of(output: Path) -> dict:
 
 def evaluation_of(output: Path) -> dict:
     """Of an evaluation on its own."""
-    return json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    return json.loads((output / "evaluation" / "result.json").read_text(encoding="utf-8"))
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All that a training left, by path, without the log."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and path.name != "log.txt" and "evaluation" not in path.parts
+    }
 
 
 @contextmanager

@@ -90,9 +90,10 @@ class StopOnRequest(HookBase):
 
     def after_step(self) -> None:
         trainer = self.trainer
-        if trainer.stopping and trainer.iter + 1 < trainer.max_iter:
-            trainer.save_rank()
-            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        if trainer.stopping:
+            if trainer.iter + 1 < trainer.max_iter:  # else it is saved
+                trainer.save_rank()
+                trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
             raise Interrupted(f"interrupted at iteration {trainer.iter}")
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..run.errors import ConfigError
 from ..run.files import replace_file
-from ..run.folder import WORST_IMAGES, describe
+from ..run.folder import CONFIG, EVALUATION, WORST_IMAGES, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.statistics_error import Request
@@ -53,13 +53,17 @@ def run(cfg: CfgNode, notes: list[str], args: argparse.Namespace) -> int:
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """detectron2's, which writes ``config.yaml``; an evaluation leaves its training's there."""
-    config = Path(cfg.OUTPUT_DIR, "config.yaml")
-    of_training = config.read_bytes() if args.eval_only and config.exists() else None
+    """detectron2's. It writes ``config.yaml`` before anything can be refused: the earlier run's is
+    put back, until :meth:`.run.job.Job.start`."""
+    config = Path(cfg.OUTPUT_DIR, CONFIG)
+    earlier = config.read_bytes() if config.exists() else None
     comm.synchronize()  # all have looked before rank 0 writes
     default_setup(cfg, args)
-    if of_training is not None and comm.is_main_process():
-        replace_file(config, lambda file: file.write(of_training))
+    if comm.is_main_process():
+        if earlier is None:
+            config.unlink()
+        else:
+            replace_file(config, lambda file: file.write(earlier))
 
 
 def describe_run(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class Detectron2Job(Job):
             request = Request.parse(self.args.statistics_error)
             trainer.register_hooks([StatisticsHook(trainer, request)])
         built(lambda: trainer.resume_or_load(resume=self.args.resume))
+        self.start()
         return trainer.train()
 
     def build_trained(self) -> nn.Module:
@@ -100,13 +105,16 @@ class Detectron2Job(Job):
         if not self.cfg.MODEL.WEIGHTS and not checkpointer.has_checkpoint():
             raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
         checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=self.args.resume)
+        found = self.args.resume and checkpointer.get_checkpoint_file()
+        self.result["weights"] = found or self.cfg.MODEL.WEIGHTS
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
-        return Trainer.test(self.cfg, model, folder=folder or "inference")
+        return Trainer.test(self.cfg, model, folder=self._within(folder or "inference"))
 
     def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        return evaluate_precise(self.cfg, model, iterations)
+        folder = self._within("inference_precise_bn")
+        return evaluate_precise(self.cfg, model, iterations, folder)
 
     def find_bad_layer(self) -> str | None:
         model, batch = self.trainer.bare_model, self.trainer.step.last_batch
@@ -126,7 +134,10 @@ class Detectron2Job(Job):
     def draw(self, model: nn.Module, folder: Path) -> None:
         draw_predictions(self.cfg, model, folder)
         if self.args.eval_only:
-            draw_worst(self.cfg, self.folder / WORST_IMAGES)
+            draw_worst(self.cfg, self.output / WORST_IMAGES)
+
+    def _within(self, folder: str) -> str:
+        return f"{EVALUATION}/{folder}" if self.args.eval_only else folder
 
     def verify(self, results: dict[str, Any]) -> bool:
         try:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from cbn_det.data.worst_images import write_worst_images
+from cbn_det.run.folder import PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,10 @@ def draw_predictions(cfg: CfgNode, model: nn.Module, folder: Path, count: int = 
 
 
 def draw_worst(cfg: CfgNode, path: Path) -> None:
-    """Writes the images of the first test set that the last evaluation did worst on as one sheet;
-    see :mod:`cbn_det.data.worst_images`."""
+    """Writes the images of the first test set that the evaluation in the folder of ``path`` did
+    worst on as one sheet; see :mod:`cbn_det.data.worst_images`."""
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    predictions = Path(cfg.OUTPUT_DIR, "coco_instances_results.json")
+    predictions = path.with_name(PREDICTIONS)
     worst = write_worst_images(predictions, metadata.json_file, metadata.image_root, path)
     if worst:
         logger.info(f"the {len(worst)} images with the lowest F1: {path}")

@@ -29,6 +29,7 @@ from ..norms import (
 )
 from ..run.checkpoint import AtomicSave
 from ..run.clock import RunClock
+from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .hooks import (
@@ -266,18 +267,19 @@ class Trainer(ResumableTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, folder: str = "inference"
     ) -> dict[str, Any]:
-        """Evaluates on ``DATASETS.TEST``; predictions are left in ``OUTPUT_DIR/<folder>``."""
+        """Evaluates on ``DATASETS.TEST``; predictions are left in ``OUTPUT_DIR/<folder>``, and if
+        that is an ``inference`` those of the first set beside it."""
         names = cfg.DATASETS.TEST
         if not names:
             return {}
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name, folder) for name in names]
         results = super().test(cfg, model, evaluators)
-        predictions = "coco_instances_results.json"
-        if folder == "inference" and comm.is_main_process():
-            source = Path(cfg.OUTPUT_DIR, folder, names[0] if len(names) > 1 else "", predictions)
-            if source.exists():  # of the first test set; absent if there was no prediction at all
-                shutil.copyfile(source, Path(cfg.OUTPUT_DIR, predictions))
+        output = Path(cfg.OUTPUT_DIR, folder)
+        if output.name == "inference" and comm.is_main_process():
+            source = output / (names[0] if len(names) > 1 else "") / PREDICTIONS
+            if source.exists():  # absent if there was no prediction at all
+                shutil.copyfile(source, output.with_name(PREDICTIONS))
         return results
 
 
@@ -296,7 +298,9 @@ def check_evaluable(dataset_name: str) -> None:
         )
 
 
-def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+def evaluate_precise(
+    cfg: CfgNode, model: nn.Module, iterations: int, folder: str = "inference_precise_bn"
+) -> dict[str, Any] | None:
     """Evaluates with running statistics recomputed over ``iterations`` training batches.
 
     The batches are the same in every call with the same ``SEED``; the statistics are put back
@@ -304,6 +308,7 @@ def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[st
 
     Args:
         model: the bare model.
+        folder: within ``OUTPUT_DIR``, for the predictions.
 
     Returns:
         Results, or None if the model has no BatchNorm layer to recompute.
@@ -320,7 +325,7 @@ def evaluate_precise(cfg: CfgNode, model: nn.Module, iterations: int) -> dict[st
             if not count:
                 return None
             logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
-            return Trainer.test(cfg, model, folder="inference_precise_bn")
+            return Trainer.test(cfg, model, folder=folder)
     finally:
         model.train(training)
 

@@ -105,8 +105,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS instead of training; writes evaluation.json (result.json stays"
-        " the training's), logs the AP of each class, worst first, and leaves worst_images.png",
+        help="evaluate MODEL.WEIGHTS instead of training; writes to the folder evaluation"
+        " in OUTPUT_DIR, logs the AP of each class, worst first, and leaves worst_images.png",
     )
     parser.add_argument(
         "--precise-bn-iters",

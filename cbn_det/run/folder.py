@@ -1,11 +1,12 @@
-"""The folder a run leaves behind. Its ``result.json`` is the training's, and all that a comparison
-of runs reads; an evaluation on its own writes ``evaluation.json`` in the same form."""
+"""The folder a run leaves behind. All in it is the training's, and what comparisons of runs read;
+an evaluation on its own has a folder within it, with files of the same names."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,10 @@ from .measure import machine
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
-#: of ``--eval-only``, perhaps of an earlier checkpoint than the last, or while training goes on
-EVALUATION = "evaluation.json"
+CONFIG = "config.yaml"
+PREDICTIONS = "coco_instances_results.json"
+#: folder of ``--eval-only``: of an earlier checkpoint than the last, or while training goes on
+EVALUATION = "evaluation"
 #: what an evaluation on its own leaves besides
 WORST_IMAGES = "worst_images.png"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -40,13 +43,14 @@ _TRAINING_FACTS = (
     "peak_memory_mb",
     "machine",
 )
+_OF_EVALUATION = (RESULT, PREDICTIONS, WORST_IMAGES)
 # of an earlier training run, and misleading once another one starts
 _STALE = (
     "last_checkpoint",
     "metrics.json",
     "statistics_error.jsonl",
-    "coco_instances_results.json",
-    EVALUATION,
+    PREDICTIONS,
+    *(f"{EVALUATION}/{name}" for name in _OF_EVALUATION),
 )
 
 
@@ -74,6 +78,7 @@ def describe(
         "results_image_share": None,
         "image_share": None,
         "norm": dict(norms),
+        "weights": cfg.MODEL.WEIGHTS or None,
         "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
         "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,
         "world_size": world_size,
@@ -109,11 +114,31 @@ def start_afresh(folder: Path) -> None:
     """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay."""
     clear_result(folder)
     for name in _STALE:
-        if (folder / name).exists():
+        path = folder / name
+        if path.exists() and path.stat().st_size:
             logger.warning(
                 f"{folder} holds an earlier run: {name} is removed (--resume continues one)"
             )
-            (folder / name).unlink()
+            if name == "metrics.json":
+                os.truncate(path, 0)  # detectron2's writer has opened it
+            else:
+                path.unlink()
+
+
+def start_evaluation(folder: Path) -> None:
+    """Removes what an earlier evaluation would pass off as this one's.
+
+    Args:
+        folder: of the evaluation.
+    """
+    for name in _OF_EVALUATION:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_config(folder: Path, cfg: CfgNode) -> None:
+    """Writes ``config.yaml``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / CONFIG, lambda file: file.write(cfg.dump().encode("utf-8")))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -124,11 +149,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_result(folder: Path, result: Mapping[str, Any], name: str = RESULT) -> None:
-    """Writes ``result.json``, or as ``name``; numbers that are not finite become null."""
+def result_stamp(folder: Path) -> tuple[int, int] | None:
+    """Tells one writing of the folder's ``result.json`` from another; None: there is none."""
+    try:
+        found = (folder / RESULT).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes ``result.json``; numbers that are not finite become null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(folder / name, lambda file: file.write(text.encode("utf-8")))
+    replace_file(folder / RESULT, lambda file: file.write(text.encode("utf-8")))
 
 
 def keep_training_facts(result: dict[str, Any], folder: Path) -> None:

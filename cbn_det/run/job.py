@@ -54,6 +54,7 @@ class Job(ABC):
 
     Attributes:
         trainer: set by :meth:`train` as soon as it exists.
+        output: where results go: the run's folder, or that of an evaluation within it.
     """
 
     rank = 0
@@ -63,8 +64,11 @@ class Job(ABC):
         self.cfg = cfg
         self.args = args
         self.folder = Path(cfg.OUTPUT_DIR)
+        self.output = self.folder / run_folder.EVALUATION if args.eval_only else self.folder
         self.result = result
         self.trainer: Trainer | None = None
+        self._started = False
+        self._earlier = run_folder.result_stamp(self.folder)
 
     @abstractmethod
     def prepare(self, eval_only: bool) -> None:
@@ -79,18 +83,19 @@ class Job(ABC):
 
     @abstractmethod
     def train(self) -> dict[str, Any]:
-        """Builds :attr:`trainer`, trains, and returns the results of the last evaluation."""
+        """Builds :attr:`trainer`, calls :meth:`start`, trains, and returns the results of the last
+        evaluation."""
 
     @abstractmethod
     def build_trained(self) -> nn.Module:
-        """The model with the weights to evaluate."""
+        """The model with the weights to evaluate, which the result then names."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
         """Results on ``DATASETS.TEST`` by task: ``{"bbox": {"AP": ...}}``.
 
         Args:
-            folder: within the run's folder, for the predictions; None: where they are looked for.
+            folder: within :attr:`output`, for the predictions; None: where they are looked for.
         """
 
     @abstractmethod
@@ -108,6 +113,22 @@ class Job(ABC):
     @abstractmethod
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Writes pictures of predictions beside annotations into ``folder``."""
+
+    def start(self) -> None:
+        """Takes the folder over from the run before, once nothing can be refused any more: a
+        forgotten argument costs nobody a finished training."""
+        if self.rank == 0:
+            if self.args.eval_only:
+                run_folder.start_evaluation(self.output)
+            else:
+                remove_parts(self.folder)
+                if self.args.resume:
+                    run_folder.clear_result(self.folder)
+                else:
+                    run_folder.start_afresh(self.folder)
+            run_folder.write_config(self.output, self.cfg)
+        self.gather(None)  # no rank finds the earlier result any more
+        self._started = True
 
     def verify(self, results: dict[str, Any]) -> bool:
         """Whether the results are what the config expects."""
@@ -134,10 +155,13 @@ class Job(ABC):
 
     def _execute(self) -> int:
         try:
-            self._begin()
+            # PreciseBN statistics come from training images
+            without_training = self.args.eval_only and not self.args.precise_bn_iters
+            built(lambda: self.prepare(without_training))
             facts = self._training_facts()  # refused before, not after, a long evaluation
             if self.args.eval_only:
                 model = built(self.build_trained)
+                self.start()
                 results = self.evaluate(model)
             else:
                 results = self.train()
@@ -157,17 +181,6 @@ class Job(ABC):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
             return self._end_alone(FAILED, f"interrupted at iteration {self._iteration()}", STOPPED)
-
-    def _begin(self) -> None:
-        if self.rank == 0 and not self.args.eval_only:
-            remove_parts(self.folder)
-            if self.args.resume:
-                run_folder.clear_result(self.folder)
-            else:
-                run_folder.start_afresh(self.folder)
-        # PreciseBN statistics come from training images
-        without_training = self.args.eval_only and not self.args.precise_bn_iters
-        built(lambda: self.prepare(without_training))
 
     def _training_facts(self) -> dict[str, Any]:
         """``images_per_gpu`` and ``world_size`` of the training, which an evaluation may differ in.
@@ -215,13 +228,12 @@ class Job(ABC):
             if self.cfg.DATASETS.TEST:
                 self.result["flops"] = self.count_flops(model)
                 try:
-                    self.draw(model, self.folder / "pictures")
+                    self.draw(model, self.output / "pictures")
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
             self.result.update(status=FAILED if code else FINISHED, message=message)
-            name = run_folder.EVALUATION if self.args.eval_only else run_folder.RESULT
-            run_folder.write_result(self.folder, self.result, name)
-            logger.info(f"{self.result['status']}: {self.folder / name}")
+            run_folder.write_result(self.output, self.result)
+            logger.info(f"{self.result['status']}: {self.output / run_folder.RESULT}")
         return self.gather(code)[0]  # the others wait here
 
     def _add_results(self, results: Any, precise: Any, shared: Any) -> None:
@@ -279,9 +291,10 @@ class Job(ABC):
 
     def _end_alone(self, status: str, message: str, code: int) -> int:
         """Ends a rank that cannot count on the others. Whoever ends first knows why, and writes."""
-        earlier = None if self.args.eval_only else run_folder.read_result(self.folder)
-        if earlier is not None:
-            return NOT_FINITE if earlier["status"] == DIVERGED else code
+        found = run_folder.result_stamp(self.folder)
+        if not self.args.eval_only and found not in (None, self._earlier):
+            of_peer = run_folder.read_result(self.folder)
+            return NOT_FINITE if of_peer["status"] == DIVERGED else code
         self._write_failure(status, message)
         return code
 
@@ -296,6 +309,9 @@ class Job(ABC):
         print(f"{prefix}{message}", file=sys.stderr, flush=True)
         if self.args.eval_only:
             return  # what training left in the folder stays valid
+        earlier = None if self._started else run_folder.read_result(self.folder)
+        if earlier is not None and earlier["status"] == FINISHED:
+            return  # so does what an earlier training left
         if self.trainer is not None:
             self._measure(self.trainer.bare_model)
             self.result["iterations"] += stopped  # the one that was finished before stopping

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from ..run.files import replace_file
+from ..run.folder import PREDICTIONS
 from .datasets import DetectionDataset
 from .loading import in_order
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "coco_instances_results.json"
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _LOG_SECONDS = 5.0

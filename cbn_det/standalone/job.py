@@ -65,6 +65,7 @@ class StandaloneJob(Job):
             trainer.resume()
         if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:
             logger.info(load_weights(model, self.cfg.MODEL.WEIGHTS))
+        self.start()
         return trainer.train()
 
     def build_trained(self) -> nn.Module:
@@ -77,10 +78,11 @@ class StandaloneJob(Job):
                 raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
         model = build_model(self.cfg).to(self.cfg.MODEL.DEVICE)
         logger.info(load_weights(model, path, complete=True))
+        self.result["weights"] = path
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
-        return self._evaluate(model, self.folder / folder if folder else self.folder)
+        return self._evaluate(model, self.output / folder if folder else self.output)
 
     def _evaluate(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Results by task; with several test sets by set and task. The first set's predictions are
@@ -108,7 +110,7 @@ class StandaloneJob(Job):
                 if not recompute_statistics(model, loader, iterations, forward):
                     return None
                 logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
-                return self._evaluate(model, self.folder / "inference_precise_bn")
+                return self._evaluate(model, self.output / "inference_precise_bn")
         finally:
             model.train(training)
 
@@ -137,7 +139,7 @@ class StandaloneJob(Job):
         draw_predictions(model, self._test_set(), self.cfg, folder)
         if self.args.eval_only:
             files = self.files[self.cfg.DATASETS.TEST[0]]
-            draw_worst(files, self.folder, self.folder / WORST_IMAGES)
+            draw_worst(files, self.output, self.output / WORST_IMAGES)
 
     def _training_set(self) -> ConcatDataset:
         return ConcatDataset(

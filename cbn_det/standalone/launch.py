@@ -13,7 +13,6 @@ import torch
 from fvcore.common.config import CfgNode
 
 from ..run.errors import ConfigError, one_line
-from ..run.files import replace_file
 from ..run.job import USAGE
 from .config import read_config
 from .job import StandaloneJob
@@ -44,8 +43,6 @@ def launch(args: argparse.Namespace) -> int:
     logger.info(f"engine: standalone (torchvision's parts); command: {args.command}")
     for note in notes:
         logger.warning(note)
-    if not args.eval_only:
-        replace_file(folder / "config.yaml", lambda file: file.write(cfg.dump().encode("utf-8")))
     return StandaloneJob(cfg, args).execute()
 
 

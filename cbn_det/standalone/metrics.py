@@ -46,8 +46,6 @@ class Metrics:
         """
         path = self._folder / _FILE
         written = _cut(path, start)
-        if written:
-            self._latest = {}
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -61,6 +59,10 @@ class Metrics:
         finally:
             if self._events:
                 self._events.close()
+
+    def begin_line(self) -> None:
+        """What was put for the line before is on file."""
+        self._latest = {}
 
     def put_losses(self, losses: Mapping[str, float]) -> None:
         """Of one iteration; their sum is written as ``total_loss``."""
@@ -83,7 +85,7 @@ class Metrics:
         if self._events:
             for name, value in line.items():
                 self._events.add_scalar(name, value, iteration)
-        self._latest = {}
+        self.begin_line()
         return line
 
     def state_dict(self) -> dict[str, Any]:

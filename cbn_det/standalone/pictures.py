@@ -18,8 +18,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from cbn_det.data.worst_images import write_worst_images
 
+from ..run.folder import PREDICTIONS
 from .datasets import CocoFiles, DetectionDataset
-from .evaluation import PREDICTIONS
 
 logger = logging.getLogger(__name__)
 

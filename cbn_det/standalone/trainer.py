@@ -175,11 +175,16 @@ class Trainer:
         self.clock.start()
         # the last line holds the final evaluation, which is always done
         with self.metrics.writing(min(self.start_iter, last)) as written:
-            if self.start_iter and not written:  # stopped after saving, before reporting
-                self._report(self.start_iter - 1)
-            with stop_requests() as stop:
-                self._iterate(stop)
-            self.clock.stop()
+            if 0 < self.start_iter <= last:
+                if written:
+                    self.metrics.begin_line()
+                else:  # stopped after saving, before reporting
+                    self._report(self.start_iter - 1)
+            try:
+                with stop_requests() as stop:
+                    self._iterate(stop)
+            finally:
+                self.clock.stop()
             if self._statistics is not None:
                 self._statistics.remove()
             self.iter = last + 1
@@ -202,14 +207,15 @@ class Trainer:
             self._step(loader)
             self.clock.end_step()
             done = iteration + 1
-            stopping = stop.requested and done < solver.MAX_ITER
+            stopping = stop.requested
             if done % solver.CHECKPOINT_PERIOD == 0 or stopping or self._line_due(done):
                 check_state(self.bare_model)  # only finite weights are worth saving or evaluating
             if self._line_due(done):
                 self.metrics.put(norm_diagnostics(self.bare_model))
             saver.step(iteration)
             if stopping:
-                self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+                if done < solver.MAX_ITER:
+                    self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
                 raise Interrupted(f"interrupted at iteration {iteration}")
             self._report(iteration)
 
