@@ -348,7 +348,6 @@ def _staging_anew(
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     norms = [m for m in model.modules() if isinstance(m, (SmallBatchNorm2d, Chained))]
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
-    others = set(model.modules()).difference(norms)
     staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
     for layer in layers:
         layer._in_second_pass = True
@@ -356,7 +355,7 @@ def _staging_anew(
         layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, _pass
     refreshed: set[nn.Module] = set()
     try:
-        with kept_numbers(others):
+        with kept_numbers(model):
             yield
         refreshed = {layer for layer in wanting if layer._staged}
     finally:

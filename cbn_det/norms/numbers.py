@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from .base import SmallBatchNorm2d
+from .chain import Chained
+
 
 @contextmanager
-def kept_numbers(modules: Iterable[nn.Module]) -> Iterator[None]:
+def kept_numbers(model: nn.Module) -> Iterator[None]:
     """Puts them back as they were: ints and floats (detectron2's ``loss_normalizer``, an average
-    over iterations), and what was a None and has become one. Bools are settings."""
-    before = {module: dict(vars(module)) for module in modules}
+    over iterations), and what was a None and has become one. Bools are settings. Our norms are left
+    alone: what they keep is theirs to put back."""
+    before = {
+        module: dict(vars(module))
+        for module in model.modules()
+        if not isinstance(module, (SmallBatchNorm2d, Chained))
+    }
     try:
         yield
     finally:

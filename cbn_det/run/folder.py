@@ -115,14 +115,14 @@ def start_afresh(folder: Path) -> None:
     clear_result(folder)
     for name in _STALE:
         path = folder / name
-        if path.exists() and path.stat().st_size:
-            logger.warning(
-                f"{folder} holds an earlier run: {name} is removed (--resume continues one)"
-            )
-            if name == "metrics.json":
-                os.truncate(path, 0)  # detectron2's writer has opened it
-            else:
-                path.unlink()
+        opened = name == "metrics.json"  # by detectron2's writer
+        if not path.exists() or (opened and not path.stat().st_size):
+            continue
+        logger.warning(f"{folder} holds an earlier run: {name} is removed (--resume continues one)")
+        if opened:
+            os.truncate(path, 0)
+        else:
+            path.unlink()
 
 
 def start_evaluation(folder: Path) -> None:

@@ -13,7 +13,6 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ..norms import SmallBatchNorm2d
-from ..norms.chain import Chained
 from ..norms.numbers import kept_numbers
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -115,9 +114,8 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if name in _STATISTICS
     ]
-    others = [m for m in model.modules() if not isinstance(m, (SmallBatchNorm2d, Chained))]
     try:
-        with kept_numbers(others):
+        with kept_numbers(model):
             yield
     finally:
         for buffer, value in saved:
