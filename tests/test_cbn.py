@@ -338,15 +338,39 @@ def test_training_trajectory_equals_the_paper(mode, burn_in):
 # ---- the authors' drop rule ------------------------------------------------------------------
 
 
+def derivatives(y, conv):
+    """Of mean and variance by each channel's own weight, [C, d] each, by autograd; and weight and
+    bias."""
+    of = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+    grads = [torch.autograd.grad(v.sum(), conv.weight, retain_graph=True)[0] for v in of]
+    bias = 0.0 if conv.bias is None else conv.bias.detach().clone()
+    return [g.flatten(1) for g in grads], conv.weight.detach().clone(), bias
+
+
+def carry(running, then, conv):
+    """Running statistics taken along to first order with the step of the weight since ``then``."""
+    slopes, weight, bias = then
+    step = (conv.weight.detach() - weight).flatten(1)
+    for buffer, slope in zip(running, slopes, strict=True):
+        buffer.add_((slope * step).sum(1))
+    running[1].clamp_(min=0.0)
+    if conv.bias is not None:
+        running[0].add_(conv.bias.detach() - bias)
+
+
 def drop_and_ours(size, steps=10):
     torch.manual_seed(0)
     model = layer(nn.Conv2d(3, 16, 3, bias=False), window=4, momentum=0.1)
     conv, norm = model
     authors = PaperCBN(4, "drop", eps_outside=True)
     running = [torch.zeros(16).double(), torch.ones(16).double()]
+    then = None
     for t in range(steps):
         x = images(conv, t)
         y = conv(x)
+        if t:
+            carry(running, then, conv)
+        then = derivatives(y, conv)
         mean, var, count = authors.statistics(y, conv)
         for buffer, now in zip(running, (y.mean((0, 2, 3)), y.var((0, 2, 3))), strict=True):
             buffer.mul_(0.9).add_(0.1 * now.detach())
@@ -743,25 +767,65 @@ def test_memory_of_another_convolution_is_refused(kind):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_pooled_running_statistics_are_those_of_the_mixture(bias):
-    """During burn-in the moments of mini-batches, then those of windows, kept raw."""
+def test_running_statistics_average_mini_batches_at_the_present_weight(bias):
+    """After burn-in; as raw moments in numpy, carried over by derivatives of autograd."""
     torch.manual_seed(0)
-    model = layer(nn.Conv2d(3, 5, 3, bias=bias), window=3, burn_in=4, ema="pooled")
+    model = layer(
+        nn.Conv2d(3, 5, 3, bias=bias), window=3, burn_in=4, ema="pooled", positions=None
+    )
     conv, norm = model
-    paper, numbers = PaperCBN(3, "max"), MixtureEMA(5)
+    numbers, then = MixtureEMA(5), None
     for t in range(10):
         x = images(conv, t) + t / 3  # batches differ in mean
         y = conv(x)
-        mean, var, count = (v.detach().numpy() for v in paper.statistics(y, conv))
-        numbers.update(mean, var, y.numel() / 5 * count)
+        if t > 4:
+            running = [torch.from_numpy(v) for v in (numbers.first, numbers.var)]
+            carry(running, then, conv)
+            numbers.first, var = (v.numpy() for v in running)
+            numbers.second = var + numbers.first**2
+        then = derivatives(y, conv)
+        batch = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        numbers.update(*(v.detach().numpy() for v in batch), y.numel() / 5)
         model(x)
         np.testing.assert_allclose(norm.running_mean, numbers.first, rtol=1e-9)
         np.testing.assert_allclose(norm.running_var, numbers.var, rtol=1e-8)
-        if t >= 4:
-            paper.push(x, conv)
         tick()
         perturb(conv, 0.02, t)
     assert norm.num_batches_tracked == 10
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("positions", [64, None])
+def test_running_statistics_do_not_lag_behind_a_weight_that_drifts(positions, bias):
+    """The truth: the same average of the same mini-batches, all at the last weight. BatchNorm's is
+    of the weights of the time (fine-tuned at a constant rate, such a layer predicted badly)."""
+    torch.manual_seed(0)
+    model = layer(nn.Conv2d(3, 8, 3, bias=bias), window=4, ema="pooled", positions=positions)
+    conv, norm = model
+    plain = nn.BatchNorm2d(8).double()
+    drift = 0.02 * torch.randn_like(conv.weight)
+    for t in range(40):
+        x = images(conv, t, size=(24, 24)) + 1.0
+        plain(conv(x))
+        model(x)
+        if t < 39:  # what is compared is of the last forward's weight
+            tick()
+            with torch.no_grad():
+                conv.weight += drift
+                if bias:
+                    conv.bias += 0.05
+    truth = MixtureEMA(8)
+    for t in range(40):
+        y = conv(images(conv, t, size=(24, 24)) + 1.0).detach().numpy()
+        truth.update(y.mean((0, 2, 3)), y.var((0, 2, 3)), y.size / 8)
+    scale = truth.var**0.5
+
+    def errors(running_mean, running_var):
+        mean = np.abs(np.asarray(running_mean) - truth.first) / scale
+        return mean.mean(), np.abs(np.log(np.asarray(running_var) / truth.var)).mean()
+
+    ours, batchnorms = (errors(n.running_mean, n.running_var) for n in (norm, plain))
+    assert ours[0] < 0.1 * batchnorms[0] and ours[1] < 0.4 * batchnorms[1]
 
 
 def test_one_image_pooled_statistics_have_the_variance_between_images():

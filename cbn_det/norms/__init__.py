@@ -23,6 +23,7 @@ from .model import (
     memory_state_dict,
     norm_diagnostics,
     norm_rows,
+    reading_memory,
     resolve_burn_in,
     sync_running_stats,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "norm_rows",
     "options_of",
     "parse_spec",
+    "reading_memory",
     "register_norm",
     "resolve_burn_in",
     "sync_running_stats",

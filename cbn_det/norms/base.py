@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from . import binding, clock
 from .binding import ConvBound
@@ -50,6 +52,19 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_custom_function() -> bool:
+    """Whether the forward of a ``torch.autograd.Function`` is running in this thread: gradients are
+    off in it, and it may be a re-entrant activation checkpoint, which repeats what it calls."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+                return True
+        frame = frame.f_back
+    return False
+
+
 class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
@@ -61,10 +76,12 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     - empty input is returned as it is, with zero gradients and unchanged state;
     - one value per channel is allowed (its variance is 0 where nothing else is remembered);
     - what is remembered between iterations is read-only within an optimiser step: forwards stage
-      what they saw, and the first training forward after the step commits it. Forwards without
-      gradient (PreciseBN, the first pass of a re-entrant activation checkpoint) and recomputations
-      inside a backward pass never stage anything twice; PreciseBN sees a layer without memory, so
-      that its result is that of BatchNorm with the same weights;
+      what they saw, and the first training forward after the step commits it. A recomputation
+      inside a backward pass stages nothing twice;
+    - training forwards that only gather statistics are BatchNorm's
+      (:attr:`recomputing_statistics`): PreciseBN, ``update_bn`` and any other recalibration end
+      with what BatchNorm's would, and the copy of a model that runs without gradient beside its
+      training (mean teacher) is a BatchNorm;
     - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats`
       pools the running statistics of all ranks, and should run before evaluation and saving.
 
@@ -107,7 +124,11 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
         self.ema = ema
-        self._own_momentum = momentum
+        self._own_momentum = momentum  # the one that training goes by
+        self._used_momentum = momentum  # by the latest forward
+        self._recomputing = False  # this forward, see recomputing_statistics
+        self._recalibrating = False  # forwards with gradient are
+        self._reset_at: int | None = None  # the clock at the latest reset_running_stats()
         self.steps = 0  # iterations (optimiser steps) that this layer took part in
         self._seen = clock.now()
         self._staged_forwards = 0
@@ -124,13 +145,28 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
 
     @property
     def recomputing_statistics(self) -> bool:
-        """Whether this forward belongs to PreciseBN (it sets the momentum to 1, torch's
-        ``update_bn`` to None, and both run without gradient). Memory is then ignored: the same few
-        iterations would take part in the normalisation of every batch that the population's
-        statistics are gathered from."""
-        without_grad = not torch.is_grad_enabled() and not self._in_second_pass
-        another = self.momentum in (1.0, None) and self.momentum != self._own_momentum
-        return another and without_grad
+        """Whether this training forward is not part of training, and therefore BatchNorm's: memory
+        is neither read nor written, and running statistics move by the mini-batch's own.
+
+        It is one without gradient, unless it is the first pass of a re-entrant activation
+        checkpoint; or, with gradient, every one from ``reset_running_stats()`` or a momentum of
+        None or 1 that was another before (``StochasticWeightAveraging`` and ``bn_update`` average
+        anew in these ways) to the next optimiser step.
+        """
+        return self._recomputing
+
+    def _recomputes(self) -> bool:
+        if self._in_second_pass:
+            return False
+        if in_backward():  # as the forward that is repeated
+            return self._recalibrating
+        self._used_momentum = self.momentum
+        anew = self.momentum in (1.0, None) and self.momentum != self._own_momentum
+        anew = anew or self._reset_at == clock.now()
+        if not torch.is_grad_enabled():
+            return anew or not in_custom_function()
+        self._recalibrating = self._recalibrating or anew
+        return self._recalibrating
 
     # ---- what a method defines ----
 
@@ -187,6 +223,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         # a recomputation is of the iteration of its forward, whatever has stepped since
         if not (self._in_second_pass or in_backward()):
             self._advance()
+        self._recomputing = self._recomputes()
         conv_input = self._take_conv_input()
         if input.numel() == 0:
             return self._pass_empty(input)
@@ -231,6 +268,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if self._seen == clock.now():
             return
         self._seen = clock.now()
+        self._own_momentum = self._used_momentum  # an iteration was trained with it
+        self._recalibrating = False
         self._unrecorded = 0
         self._held = {}
         if self._staged_forwards:
@@ -258,6 +297,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         recomputing = in_backward()
         if not recomputing:
             self._update_running(batch, estimate)
+        if self._recomputing:
+            return
         if not with_grad:
             self._unrecorded += 1
             return
@@ -275,6 +316,9 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / self.num_batches_tracked.to(batch.mean.dtype)
+        elif self.recomputing_statistics and self.ema == "pooled":
+            # an average begun anew is of what was shown, not of the 0 and 1 that it begins with
+            momentum = (1.0 / self.num_batches_tracked).clamp(min=momentum).to(batch.mean.dtype)
         mean, var, count = batch.mean, batch.var, batch.count
         if self.ema == "pooled":
             mean, var, count = estimate.mean, estimate.var, batch.count / estimate.share
@@ -296,8 +340,13 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._staged, self._staged_forwards = {}, 0
         self._held, self._kept = {}, {}
 
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self._reset_at = clock.now()
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self._reset_at = None  # nothing is left to be gathered anew for
         if "_staged" in self.__dict__:  # BatchNorm's constructor calls this, too
             self.forget()
             self.steps = 0
@@ -348,11 +397,17 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
 
     def __getstate__(self) -> dict[str, Any]:
         # the clock is the process's; what counts elsewhere is whether it has moved since
-        return {**self.__dict__, "_seen": int(self._seen != clock.now()), "_conv_input": None}
+        return {
+            **self.__dict__,
+            "_seen": int(self._seen != clock.now()),
+            "_reset_at": self._reset_at == clock.now(),
+            "_conv_input": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._seen = clock.now() - state["_seen"]
+        self._reset_at = clock.now() if state["_reset_at"] else None
         clock.install()
         binding.install()
 

@@ -266,7 +266,8 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             if self._weight_is_trained:
                 row |= self._derivatives(batch, y, conv_input)
             if self._adds_bias:
-                row["mean"] = batch.mean - self.conv.bias.detach().to(batch.mean.dtype)
+                row["bias"] = self.conv.bias.detach().to(batch.mean.dtype, copy=True)
+                row["mean"] = batch.mean - row["bias"]
         self._staged = self._pooled(row)
 
     @property
@@ -342,11 +343,40 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
     def commit(self) -> None:
         if not self._staged:
             return
-        row = self._staged
-        if "left" in row:
-            with torch.autocast(row["mean"].device.type, enabled=False):
-                row = self._followed(dict(row))
+        row = dict(self._staged)
+        bias = row.pop("bias", None)
+        with torch.autocast(row["mean"].device.type, enabled=False):
+            self._carry_running_statistics(row, bias)
+            if "left" in row:
+                row = self._followed(row)
         self._window.push(row)
+
+    def _carry_running_statistics(self, row: dict[str, Tensor], bias: Tensor | None) -> None:
+        """Takes the running statistics along with the step that the convolution made in the
+        finished iteration. They are averages over iterations, as the window is, and would otherwise
+        belong to weights of ten iterations ago."""
+        if bias is not None:
+            self.running_mean.add_((self.conv.bias.detach() - bias).to(self.running_mean.dtype))
+        if "patch" not in row:
+            return
+        change = self._products_with_patches(row["patch"][None])[0] - row["anchor_mean"]
+        anchor = row["anchor_var"]
+        if "covariance" in row:
+            now = self._quadratic_forms(row["covariance"][None])[0]
+        elif "gradient" in row:
+            now = self._products_with(row["gradient"][None])[0]
+        elif "product" in row:
+            now, anchor = self._products_with(self._kept["gradient"][None])[0], row["product"]
+        else:
+            now = self._products_with((row["left"] @ row["right"]).flatten(0, 1)[None])[0]
+        # an iteration that overflowed takes them nowhere
+        changes = torch.nan_to_num(torch.stack([change, now - anchor]), 0.0, 0.0, 0.0)
+        self.running_mean.add_(changes[0].to(self.running_mean.dtype))
+        self.running_var.add_(changes[1].to(self.running_var.dtype)).clamp_(min=0.0)
+
+    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
+        # of the mini-batch: the window is of older weights in the layers before this one
+        super()._update_running(batch, Estimate(batch.mean, batch.var, 1.0))
 
     def _followed(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         """The entry for the window, after the finished iteration's step of the weight was added to

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +103,21 @@ def _gathers_statistics(module: nn.Module) -> bool:
     if isinstance(module, SmallBatchNorm2d):
         return True
     return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+
+
+@contextmanager
+def reading_memory(model: nn.Module) -> Iterator[None]:
+    """Within it, forwards in training mode normalise as the next iteration's would, with what is
+    remembered, and leave the norms as they are: for measurements, under ``torch.no_grad()``."""
+    layers = list(_layers(model).values())
+    for layer in layers:
+        layer._advance()
+        layer._in_second_pass = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._in_second_pass = False
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -61,7 +61,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..norms import DoubleForward, Estimate, Moments, SmallBatchNorm2d
+from ..norms import DoubleForward, Estimate, Moments, SmallBatchNorm2d, reading_memory
 from ..norms.functional import group_moments
 from .errors import ConfigError
 from .files import append_line
@@ -171,7 +171,12 @@ class StatisticsError:
         measured = _Measured(count, self._request.reference)
         shadows = self._shadows
         layers = nn.ModuleList(shadows.layers())
-        with torch.no_grad(), kept_statistics(self._model), kept_statistics(layers), _kept_random():
+        with (
+            torch.no_grad(),
+            kept_statistics(self._model),
+            reading_memory(nn.ModuleList([self._model, layers])),
+            _kept_random(),
+        ):
             shadows.on_input, shadows.on_estimate = measured.see, measured.compare
             try:
                 for batch in islice(batches, count):
