@@ -770,9 +770,7 @@ def test_memory_of_another_convolution_is_refused(kind):
 def test_running_statistics_average_mini_batches_at_the_present_weight(bias):
     """After burn-in; as raw moments in numpy, carried over by derivatives of autograd."""
     torch.manual_seed(0)
-    model = layer(
-        nn.Conv2d(3, 5, 3, bias=bias), window=3, burn_in=4, ema="pooled", positions=None
-    )
+    model = layer(nn.Conv2d(3, 5, 3, bias=bias), window=3, burn_in=4, ema="pooled", positions=None)
     conv, norm = model
     numbers, then = MixtureEMA(5), None
     for t in range(10):

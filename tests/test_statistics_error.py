@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from cbn_det.norms import DoubleForward, build_norm, memory_state_dict, resolve_burn_in
+from cbn_det.norms import (
+    DoubleForward,
+    build_norm,
+    memory_state_dict,
+    reading_memory,
+    resolve_burn_in,
+)
 from cbn_det.run import statistics_error
 from cbn_det.run.errors import ConfigError
 from cbn_det.run.precise_bn import recompute_statistics
@@ -291,7 +297,7 @@ def test_a_correction_of_the_output_counts_as_one_of_the_statistics(run) -> None
         gamma, beta = (p.detach().double().numpy() for p in (shadow.weight, shadow.bias))
         estimates = []
         for x in captured.probed[name]:
-            with torch.no_grad():  # of this iteration still, so that its reference stays
+            with torch.no_grad(), reading_memory(shadow):
                 out = shadow(torch.tensor(x).float()).double().numpy()
             lines = [np.polyfit(x[:, c].ravel(), out[:, c].ravel(), 1) for c in range(len(gamma))]
             slope, offset = np.array(lines).T

@@ -8,6 +8,7 @@ from .bgn import BGN2d
 from .brn import BRN2d
 from .cbn import CBN2d
 from .chain import ChainRow, find_chain, format_chain, kn_chain
+from .clock import tick
 from .convert import Conversion, ConvertedNorm, LeftNorm, convert_norm
 from .double_forward import DoubleForward
 from .evaluation import image_share
@@ -25,6 +26,7 @@ from .model import (
     norm_rows,
     reading_memory,
     resolve_burn_in,
+    settle,
     sync_running_stats,
 )
 from .spec import (
@@ -72,6 +74,8 @@ __all__ = [
     "reading_memory",
     "register_norm",
     "resolve_burn_in",
+    "settle",
     "sync_running_stats",
+    "tick",
     "try_norm",
 ]

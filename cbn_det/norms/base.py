@@ -65,6 +65,12 @@ def in_custom_function() -> bool:
     return False
 
 
+def _exporting() -> bool:
+    """Whether the forward is recorded as a graph that is kept."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return torch.jit.is_tracing() or (is_exporting is not None and is_exporting())
+
+
 class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
@@ -96,6 +102,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         momentum: of the running statistics; None for a cumulative average.
         eps: added to the variance.
         affine: whether there are a weight and a bias.
+        device, dtype: of weight, bias and running statistics, as BatchNorm2d takes them; the layers
+            that derive from this one take them too.
 
     Raises:
         ValueError: an option out of range; names the option and what it takes.
@@ -104,6 +112,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     #: whether what an iteration staged is staged anew, with the updated weights, in the second pass
     #: of :class:`cbn_det.norms.DoubleForward`
     double_forward = False
+    #: whether it matters to the method which iteration a forward belongs to
+    counts_iterations = False
     #: names of state, beside BatchNorm's, that evaluation does not use
     training_state: tuple[str, ...] = ()
 
@@ -115,8 +125,12 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
+        super().__init__(
+            num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype
+        )
         if ema not in ("pooled", "batch"):
             raise ValueError(f"ema={ema!r}: expected 'pooled' or 'batch'")
         if not (is_number(eps) and eps >= 0.0):
@@ -132,6 +146,11 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self.steps = 0  # iterations (optimiser steps) that this layer took part in
         self._seen = clock.now()
         self._staged_forwards = 0
+        self._clock_moved = False  # as far as this layer has seen
+        self._placed = False  # whether ``steps`` is known to be the place in the schedule
+        self._memory_loaded = False  # since the latest training forward
+        self._memory_is_of: list[Tensor] | None = None  # weights, where others were loaded since
+        self._watched: Tensor | None = None  # a weight of some forwards ago
         self._unrecorded = 0  # no-grad forwards that a recomputation may still record
         self._window: Window | None = None
         self._staged: dict[str, Tensor] = {}
@@ -140,6 +159,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         # Double Forward's second pass: layers stand still, but those it refreshes stage anew
         self._in_second_pass = False
         self._after_refresh: Callable[[], None] | None = None
+        self._refreshed = False  # whether that pass has staged this iteration anew
         clock.install()
         binding.install()
 
@@ -169,6 +189,11 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         return self._recalibrating
 
     # ---- what a method defines ----
+
+    @property
+    def _waits(self) -> bool:
+        """Whether what the layer does changes at some iteration of the schedule."""
+        return False
 
     @property
     def batch_share(self) -> float:
@@ -214,7 +239,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._train(input) if self.training else super().forward(input)
+        if not self.training:
+            return super().forward(input)
+        if _exporting():
+            raise RuntimeError(
+                f"{type(self).__name__} in training mode cannot be exported or traced: what it"
+                " remembers would be part of the graph. Call model.eval() first."
+            )
+        return self._train(input)
 
     # what an iteration leaves to the next is no part of a graph that is compiled once
     @torch.compiler.disable
@@ -222,6 +254,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._check_input_dim(input)
         # a recomputation is of the iteration of its forward, whatever has stepped since
         if not (self._in_second_pass or in_backward()):
+            self._look_at_loaded_weights()
             self._advance()
         self._recomputing = self._recomputes()
         conv_input = self._take_conv_input()
@@ -274,10 +307,65 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._held = {}
         if self._staged_forwards:
             self.steps += 1
+            self._clock_moved, self._watched = True, None
+            if not self._placed:
+                self._find_place()
             # not in a caller's inference mode: its tensors could not be written to later
             with torch.inference_mode(False), torch.no_grad():
                 self.commit()
-            self._staged, self._staged_forwards = {}, 0
+            self._staged, self._staged_forwards, self._refreshed = {}, 0, False
+
+    def _find_place(self) -> None:
+        """Takes the count of steps from the optimiser's own, in the first iteration of which nobody
+        told the layer: training may have been resumed, or the layer converted in the middle."""
+        self._placed = True
+        if self.weight is None or not self.counts_iterations or not self._waits:
+            return
+        taken = clock.steps_of(self.weight)
+        if taken is not None:
+            self.steps = max(self.steps, taken)
+            return
+        clock.warn_once(
+            f"training goes on with an optimiser that keeps no count of its steps, and"
+            f" {type(self).__name__} layers were not told how far it is: burn-in begins anew. Call"
+            " cbn_det.norms.resolve_burn_in(model, max_iter, start_iter=...) before training, or"
+            " save memory_state_dict(model) and load it."
+        )
+
+    def _look_at_loaded_weights(self) -> None:
+        """Drops what is remembered of other weights than those of now."""
+        self._memory_loaded = False
+        if self._memory_is_of is None:
+            return
+        before, self._memory_is_of = self._memory_is_of, None
+        now = self._weights()
+        same = len(now) == len(before) and all(
+            a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(now, before, strict=True)
+        )
+        if not same:
+            self.forget()
+            self.steps, self._placed = 0, False
+
+    def _weights(self) -> list[Tensor]:
+        """What tells this layer's weights from others. Its convolution's is loaded before."""
+        own = (self.weight, self.bias, self.running_mean, self.running_var)
+        return [tensor.detach() for tensor in own if tensor is not None]
+
+    def _watch_clock(self) -> None:
+        """Warns where weights change and no iteration is counted. Looks at the weights in few
+        forwards, and in none after the clock has moved once."""
+        forwards = self._staged_forwards
+        if self._clock_moved or not self.counts_iterations or forwards < 8:
+            return
+        if forwards & (forwards - 1) or self.weight is None:
+            return
+        before, self._watched = self._watched, self.weight.detach().clone()
+        if before is not None and not torch.equal(before, self._watched.to(before)):
+            clock.warn_once(
+                f"the weights change, and no step of a torch.optim.Optimizer is seen:"
+                f" {type(self).__name__} layers cannot tell iterations apart, and are BatchNorm."
+                " Call cbn_det.norms.tick() after each update of the weights."
+            )
 
     @torch.no_grad()
     def _record(
@@ -292,6 +380,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             if self._after_refresh is not None:
                 self.stage(batch, y.detach(), conv_input)
                 self._staged_forwards += 1
+                self._refreshed = True
                 self._after_refresh()
             return
         recomputing = in_backward()
@@ -310,6 +399,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             return  # recorded when it ran for the first time
         self.stage(batch, y.detach(), conv_input)
         self._staged_forwards += 1
+        self._watch_clock()
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         self.num_batches_tracked += 1
@@ -349,7 +439,14 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         self._reset_at = None  # nothing is left to be gathered anew for
         if "_staged" in self.__dict__:  # BatchNorm's constructor calls this, too
             self.forget()
-            self.steps = 0
+            self.steps, self._placed = 0, False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        remembers = self.steps > 0 or self._staged_forwards > 0
+        # memory that was loaded is of the weights that come with it, in whatever order
+        if remembers and not self._memory_loaded and self._memory_is_of is None:
+            self._memory_is_of = [weight.clone() for weight in self._weights()]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""
@@ -381,6 +478,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         if self._window is not None:
             self._window.load_state_dict(state["window"], device)
         self.steps = state["steps"]
+        self._placed = self._memory_loaded = True
+        self._memory_is_of = None
         self._staged = {key: value.to(device) for key, value in state["staged"].items()}
         self._staged_forwards = state["staged_forwards"]
         self._held = {key: value.to(device) for key, value in held.items()}

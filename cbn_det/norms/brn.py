@@ -48,8 +48,9 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
             float in (0, 1) a fraction of the schedule (:func:`cbn_det.norms.resolve_burn_in`).
         ramp: how long, after that, the limits grow from (1, 0) to (r_max, d_max); likewise.
         ema: see :class:`SmallBatchNorm2d`. The paper's is nearer to ``'batch'``.
-        momentum, eps, affine: see :class:`SmallBatchNorm2d`. The running statistics serve as the
-            reference, so they should be smoother than BatchNorm's usual momentum makes them.
+        momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The running statistics
+            serve as the reference, so they should be smoother than BatchNorm's usual momentum makes
+            them.
 
     Raises:
         ValueError: an option out of range.
@@ -69,8 +70,11 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         momentum: float | None = 0.01,
         eps: float = 1e-5,
         affine: bool = True,
+        **factory: Any,
     ) -> None:
-        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
+        super().__init__(
+            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+        )
         if not (is_number(r_max) and r_max >= 1.0):
             raise ValueError(f"r_max={r_max!r}: expected a number, 1 or more")
         if not (is_number(d_max) and d_max >= 0.0):

@@ -69,10 +69,21 @@ DEFAULT_POSITIONS = 64
 #: Weight of the newest estimate in the averaged derivative; 0.3 was noisier.
 _DERIVATIVE_MOMENTUM = 0.1
 
+#: Factors of the derivative that an iteration of many forwards may stage, in positions, before
+#: they are multiplied out: it keeps memory bounded by the weight's size.
+_MOST_FACTORS = 4
+
 _NO_DERIVATIVES = (
     "the saved memory has no derivatives by the weight of the convolution, as that of"
     " compensation='none'"
 )
+
+
+def _product_of_factors(row: dict[str, Tensor]) -> Tensor:
+    """[groups, C / groups, d]: the derivative that a staged row has in factors."""
+    if "dense" in row:
+        return row["dense"].baddbmm(row["left"], row["right"])
+    return row["left"] @ row["right"]
 
 
 @register_norm("CBN")
@@ -105,7 +116,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             counts for a channel. Beyond it the linear term is no longer valid (the neglected
             quadratic term is at least ``(dvar / var)**2 / 4`` of the variance), and that channel
             averages over fewer entries.
-        ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
+        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range.
@@ -126,8 +137,11 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
+        **factory: Any,
     ) -> None:
-        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
+        super().__init__(
+            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+        )
         if type(window) is not int or window < 1:
             raise ValueError(
                 f"window={window!r}: expected an int, 1 or more (it counts the current iteration)"
@@ -338,6 +352,11 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         lefts = (old["left"] * (1.0 - share), row["left"] * share, cross.view(len(patch), -1, 1))
         pooled["left"] = torch.cat(lefts, 2)
         pooled["right"] = torch.cat((old["right"], row["right"], patch.unsqueeze(1)), 1)
+        if "dense" in old:
+            pooled["dense"] = old["dense"] * (1.0 - share)
+        if pooled["right"].shape[1] > _MOST_FACTORS * self.positions:  # a long accumulation
+            pooled["dense"] = _product_of_factors(pooled)
+            pooled["left"], pooled["right"] = pooled["left"][..., :0], pooled["right"][:, :0]
         return pooled
 
     def commit(self) -> None:
@@ -368,7 +387,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         elif "product" in row:
             now, anchor = self._products_with(self._kept["gradient"][None])[0], row["product"]
         else:
-            now = self._products_with((row["left"] @ row["right"]).flatten(0, 1)[None])[0]
+            now = self._products_with(_product_of_factors(row).flatten(0, 1)[None])[0]
         # an iteration that overflowed takes them nowhere
         changes = torch.nan_to_num(torch.stack([change, now - anchor]), 0.0, 0.0, 0.0)
         self.running_mean.add_(changes[0].to(self.running_mean.dtype))
@@ -382,14 +401,19 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         """The entry for the window, after the finished iteration's step of the weight was added to
         what is remembered, and its estimate to the averaged derivative."""
         left, right, anchor = (row.pop(key) for key in ("left", "right", "anchor_var"))
-        product = row.pop("product", None)
+        product, dense = row.pop("product", None), row.pop("dense", None)
+        if dense is not None or product is None:
+            dense = left @ right if dense is None else dense.baddbmm(left, right)
         if product is None:  # nothing was remembered that the weight could have moved away from
-            self._kept = {"gradient": (left @ right).flatten(0, 1), "anchor": anchor}
+            self._kept = {"gradient": dense.flatten(0, 1), "anchor": anchor}
         else:
             self._window["change"].add_(product - self._kept["anchor"])
             newest = max(_DERIVATIVE_MOMENTUM, 1.0 / (self._window.pushed + 1))
             average = self._kept["gradient"].unflatten(0, left.shape[:2])
-            average.baddbmm_(left, right, beta=1.0 - newest, alpha=newest)
+            if dense is None:
+                average.baddbmm_(left, right, beta=1.0 - newest, alpha=newest)
+            else:
+                average.lerp_(dense, newest)
             self._kept["anchor"] = product.lerp(anchor, newest)
         return row | {"change": torch.zeros_like(row["var"])}
 

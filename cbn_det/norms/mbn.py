@@ -27,11 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import clock
 from .base import Estimate, SmallBatchNorm2d, is_number
 from .functional import Moments, mixture
 from .schedule import Scheduled
 from .spec import register_norm
 from .window import Window
+
+_ENTRIES_BEFORE_WARNING = 8
 
 
 @register_norm("MBN")
@@ -57,7 +60,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
             number of optimiser steps, a float in (0, 1) a fraction of the schedule
             (:func:`cbn_det.norms.resolve_burn_in`). While weights move fast, remembered statistics
             do more harm than good: windows of all kinds failed early in training from scratch.
-        ema, momentum, eps, affine: see :class:`SmallBatchNorm2d`.
+        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range.
@@ -75,8 +78,11 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
+        **factory: Any,
     ) -> None:
-        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine)
+        super().__init__(
+            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+        )
         if type(window) is not int or window < 1:
             raise ValueError(
                 f"window={window!r}: expected an int, 1 or more (it counts the current iteration)"
@@ -90,6 +96,8 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         self.double_forward = double_forward
         self._set_times(burn_in=burn_in)
         self._window = Window(window - 1) if window > 1 else None
+        self._entries = 0  # iterations remembered in this process
+        self._refreshed_entries = 0  # of these, those with a second pass
 
     def options(self) -> dict[str, Any]:
         return {
@@ -148,6 +156,27 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
     def commit(self) -> None:
         if self._staged:
             self._window.push(self._staged)
+            self._entries += 1
+            self._refreshed_entries += self._refreshed
+            self._watch_second_pass()
+
+    def _watch_second_pass(self) -> None:
+        if self.double_forward and self._entries >= _ENTRIES_BEFORE_WARNING:
+            if not self._refreshed_entries:
+                clock.warn_once(
+                    "MBN layers have double_forward=True, and nobody runs the second pass: their"
+                    " memory is of weights before each step. Call"
+                    " cbn_det.norms.DoubleForward(model).refresh() after optimizer.step(), with the"
+                    " module that the training loop calls, or set MBN(double_forward=False)."
+                )
+
+    @property
+    def diagnostics(self) -> dict[str, Tensor]:
+        """``second_pass``: the share of remembered iterations that a second pass has put right, as
+        a 0-dim tensor. Empty before anything is remembered, and with ``double_forward=False``."""
+        if not (self.double_forward and self._entries):
+            return {}
+        return {"second_pass": torch.tensor(self._refreshed_entries / self._entries)}
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.remembers and not self.recomputing_statistics:

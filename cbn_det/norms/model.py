@@ -35,7 +35,7 @@ def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = No
         if isinstance(layer, Scheduled):
             layer.resolve_burn_in(max_iter)
         if start_iter is not None:
-            layer.steps = start_iter
+            layer.steps, layer._placed = start_iter, True
 
 
 def check_bindings(model: nn.Module) -> None:
@@ -105,13 +105,20 @@ def _gathers_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
 
 
+def settle(model: nn.Module) -> None:
+    """Takes the finished iteration into memory and running statistics, as the next training forward
+    would do first."""
+    for layer in _layers(model).values():
+        layer._advance()
+
+
 @contextmanager
 def reading_memory(model: nn.Module) -> Iterator[None]:
     """Within it, forwards in training mode normalise as the next iteration's would, with what is
     remembered, and leave the norms as they are: for measurements, under ``torch.no_grad()``."""
+    settle(model)
     layers = list(_layers(model).values())
     for layer in layers:
-        layer._advance()
         layer._in_second_pass = True
     try:
         yield

@@ -16,8 +16,13 @@ class Scheduled:
     ``burn_in_steps``, None until they are known.
     """
 
+    counts_iterations = True
     timed: tuple[str, ...] = ("burn_in",)
     steps: int
+
+    @property
+    def _waits(self) -> bool:
+        return any(getattr(self, name) for name in self.timed)
 
     @property
     def in_burn_in(self) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from ..norms import SmallBatchNorm2d
+from ..norms import SmallBatchNorm2d, settle
 from ..norms.numbers import kept_numbers
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -107,6 +107,7 @@ def recompute_statistics(
 def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Puts the running statistics of all BatchNorm layers back as they were, and numbers that
     other modules keep of training forwards (:func:`~cbn_det.norms.numbers.kept_numbers`)."""
+    settle(model)
     saved = [
         (buffer, buffer.clone())
         for module in model.modules()

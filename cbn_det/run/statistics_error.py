@@ -173,8 +173,8 @@ class StatisticsError:
         layers = nn.ModuleList(shadows.layers())
         with (
             torch.no_grad(),
-            kept_statistics(self._model),
             reading_memory(nn.ModuleList([self._model, layers])),
+            kept_statistics(self._model),
             _kept_random(),
         ):
             shadows.on_input, shadows.on_estimate = measured.see, measured.compare
