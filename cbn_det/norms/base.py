@@ -380,7 +380,6 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             if self._after_refresh is not None:
                 self.stage(batch, y.detach(), conv_input)
                 self._staged_forwards += 1
-                self._refreshed = True
                 self._after_refresh()
             return
         recomputing = in_backward()

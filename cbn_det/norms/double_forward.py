@@ -358,6 +358,8 @@ def _staging_anew(
         with kept_numbers(model):
             yield
         refreshed = {layer for layer in wanting if layer._staged}
+        for layer in refreshed:
+            layer._refreshed = True
     finally:
         for layer in layers:
             layer._in_second_pass, layer._after_refresh = False, None

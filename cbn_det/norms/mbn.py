@@ -96,7 +96,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         self.double_forward = double_forward
         self._set_times(burn_in=burn_in)
         self._window = Window(window - 1) if window > 1 else None
-        self._entries = 0  # iterations remembered in this process
+        self._entries = 0  # iterations remembered so far
         self._refreshed_entries = 0  # of these, those with a second pass
 
     def options(self) -> dict[str, Any]:
@@ -177,6 +177,14 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         if not (self.double_forward and self._entries):
             return {}
         return {"second_pass": torch.tensor(self._refreshed_entries / self._entries)}
+
+    def memory_state_dict(self) -> dict[str, Any]:
+        passes = (self._entries, self._refreshed_entries, self._refreshed)
+        return {**super().memory_state_dict(), "second_passes": passes}
+
+    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_memory_state_dict(state)
+        self._entries, self._refreshed_entries, self._refreshed = state["second_passes"]
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.remembers and not self.recomputing_statistics:
