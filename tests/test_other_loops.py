@@ -457,3 +457,20 @@ def test_device_and_dtype_are_batchnorms(spec):
         build_norm(f"{spec}(device='cpu')", 8)
     with pytest.raises(TypeError, match="windoww"):
         MBN2d(8, windoww=3)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_second_pass_compiles_the_model_once_more_and_not_with_every_step(bare):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model = model_of("MBN(burn_in=1)")
+    compiled = torch.compile(model, backend="eager")
+    second, optimizer = DoubleForward(model if bare else compiled), sgd(model)
+    counts = []
+    for seed in range(8):
+        train(compiled, optimizer, [seed])
+        second.refresh()
+        counts.append(counters["frames"]["total"])
+    assert model[1].diagnostics["second_pass"] == 1.0
+    assert counts[-1] == counts[3]

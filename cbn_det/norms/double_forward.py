@@ -210,15 +210,18 @@ class DoubleForward:
 
 class _Hooks:
     """A DoubleForward's hooks on its model. A copy of the model has copies of these, which do
-    nothing where the DoubleForward was not copied, too: nobody would refresh what they record."""
+    nothing where the DoubleForward was not copied, too: nobody would refresh what they record. They
+    are no part of a compiled graph, which would be compiled anew with every step of the clock."""
 
     def __init__(self, owner: DoubleForward) -> None:
         self.owner: DoubleForward | None = owner
 
+    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.owner is not None:
             self.owner._record(model, args, kwargs)
 
+    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.owner is not None:
             self.owner._end_record(model, args, output)
