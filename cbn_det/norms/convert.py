@@ -62,7 +62,9 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
     goes on updating them, evaluation does not change and checkpoints fit both ways; they keep eps
     and momentum (unless ``spec`` sets them), training mode, device and dtype, and are bound to the
     convolutions that feed them. Convert before the model is wrapped in DistributedDataParallel or
-    compiled.
+    compiled. After fine-tuning at a constant rate, or with ``CBN(compensation='none')``, running
+    statistics lag behind the weights: recompute them before an evaluation (PreciseBN, or
+    ``torch.optim.swa_utils.update_bn``).
 
     Other norms (GroupNorm, FrozenBatchNorm2d, BatchNorm1d), and BatchNorms that do more than
     BatchNorm (timm's ``BatchNormAct2d`` has its activation inside) or lack something (running

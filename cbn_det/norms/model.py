@@ -161,7 +161,8 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     variance was negative, or that did not count; ``compensation_mean``, the size of the
     compensation in standard deviations; ``compensation_var``, relative to the variance. For BRN:
     ``r_at_limit`` and ``d_at_limit``, the shares of channels whose correction is cut off. Empty
-    before burn-in ends. For KN and GKN: ``guarded``, the share of predictions that were refused;
+    before burn-in ends. For MBN: ``second_pass``, the share of remembered iterations that Double
+    Forward has put right. For KN and GKN: ``guarded``, the share of predictions that were refused;
     ``prediction_mean``, the error of the mean in the mini-batch's standard deviations;
     ``prediction_var``, the variance relative to the mini-batch's.
     """
