@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .base import Estimate, SmallBatchNorm2d, is_number
+from .conv_call import ConvCall
 from .functional import Moments, mixture
 from .schedule import Scheduled
 from .spec import register_norm
@@ -130,7 +131,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         means, variances = torch.cat([mean[None], older_mean]), torch.cat([var[None], older_var])
         return *mixture(means, variances, weights), weights[0]
 
-    def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
+    def stage(self, batch: Moments, y: Tensor, call: ConvCall | None) -> None:
         if not self.remembers:
             return
         mean, var = batch.mean, batch.var
