@@ -429,6 +429,25 @@ def test_a_version_of_torch_that_does_not_show_what_nodes_keep(monkeypatch):
         model(images(0, 8))
 
 
+def test_weights_that_are_given_for_one_call():
+    """Inner loops of meta-learning: a step of the weights that is itself differentiated."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), cbn()).double()
+    conv = model[0]
+    xs = [images(t) for t in range(4)]
+    weights = dict(conv.named_parameters())
+    for t, x in enumerate(xs):
+        out = torch.func.functional_call(model, {f"0.{k}": v for k, v in weights.items()}, x)
+        expected = of_window(lambda x, w=weights: F.conv2d(x, **w), xs[: t + 1])
+        torch.testing.assert_close(out.detach(), expected, rtol=1e-6, atol=1e-6)
+        grads = torch.autograd.grad(out.pow(3).mean(), weights.values())
+        weights = {k: v * 1.0 - g for (k, v), g in zip(weights.items(), grads, strict=True)}
+        tick()
+    assert weights["weight"].grad_fn is not None
+    y = torch.func.functional_call(conv, {"weight": conv.weight * 2.0}, xs[0])
+    with pytest.raises(RuntimeError, match="another weight than its own"):
+        model[1](y)
+
+
 # ---- another convolution in the place of the first ---------------------------------------------
 
 
@@ -453,6 +472,9 @@ def test_a_convolution_that_took_over_the_hooks(graph):
     put_in_place(model, nn.Conv2d(3, 4, 3).double())
     with pytest.raises(RuntimeError, match="something lies between"):
         norm(hidden(model[0](images(2)).relu()))
+    norm.unbind()
+    model[0](images(3))
+    assert norm._take_conv_input() is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

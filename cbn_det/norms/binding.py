@@ -27,8 +27,8 @@ from .conv_call import (
 )
 from .functional import ConvGeometry, statistics_dtype
 
-# The numbers of two forwards are proof, and of so many that said nothing (constant output) no more
-# is expected.
+# Two forwards whose numbers agree are proof; after so many that said nothing (constant outputs) no
+# more is expected of them. Reading numbers waits for the device.
 _ENOUGH = 50
 
 # of the latest call of a layer's convolution
@@ -80,7 +80,9 @@ class ConvBound:
         self.__dict__.update(NOTHING_SEEN, _conv=None, _checked={})
 
     def _keep_input(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
-        if conv is not self.conv and self.conv is not None:
+        if self.conv is None:
+            return
+        if conv is not self.conv:
             # put in the place of the other one, with its hooks (torch.ao.quantization does so)
             self.__dict__.update(_conv=conv, _checked={})
         self.__dict__["_conv_input"] = args[0].detach() if self.training and args else None
@@ -158,8 +160,8 @@ class ConvBound:
         )
 
     def _check_numbers(self, call: ConvCall, y: Tensor, key: tuple[bool, bool]) -> None:
-        """Whether ``y`` is the output of ``call``, by numbers; waits for the device, so in the
-        first forwards of each kind only."""
+        """Raises a RuntimeError unless ``y`` is the output of ``call``: by its size and, in the
+        first forwards of each kind, by numbers."""
         made = call.fits(y)
         checked = self.__dict__.setdefault("_checked", {})
         if made and checked.get(key, 0) < _ENOUGH:
@@ -171,8 +173,8 @@ class ConvBound:
                 f" convolution makes of the latest input that it was called with,"
                 f" {list(call.x.shape)}: something lies between, or {type(self.conv).__name__}"
                 " pads or changes its weight within its forward, or it was called again before"
-                " this norm (in eager mode, without activation checkpoints, the graph shows what it"
-                " computed with, and the last two work)"
+                " this norm (padding and further calls are no error in eager mode, without"
+                " activation checkpoints, where the graph shows what was computed)"
             )
 
     def _conv_name(self) -> str:

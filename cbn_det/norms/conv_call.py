@@ -111,6 +111,8 @@ def mismatch(conv: nn.Conv2d, node: Any) -> str | None:
     if source is None:
         frozen = plain is not None and not plain.requires_grad
         return None if frozen else "the convolution before it is frozen, so it is another one"
+    if plain is not None and plain.grad_fn is not None:  # functional_call, shards of FSDP
+        return None if source is plain.grad_fn else "another convolution's output reaches it"
     weight = getattr(source, "variable", None)  # None: not a leaf
     if weight is None and plain is not None:  # else it is parametrised: conv.weight is it
         return (
