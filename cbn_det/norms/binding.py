@@ -70,7 +70,7 @@ class ConvBound:
         norm is registered in, or right after, an ``nn.Conv2d``."""
         self.unbind()
         handle = conv.register_forward_pre_hook(self._keep_input)
-        self.__dict__.update(_conv=conv, _conv_handle=handle, _checked={})
+        self.__dict__.update(_conv=conv, _conv_handle=handle)
 
     def unbind(self) -> None:
         """Forgets the convolution."""
