@@ -23,9 +23,12 @@ from .conv_call import (
     in_backward,
     mismatch,
     operation_of,
+    past_hooks,
     saved,
 )
 from .functional import ConvGeometry, statistics_dtype
+
+__all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
 
 # Two forwards whose numbers agree are proof; after so many that said nothing (constant outputs) no
 # more is expected of them. Reading numbers waits for the device.

@@ -64,7 +64,7 @@ from torch.nn.modules.module import (
 
 from . import clock
 from .base import in_backward
-from .conv_call import past_hooks
+from .binding import past_hooks
 from .prediction import (
     Affine,
     Concat,
