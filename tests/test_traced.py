@@ -115,6 +115,12 @@ def test_script_names_what_to_do_first(spec):
         torch.testing.assert_close(traced(images(9)), expected)
 
 
+def test_script_of_a_norm_that_cannot_become_batchnorm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), build_norm("GKN(groups=2)", 4))
+    with pytest.raises(RuntimeError, match=r"cannot compile GKN2d: .*model\.eval\(\)$"):
+        torch.jit.script(model)
+
+
 # ---- torch.compile ---------------------------------------------------------------------------
 
 

@@ -24,11 +24,11 @@ from .functional import Moments, mixture, moments, normalize, statistics_dtype
 from .kn import DEFAULT_GAIN, Predicting, observed
 from .prediction import Pair, pooled_samples
 from .spec import register_norm
-from .traced import call_in_graph
+from .traced import Unscriptable, call_in_graph
 
 
 @register_norm("GKN")
-class GKN2d(Predicting, nn.GroupNorm):
+class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     """Group Kalman Normalization over [N, C, H, W]; GroupNorm's parameters, and GroupNorm where
     nothing precedes it.
 

@@ -20,8 +20,13 @@ class Unscriptable:
     """Mixin of a norm that ``torch.jit.script`` cannot compile."""
 
     def __prepare_scriptable__(self) -> NoReturn:
+        become = ""
+        if isinstance(self, nn.BatchNorm2d):
+            become = (
+                ", or script a model in which cbn_det.deploy.to_batchnorm(model) made its norms"
+                " nn.BatchNorm2d (in place: give it a copy of one that goes on training)"
+            )
         raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: script a model in which"
-            " cbn_det.deploy.to_batchnorm(model) made its norms nn.BatchNorm2d (in place; a copy"
-            " can go on training), or use torch.jit.trace on model.eval()"
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace on"
+            f" model.eval(){become}"
         )
