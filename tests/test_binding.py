@@ -241,11 +241,24 @@ def test_one_norm_shared_by_two_convolutions():
 
 
 def test_a_convolution_whose_module_was_not_called():
+    """The graph shows what was computed; without it there is no telling."""
     model = nn.Sequential(conv(), cbn())
+    other = copy.deepcopy(model)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = images()
+        pair = (
+            model[1](nn.functional.conv2d(x, model[0].weight, padding=1)),
+            other[1](other[0](input=x)),
+        )
+        assert torch.equal(*pair)
+        for m, out in zip((model, other), pair, strict=True):
+            out.pow(3).mean().backward()
+            torch.optim.SGD(m.parameters(), lr=0.1).step()
+            assert "patch" in m[1]._staged
+    y = other[0](input=images()).detach().requires_grad_()
     with pytest.raises(RuntimeError, match="did not see the input"):
-        model[1](nn.functional.conv2d(images(), model[0].weight, padding=1))
-    with pytest.raises(RuntimeError, match="did not see the input"):
-        model[1](model[0](input=images()))
+        other[1](y)
 
 
 # ---- released --------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.fx import Proxy
 
 from . import binding, clock
 from .binding import ConvBound
+from .conv_call import ConvCall, in_backward
 from .functional import Moments, moments, normalize
+from .traced import Unscriptable, call_in_graph
 from .window import Window, moved
 
 
@@ -46,12 +49,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread (activation checkpointing
-    recomputes forwards there)."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def in_custom_function() -> bool:
     """Whether the forward of a ``torch.autograd.Function`` is running in this thread: gradients are
     off in it, and it may be a re-entrant activation checkpoint, which repeats what it calls."""
@@ -71,7 +68,7 @@ def _exporting() -> bool:
     return torch.jit.is_tracing() or (is_exporting is not None and is_exporting())
 
 
-class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
+class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
     A subclass of ``nn.BatchNorm2d`` with exactly its five state keys, because code around a norm
@@ -209,8 +206,9 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
         raise NotImplementedError
 
-    def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
-        """Takes note of one recorded forward; called without gradient, after :meth:`estimate`."""
+    def stage(self, batch: Moments, y: Tensor, call: ConvCall | None) -> None:
+        """Takes note of one recorded forward; called without gradient, after :meth:`estimate`.
+        ``call`` is the convolution's that made ``y``, where the method needs it."""
 
     def commit(self) -> None:
         """Turns what the forwards of the finished iteration staged into memory."""
@@ -239,6 +237,8 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_in_graph(self, input)
         if not self.training:
             return super().forward(input)
         if _exporting():
@@ -260,8 +260,9 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         conv_input = self._take_conv_input()
         if input.numel() == 0:
             return self._pass_empty(input)
+        call = None
         if self.needs_conv:
-            self._check_binding(input, conv_input)
+            call = self._find_call(input, conv_input, self._to_be_recorded())
         # without autocast, which would run the matrix products of the compensation in 16 bits
         with torch.autocast(input.device.type, enabled=False):
             batch = self.batch_moments(input)
@@ -277,8 +278,16 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
                 self.eps,
                 estimate.groups,
             )
-            self._record(batch, estimate, input, conv_input, torch.is_grad_enabled())
+            self._record(batch, estimate, input, call, torch.is_grad_enabled())
         return output
+
+    def _to_be_recorded(self) -> bool:
+        """Whether :meth:`stage` is to be called in this forward."""
+        if self._in_second_pass:
+            return self._after_refresh is not None
+        if self._recomputing or not torch.is_grad_enabled():
+            return False
+        return not in_backward() or self._unrecorded > 0
 
     def _affine(self, estimate: Estimate) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, with the estimate's scale and shift taken into them."""
@@ -373,12 +382,12 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
         batch: Moments,
         estimate: Estimate,
         y: Tensor,
-        conv_input: Tensor | None,
+        call: ConvCall | None,
         with_grad: bool,
     ) -> None:
         if self._in_second_pass:
             if self._after_refresh is not None:
-                self.stage(batch, y.detach(), conv_input)
+                self.stage(batch, y.detach(), call)
                 self._staged_forwards += 1
                 self._after_refresh()
             return
@@ -396,7 +405,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             self._unrecorded -= 1
         else:
             return  # recorded when it ran for the first time
-        self.stage(batch, y.detach(), conv_input)
+        self.stage(batch, y.detach(), call)
         self._staged_forwards += 1
         self._watch_clock()
 
@@ -499,7 +508,7 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
             **self.__dict__,
             "_seen": int(self._seen != clock.now()),
             "_reset_at": self._reset_at == clock.now(),
-            "_conv_input": None,
+            **binding.NOTHING_SEEN,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

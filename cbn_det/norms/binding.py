@@ -3,17 +3,39 @@
 A norm is called as ``norm(y)`` and sees neither the weight nor the input of the convolution that
 made ``y``. torch calls a hook whenever a submodule is assigned to its parent, which is enough to
 see that a norm was put into a convolution (detectron2's ``Conv2d`` wrapper) or right after one
-(``nn.Sequential``, torchvision's blocks). Nothing is patched, and what was inferred is checked
-against the autograd graph on the first training forward.
+(``nn.Sequential``, torchvision's blocks). Nothing is patched, and what was inferred is checked in
+each training forward against the autograd graph or, where there is none to be seen, by the numbers
+of the first ones.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from .conv_call import (
+    ConvCall,
+    call_by,
+    computed_weight,
+    in_backward,
+    mismatch,
+    operation_of,
+    past_hooks,
+    saved,
+)
+from .functional import ConvGeometry, statistics_dtype
+
+__all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
+
+# Two forwards whose numbers agree are proof; after so many that said nothing (constant outputs) no
+# more is expected of them. Reading numbers waits for the device.
+_ENOUGH = 50
+
+# of the latest call of a layer's convolution
+NOTHING_SEEN = {"_conv_input": None, "_computed_weight": None}
 
 _installed = False
 
@@ -51,54 +73,124 @@ class ConvBound:
         norm is registered in, or right after, an ``nn.Conv2d``."""
         self.unbind()
         handle = conv.register_forward_pre_hook(self._keep_input)
-        self.__dict__.update(_conv=conv, _conv_handle=handle, _binding_checked=False)
+        self.__dict__.update(_conv=conv, _conv_handle=handle)
 
     def unbind(self) -> None:
         """Forgets the convolution."""
         handle = self.__dict__.pop("_conv_handle", None)
         if handle is not None:
             handle.remove()
-        self.__dict__.update(_conv=None, _conv_input=None, _binding_checked=False)
+        self.__dict__.update(NOTHING_SEEN, _conv=None, _checked={})
 
     def _keep_input(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.conv is None:
+            return
+        if conv is not self.conv:
+            # put in the place of the other one, with its hooks (torch.ao.quantization does so)
+            self.__dict__.update(_conv=conv, _checked={})
         self.__dict__["_conv_input"] = args[0].detach() if self.training and args else None
 
     def _take_conv_input(self) -> Tensor | None:
-        """The input of the convolution's latest forward, released by this call."""
+        """The input of the convolution's latest call, released by this call."""
         kept = self.__dict__.get("_conv_input")
-        self.__dict__["_conv_input"] = None
+        self.__dict__.update(NOTHING_SEEN)
         return kept
 
-    def _check_binding(self, y: Tensor, conv_input: Tensor | None) -> None:
-        """Raises a RuntimeError unless ``y`` is the output of the convolution this norm is bound
-        to."""
-        if self.__dict__.get("_binding_checked") and conv_input is not None:
-            return
-        name = type(self).__name__
-        advice = (
-            f"{name} carries remembered statistics over to the present weight of the convolution"
-            f" before it. Use NORM: \"{name.removesuffix('2d')}(compensation='none')\" at this"
-            " site, or call norm.bind(conv)."
-        )
+    def _conv_weight(self) -> tuple[Tensor, bool]:
+        """The convolution's present weight, without gradient, and whether it is trained. A computed
+        one (parametrised) is that of the convolution's call, and computed again at most once."""
+        weight = self.conv._parameters.get("weight")
+        if weight is not None:
+            return weight.detach(), weight.requires_grad
+        if self.__dict__.get("_computed_weight") is None:
+            self.__dict__["_computed_weight"] = computed_weight(self.conv)
+        return self.__dict__["_computed_weight"]
+
+    def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
+        """The call of the convolution that made ``y``; None for a forward that is not recorded,
+        which needs none.
+
+        Args:
+            y: the input of this layer.
+            conv_input: what the convolution was seen to be called with last.
+            recorded: whether something is to be remembered of this forward.
+
+        Raises:
+            RuntimeError: the layer is bound to no convolution, or ``y`` is not its output.
+        """
         if self.conv is None:
-            raise RuntimeError(
-                f"{name}({self.num_features}) is bound to no convolution: it was registered neither"
-                " in nor right after an nn.Conv2d (deformable, transposed and Trident convolutions"
-                f" are none). {advice}"
+            raise self._binding_error(
+                "is bound to no convolution: it was registered neither in nor right after an"
+                " nn.Conv2d (deformable, transposed and Trident convolutions are none)"
             )
-        if torch.is_grad_enabled() and y.grad_fn is not None:
-            problem = _mismatch(self.conv, y)
+        if not recorded:
+            return None
+        node, call = operation_of(y), None
+        if node is not None:
+            problem = mismatch(self.conv, node)
             if problem is not None:
-                raise RuntimeError(
-                    f"{name}({self.num_features}) is bound to {self.conv}, but {problem}. {advice}"
-                )
-            self.__dict__["_binding_checked"] = True
-        if conv_input is None:
-            raise RuntimeError(
-                f"{name}({self.num_features}) did not see the input of {self.conv}, to which it is"
-                " bound: the convolution must be called as conv(x), once before each call of the"
-                f" norm. {advice}"
+                raise self._binding_error(f"is bound to {self._conv_name()}, but {problem}")
+            call = self._call_by(node)
+        by_graph = call is not None
+        if call is None:
+            call = self._call_seen(y, conv_input)
+        plain = "weight" in self.conv._parameters
+        if not (by_graph and plain):
+            self._check_numbers(call, y, (by_graph, plain))
+        return call
+
+    def _call_by(self, node: Any) -> ConvCall | None:
+        if "weight" not in self.conv._parameters:
+            weight = saved(node, "weight")
+            # autocast's copy has lost the small changes that statistics are carried over by
+            if weight is not None and weight.dtype == statistics_dtype(weight):
+                self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
+        return call_by(node, self.conv.kernel_size)
+
+    def _call_seen(self, y: Tensor, conv_input: Tensor | None) -> ConvCall:
+        if conv_input is not None:
+            return ConvCall(conv_input, ConvGeometry.of(self.conv))
+        if in_backward():
+            raise self._binding_error(
+                f"is recomputed by a re-entrant activation checkpoint apart from"
+                f" {self._conv_name()}, to which it is bound: use checkpoint(...,"
+                " use_reentrant=False), or have both in one checkpointed segment"
             )
+        raise self._binding_error(
+            f"did not see the input of {self._conv_name()}, to which it is bound: where no graph of"
+            " single operations shows it, as under torch.compile, the convolution must be called as"
+            " conv(x), once before each call of the norm"
+        )
+
+    def _check_numbers(self, call: ConvCall, y: Tensor, key: tuple[bool, bool]) -> None:
+        """Raises a RuntimeError unless ``y`` is the output of ``call``: by its size and, in the
+        first forwards of each kind, by numbers."""
+        made = call.fits(y)
+        checked = self.__dict__.setdefault("_checked", {})
+        if made and checked.get(key, 0) < _ENOUGH:
+            made = call.made(y, self._conv_weight()[0], self.conv.bias)
+            checked[key] = checked.get(key, 0) + (1 if made is None else _ENOUGH // 2)
+        if made is False:
+            raise self._binding_error(
+                f"is bound to {self._conv_name()}, but its input, {list(y.shape)}, is not what that"
+                f" convolution makes of the latest input that it was called with,"
+                f" {list(call.x.shape)}: something lies between, or {type(self.conv).__name__}"
+                " pads or changes its weight within its forward, or it was called again before"
+                " this norm (padding and further calls are no error in eager mode, without"
+                " activation checkpoints, where the graph shows what was computed)"
+            )
+
+    def _conv_name(self) -> str:
+        return f"{type(self.conv).__name__}({self.conv.extra_repr()})"
+
+    def _binding_error(self, problem: str) -> RuntimeError:
+        name = type(self).__name__
+        return RuntimeError(
+            f"{name}({self.num_features}) {problem}. {name} carries remembered statistics over to"
+            " the present weight of the convolution before it. Use NORM:"
+            f" \"{name.removesuffix('2d')}(compensation='none')\" at this site, or call"
+            " norm.bind(conv)."
+        )
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -107,7 +199,9 @@ def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> N
         # freeze(), SyncBatchNorm conversion, surgery by users: the convolution must stop feeding it
         replaced.unbind()
     if isinstance(child, ConvBound) and child.needs_conv:
-        conv = _feeding_conv(parent, name)
+        # torch.fx copies modules into bare ones, in an order that says nothing of what feeds what
+        is_copied = type(parent) is nn.Module or isinstance(parent, GraphModule)
+        conv = None if is_copied and child.conv is not None else _feeding_conv(parent, name)
         if conv is not None and conv.out_channels == child.num_features:
             child.bind(conv)
 
@@ -121,37 +215,3 @@ def _feeding_conv(parent: nn.Module, name: str) -> nn.Conv2d | None:
             break
         before = module
     return before if isinstance(before, nn.Conv2d) else None
-
-
-def past_hooks(node: Any, output: int) -> Any:
-    """From a node of an autograd graph, and which of its outputs is meant, past what full backward
-    hooks of modules look at gradients with: its outputs are as its inputs."""
-    while node is not None and "BackwardHookFunction" in node.name():
-        node, output = node.next_functions[output]
-    return node
-
-
-def _mismatch(conv: nn.Conv2d, y: Tensor) -> str | None:
-    """What the autograd graph of ``y`` says against its being the output of ``conv``; None if
-    nothing."""
-    node = past_hooks(y.grad_fn, y.output_nr)
-    if node is None:
-        return None
-    if "CompiledFunction" in node.name():  # its graph is not to be seen
-        return None
-    if "Convolution" not in node.name():
-        return f"its input comes from {node.name()}, not from a convolution"
-    source = node.next_functions[1][0]
-    if source is not None and "Copy" in source.name():  # the cast of autocast
-        source = source.next_functions[0][0]
-    if source is None:
-        frozen = "the convolution before it is frozen, so it is another one"
-        return frozen if conv.weight.requires_grad else None
-    weight = getattr(source, "variable", None)  # None: not a leaf
-    if (
-        weight is None and "weight" in conv._parameters
-    ):  # else it is parametrised: conv.weight is it
-        return "that computes with another weight than its own (weight standardisation?)"
-    if weight is not None and weight is not conv.weight:
-        return "another convolution's output reaches it"
-    return None

@@ -45,8 +45,8 @@ import torch
 from torch import Tensor
 
 from .base import Estimate, SmallBatchNorm2d, is_number
+from .conv_call import ConvCall
 from .functional import (
-    ConvGeometry,
     Moments,
     choose_crops,
     mean_patch,
@@ -270,15 +270,15 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
         return self._flat_weight(like.dtype).unflatten(0, (self.conv.groups, -1))
 
     def _flat_weight(self, dtype: torch.dtype) -> Tensor:
-        return self.conv.weight.detach().to(dtype).flatten(1)
+        return self._conv_weight()[0].to(dtype).flatten(1)
 
-    def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
+    def stage(self, batch: Moments, y: Tensor, call: ConvCall | None) -> None:
         if self._window is None or self.in_burn_in:
             return
         row = {"mean": batch.mean, "var": batch.var}
         if self.needs_conv:
             if self._weight_is_trained:
-                row |= self._derivatives(batch, y, conv_input)
+                row |= self._derivatives(batch, y, call)
             if self._adds_bias:
                 row["bias"] = self.conv.bias.detach().to(batch.mean.dtype, copy=True)
                 row["mean"] = batch.mean - row["bias"]
@@ -292,12 +292,11 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
 
     @property
     def _weight_is_trained(self) -> bool:
-        with torch.enable_grad():  # a parametrised weight is computed anew whenever it is read
-            return self.conv.weight.requires_grad
+        return self._conv_weight()[1]
 
-    def _derivatives(self, batch: Moments, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def _derivatives(self, batch: Moments, y: Tensor, call: ConvCall) -> dict[str, Tensor]:
         """Of this forward's moments by the weight, for an entry, with their anchors."""
-        geometry = ConvGeometry.of(self.conv)
+        x, geometry = call.x, call.geometry
         patch = mean_patch(x, geometry, tuple(y.shape[2:]))
         row = {"patch": patch, "anchor_mean": self._products_with_patches(patch[None])[0]}
         if self.compensation == "exact":
@@ -306,7 +305,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             anchor = self._quadratic_forms(covariance[None])[0]
             return row | {"covariance": covariance, "anchor_var": anchor}
         if self.positions is None:
-            shape = self.conv.weight.shape
+            shape = self._conv_weight()[0].shape
             gradient = variance_gradient(x, y, batch.mean, geometry, shape)
             anchor = self._products_with(gradient[None])[0]
             return row | {"gradient": gradient, "anchor_var": anchor}
@@ -452,5 +451,7 @@ class CBN2d(Scheduled, SmallBatchNorm2d):
             wanted = {"change", "left"}  # remembered; staged
         if not self.needs_conv or wanted.isdisjoint(shapes):
             raise ValueError(self._another_kind())
-        if conv is not None and shapes["patch"] != (conv.groups, conv.weight[0].numel()):
+        if conv is None:
+            return
+        if shapes["patch"] != (conv.groups, self._conv_weight()[0][0].numel()):
             raise ValueError("the saved memory is of a convolution of another shape")

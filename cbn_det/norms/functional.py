@@ -9,6 +9,7 @@ channel and in float32 (float64 for float64 input), whatever the dtype of the ac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -244,6 +245,26 @@ class ConvGeometry:
             mode,
             conv.groups,
         )
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of_operation(
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> ConvGeometry:
+        """Of ``F.conv2d`` with these arguments."""
+        pad = (padding[1], padding[1], padding[0], padding[0])
+        return ConvGeometry(kernel, stride, dilation, pad, "constant", groups)
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of its output for an input of that size."""
+        left, right, top, bottom = self.pad
+        height, width = size[0] + top + bottom, size[1] + left + right
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
 
     def padded(self, x: Tensor) -> Tensor:
         """``x`` with the convolution's padding made explicit."""

@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
 from .functional import Moments, mixture, moments, normalize, statistics_dtype
 from .kn import DEFAULT_GAIN, Predicting, observed
 from .prediction import Pair, pooled_samples
 from .spec import register_norm
+from .traced import Unscriptable, call_in_graph
 
 
 @register_norm("GKN")
-class GKN2d(Predicting, nn.GroupNorm):
+class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     """Group Kalman Normalization over [N, C, H, W]; GroupNorm's parameters, and GroupNorm where
     nothing precedes it.
 
@@ -104,6 +106,8 @@ class GKN2d(Predicting, nn.GroupNorm):
         return f"{self.num_channels}, {options}"
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_in_graph(self, input)
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if input.numel() == 0:

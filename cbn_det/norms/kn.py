@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .base import Estimate, SmallBatchNorm2d, is_number
 from .chain import Chained, handed_before, recomputing, tracing
@@ -247,7 +248,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
         return float(self._weights(self.running_mean)[1].detach())
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training or tracing():
+        if (self.training or tracing()) and not isinstance(input, Proxy):
             return self._take_part(input)
         return super().forward(input)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import clock
 from .base import Estimate, SmallBatchNorm2d, is_number
+from .conv_call import ConvCall
 from .functional import Moments, mixture
 from .schedule import Scheduled
 from .spec import register_norm
@@ -138,7 +139,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         means, variances = torch.cat([mean[None], older_mean]), torch.cat([var[None], older_var])
         return *mixture(means, variances, weights), weights[0]
 
-    def stage(self, batch: Moments, y: Tensor, conv_input: Tensor | None) -> None:
+    def stage(self, batch: Moments, y: Tensor, call: ConvCall | None) -> None:
         if not self.remembers:
             return
         mean, var = batch.mean, batch.var
