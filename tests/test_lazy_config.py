@@ -138,7 +138,10 @@ def test_two_processes_train_and_evaluate_it(coco_root: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_is_evaluated(
-    coco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coco_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import torch
     from detectron2.config import LazyConfig, instantiate
@@ -158,6 +161,14 @@ def test_a_checkpoint_is_evaluated(
     with run_loggers_removed():
         assert lazy.main(["--config-file", str(EXAMPLE), "--eval-only", *words]) == 0
     assert set(results[0]) == {"bbox", "segm"}
+    weights = torch.load(tmp_path / "weights.pth")["model"]
+    del weights["backbone.fpn_lateral2.norm.running_mean"]
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    with run_loggers_removed():
+        assert lazy.main(["--config-file", str(EXAMPLE), "--eval-only", *words]) == 2
+    assert len(results) == 1
+    said = capfd.readouterr().err
+    assert "backbone.fpn_lateral2.norm.running_mean is not in the file" in said
 
 
 def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +194,7 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     note(lazy, "sync_running_stats", "pool")
     note(lazy, "evaluate", "evaluate")
     note(lazy.DoubleForward, "refresh", "second pass")
-    note(lazy.DetectionCheckpointer, "save", "save")
+    note(lazy.AtomicCheckpointer, "save", "save")
     note(hooks.IterationTimer, "before_step", "step")
     with run_loggers_removed():
         lazy.train(cfg, model)

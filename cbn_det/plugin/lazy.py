@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -36,6 +35,7 @@ from ..norms import (
 )
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
+from .checkpointer import AtomicCheckpointer
 from .launch import read_layout
 from .processes import run_processes
 from .registry import register
@@ -64,16 +64,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains or evaluates in one process of several, and returns 0."""
+    """Trains or evaluates in one process of several, and returns the exit code."""
     cfg = _load(args)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info(format_norm_table(norm_rows(model)))
-    if args.eval_only:
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-        evaluate(cfg, model)
-    else:
-        train(cfg, model, resume=args.resume)
+    try:
+        if args.eval_only:
+            path = cfg.train.init_checkpoint
+            AtomicCheckpointer(model).load_complete(path, f"train.init_checkpoint {path}")
+            evaluate(cfg, model)
+        else:
+            train(cfg, model, resume=args.resume)
+    except ConfigError as error:
+        if comm.is_main_process():
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return USAGE
     return 0
 
 
@@ -105,7 +111,7 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     loader = instantiate(cfg.dataloader.train)
     kind = AMPTrainer if options.amp.enabled else SimpleTrainer
     trainer = kind(wrapped, loader, optimizer)
-    checkpointer = DetectionCheckpointer(wrapped, options.output_dir, trainer=trainer)
+    checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
     main_process = comm.is_main_process()
     trainer.register_hooks(
         [

@@ -271,6 +271,11 @@ _SITES = {
 }
 
 
+def site_of(name: str) -> str:
+    """The ``*NORM`` key of the part of a model that a module or tensor is in; "" if unknown."""
+    return next((key for key, site in _SITES.items() if re.match(site, name)), "")
+
+
 def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     """Config keys that name one of our norms but gave the model no such layer.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..run.nonfinite import Diverged, PeerFailed
+from ..run.resume import fit_optimizer_state, parameter_names
 from ..run.signals import StopRequest
 
 
@@ -29,16 +30,37 @@ class CheckedStep(SimpleTrainer):
         accumulate: mini-batches of the loader that make up a step. Each has a forward, a check and
             a backward pass of its own, the step takes the average of their losses, and ranks
             exchange gradients once, in the last of them.
+
+    Attributes:
+        optimizer_change: what the optimizer of a resumed checkpoint lacked.
     """
 
     last_batch: Any = None
     bad_losses: tuple[str, ...] = ()
     stop_request: StopRequest = StopRequest()
     stop_agreed = False
+    optimizer_change = ""
 
     def __init__(self, *args: Any, accumulate: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.accumulate = accumulate
+
+    def state_dict(self) -> dict[str, Any]:
+        names = parameter_names(self.optimizer, self._bare_model)
+        return {**super().state_dict(), "parameter_names": names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        fitted, self.optimizer_change = fit_optimizer_state(
+            self.optimizer,
+            self._bare_model,
+            state_dict["optimizer"],
+            state_dict.get("parameter_names"),
+        )
+        super().load_state_dict({**state_dict, "optimizer": fitted})
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        return getattr(self.model, "module", self.model)
 
     def run_step(self) -> None:
         # also called when forward raises, which is how other ranks learn of it

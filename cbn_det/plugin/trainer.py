@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
@@ -27,11 +26,11 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.checkpoint import AtomicSave
 from ..run.clock import RunClock
 from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
+from .checkpointer import AtomicCheckpointer
 from .hooks import (
     ClockHook,
     EvalHook,
@@ -53,20 +52,6 @@ from .weights import check_weights
 logger = logging.getLogger(__name__)
 
 _WRITE_PERIOD = 20  # iterations between two lines of metrics.json
-
-
-class AtomicCheckpointer(AtomicSave, DetectionCheckpointer):
-    """detectron2's checkpointer, whose files are either whole or not there.
-
-    Attributes:
-        incompatible: what was missing or left over when a file was loaded last; None before.
-    """
-
-    incompatible: Any = None
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
 
 
 class Trainer(ResumableTrainer):
@@ -114,7 +99,9 @@ class Trainer(ResumableTrainer):
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -131,8 +118,8 @@ class Trainer(ResumableTrainer):
         """See :class:`.resume.ResumableTrainer`.
 
         Raises:
-            ConfigError: the weights of ``MODEL.WEIGHTS`` do not fit the norms; see
-                :func:`.weights.check_weights`.
+            ConfigError: the checkpoint is another model's, or the weights of ``MODEL.WEIGHTS`` do
+                not fit the norms; see :func:`.weights.check_weights`.
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
