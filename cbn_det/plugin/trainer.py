@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -31,6 +31,7 @@ from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
+from .evaluation import Evaluator
 from .hooks import (
     ClockHook,
     EvalHook,
@@ -248,7 +249,7 @@ class Trainer(ResumableTrainer):
         output = Path(cfg.OUTPUT_DIR, folder)
         if len(cfg.DATASETS.TEST) > 1:
             output /= dataset_name
-        return COCOEvaluator(dataset_name, output_dir=str(output))
+        return Evaluator(dataset_name, cfg, output)
 
     @classmethod
     def test(

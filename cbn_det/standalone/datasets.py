@@ -31,6 +31,7 @@ from ..data import (
     write_digits,
 )
 from ..data.coco_check import BROKEN_IMAGE
+from ..run.coco_evaluation import number_annotations
 
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
@@ -116,7 +117,7 @@ class DetectionDataset(Dataset):
     Augmentation draws from torch's global random numbers; :func:`.loading.batches` seeds them.
 
     Attributes:
-        coco: the annotation file.
+        coco: the annotation file, its annotations numbered from 1.
         image_ids: COCO's id of each image.
         category_ids: COCO's category id of each label; that of label 1 comes first.
         class_names: likewise.
@@ -129,6 +130,7 @@ class DetectionDataset(Dataset):
         self.channels = cfg.INPUT.FORMAT
         with contextlib.redirect_stdout(io.StringIO()):
             self.coco = COCO(str(files.annotations))
+            number_annotations(self.coco)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
         self.image_ids = sorted(self.coco.imgs)
