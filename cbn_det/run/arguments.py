@@ -95,7 +95,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add_datasets(
         parser,
         help="make a COCO-format data set (annotation file, image folder) known as NAME to"
-        " DATASETS.TRAIN and DATASETS.TEST; may be repeated",
+        " DATASETS.TRAIN and DATASETS.TEST, one of which must name it; may be repeated",
     )
     parser.add_argument(
         "--resume",
