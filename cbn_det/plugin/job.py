@@ -92,6 +92,9 @@ class Detectron2Job(Job):
 
     def train(self) -> dict[str, Any]:
         trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))
+        if self.args.strict and trainer.unused_norms:
+            keys = ", ".join(trainer.unused_norms)
+            raise ConfigError(f"--strict: {keys}: the model has no layer of this norm")
         if self.args.statistics_error:
             request = Request.parse(self.args.statistics_error)
             trainer.register_hooks([StatisticsHook(trainer, request)])

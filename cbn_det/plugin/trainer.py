@@ -43,7 +43,7 @@ from .hooks import (
 )
 from .loading import build_loader, place, seed_step
 from .optimizer import build_optimizer
-from .registry import norms_in_use, unused_norms
+from .registry import norms_in_use, told_apart, unused_norms
 from .reports import Reports
 from .resume import ResumableTrainer
 from .scaling import scale_schedule
@@ -71,18 +71,15 @@ class Trainer(ResumableTrainer):
     Attributes:
         results: of the last evaluation, as detectron2 returns it; empty on ranks other than 0.
         reports: what is written as training goes; None on ranks other than 0.
+        unused_norms: config keys that name a norm of ours but gave the model no layer of it.
     """
 
     def __init__(self, cfg: CfgNode, accumulate: int = 1) -> None:
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
         cfg = scale_schedule(cfg, comm.get_world_size(), accumulate)
-        model = self.build_model(cfg)
+        model = self.build_model(told_apart(cfg))
         check_bindings(model)
-        in_use = norms_in_use(cfg)
-        for key in unused_norms(cfg, model):
-            level = logging.WARNING if key in in_use else logging.INFO
-            logger.log(level, f"{key}: the model has no layer of this norm")
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -112,6 +109,17 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
+        self.unused_norms = self._tell_unused_norms()
+
+    def _tell_unused_norms(self) -> list[str]:
+        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg, self.bare_model)
+        for key in unused:
+            logger.log(
+                logging.WARNING if key in in_use else logging.INFO,
+                f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
+                " own must ask detectron2.layers.get_norm for the others",
+            )
+        return [key for key in unused if key in in_use]
 
     auto_scale_workers = staticmethod(scale_schedule)
 

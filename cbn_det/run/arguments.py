@@ -145,6 +145,12 @@ def argument_parser() -> argparse.ArgumentParser:
         ' \'{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}\'',
     )
     parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a config key that names a norm of which the model then has no layer, which"
+        " else is a warning (the standalone engine always refuses it)",
+    )
+    parser.add_argument(
         "--num-gpus",
         type=int,
         default=1,
