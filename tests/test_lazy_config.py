@@ -172,8 +172,10 @@ def test_a_checkpoint_is_evaluated(
 
 
 def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detectron2.config import LazyCall as L
     from detectron2.config import instantiate
     from detectron2.engine import hooks
+    from fvcore.common.param_scheduler import LinearParamScheduler
 
     from cbn_det.plugin import lazy
 
@@ -210,9 +212,16 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.backbone.fpn_lateral2.norm.steps == 4
 
     cfg.train.max_iter = 6
+    cfg.optimizer.lr, cfg.optimizer.weight_decay = 0.3, 0.07
+    cfg.lr_multiplier = L(LinearParamScheduler)(start_value=1.0, end_value=0.5)
     again = instantiate(cfg.model).to("cpu")
     with run_loggers_removed():
-        lazy.train(cfg, again, resume=True)
+        trainer = lazy.train(cfg, again, resume=True)
+    groups = trainer.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {0.15}  # after the last step
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.07}  # norms, others
+    memory = trainer.optimizer.state[again.backbone.fpn_lateral2.weight]["momentum_buffer"]
+    assert memory.isfinite().all() and memory.any()
     assert again.backbone.fpn_lateral2.norm.steps == 5, "its burn-in began anew"
 
 

@@ -140,6 +140,24 @@ def test_parameters_that_were_frozen_start_without_momentum(
             assert memory is None, name
 
 
+@pytest.mark.detectron2
+def test_mixed_precision_goes_on_from_full_precision() -> None:
+    from cbn_det.plugin.step import CheckedAMPStep, CheckedStep
+
+    def step(kind: type) -> Any:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        return kind(model, [], optimizer)
+
+    full, mixed = step(CheckedStep), step(CheckedAMPStep)
+    full.model(torch.ones(1, 2)).sum().backward()
+    full.optimizer.step()
+    mixed.load_state_dict(full.state_dict())
+    memories = [[s["momentum_buffer"] for s in k.optimizer.state.values()] for k in (full, mixed)]
+    assert len(memories[1]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*memories, strict=True))
+
+
 def test_groups_that_only_their_place_can_tell() -> None:
     """A checkpoint of detectron2's own trainer does not name its parameters."""
     from cbn_det.run.resume import fit_optimizer_state

@@ -39,6 +39,7 @@ from .checkpointer import AtomicCheckpointer
 from .launch import read_layout
 from .processes import run_processes
 from .registry import register
+from .step import OptimizerOfConfig
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,8 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
         cfg: with what detectron2's script reads: ``optimizer``, ``lr_multiplier``, ``dataloader``
             and ``train``.
         model: instantiated, on its device.
-        resume: go on from the last checkpoint in ``train.output_dir``. What norms remember starts
-            anew, their burn-in goes on.
+        resume: go on from the last checkpoint in ``train.output_dir``, with the optimizer's options
+            and the schedule of ``cfg``. What norms remember starts anew, their burn-in goes on.
 
     Returns:
         The trainer, after its last iteration.
@@ -105,11 +106,13 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     check_bindings(model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # at resume, too, the schedule's is the config's
     on_gpu = next(model.parameters()).is_cuda
     devices = [torch.cuda.current_device()] if on_gpu else None
     wrapped = create_ddp_model(model, **{"device_ids": devices, **options.ddp})
     loader = instantiate(cfg.dataloader.train)
-    kind = AMPTrainer if options.amp.enabled else SimpleTrainer
+    kind = _MixedPrecision if options.amp.enabled else OptimizerOfConfig
     trainer = kind(wrapped, loader, optimizer)
     checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
     main_process = comm.is_main_process()
@@ -140,6 +143,10 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     resolve_burn_in(model, options.max_iter, start_iter)
     trainer.train(start_iter, options.max_iter)
     return trainer
+
+
+class _MixedPrecision(OptimizerOfConfig, AMPTrainer):
+    pass
 
 
 class NormHook(HookBase):

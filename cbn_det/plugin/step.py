@@ -20,30 +20,15 @@ from ..run.resume import fit_optimizer_state, parameter_names
 from ..run.signals import StopRequest
 
 
-class CheckedStep(SimpleTrainer):
-    """A training step whose losses are checked between forward and backward.
-
-    One all-reduce of three numbers tells every rank whether any of them has a loss that is not
-    finite, failed in forward, or was asked to stop, so that all leave at the same iteration.
-
-    Args:
-        accumulate: mini-batches of the loader that make up a step. Each has a forward, a check and
-            a backward pass of its own, the step takes the average of their losses, and ranks
-            exchange gradients once, in the last of them.
+class OptimizerOfConfig(SimpleTrainer):
+    """Its checkpoints leave learning rate, momentum and weight decay to the config that resumes
+    them; see :func:`~cbn_det.run.resume.fit_optimizer_state`.
 
     Attributes:
         optimizer_change: what the optimizer of a resumed checkpoint lacked.
     """
 
-    last_batch: Any = None
-    bad_losses: tuple[str, ...] = ()
-    stop_request: StopRequest = StopRequest()
-    stop_agreed = False
     optimizer_change = ""
-
-    def __init__(self, *args: Any, accumulate: int = 1, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.accumulate = accumulate
 
     def state_dict(self) -> dict[str, Any]:
         names = parameter_names(self.optimizer, self._bare_model)
@@ -61,6 +46,28 @@ class CheckedStep(SimpleTrainer):
     @property
     def _bare_model(self) -> nn.Module:
         return getattr(self.model, "module", self.model)
+
+
+class CheckedStep(OptimizerOfConfig):
+    """A training step whose losses are checked between forward and backward.
+
+    One all-reduce of three numbers tells every rank whether any of them has a loss that is not
+    finite, failed in forward, or was asked to stop, so that all leave at the same iteration.
+
+    Args:
+        accumulate: mini-batches of the loader that make up a step. Each has a forward, a check and
+            a backward pass of its own, the step takes the average of their losses, and ranks
+            exchange gradients once, in the last of them.
+    """
+
+    last_batch: Any = None
+    bad_losses: tuple[str, ...] = ()
+    stop_request: StopRequest = StopRequest()
+    stop_agreed = False
+
+    def __init__(self, *args: Any, accumulate: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accumulate = accumulate
 
     def run_step(self) -> None:
         # also called when forward raises, which is how other ranks learn of it
@@ -140,6 +147,10 @@ class CheckedStep(SimpleTrainer):
 class CheckedAMPStep(CheckedStep, AMPTrainer):
     """:class:`CheckedStep` in mixed precision; the gradient scaler works as in detectron2. The
     mini-batches of a step have the same scale, and one that overflows skips the whole step."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        scaler = self.grad_scaler.state_dict()  # for a checkpoint of a training in full precision
+        super().load_state_dict({"grad_scaler": scaler, **state_dict})
 
     def _forward(self, batch: Any) -> Any:
         device = next(self.model.parameters()).device.type
