@@ -138,7 +138,10 @@ def test_two_processes_train_and_evaluate_it(coco_root: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_is_evaluated(
-    coco_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coco_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import torch
     from detectron2.config import LazyConfig, instantiate
@@ -158,11 +161,21 @@ def test_a_checkpoint_is_evaluated(
     with run_loggers_removed():
         assert lazy.main(["--config-file", str(EXAMPLE), "--eval-only", *words]) == 0
     assert set(results[0]) == {"bbox", "segm"}
+    weights = torch.load(tmp_path / "weights.pth")["model"]
+    del weights["backbone.fpn_lateral2.norm.running_mean"]
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    with run_loggers_removed():
+        assert lazy.main(["--config-file", str(EXAMPLE), "--eval-only", *words]) == 2
+    assert len(results) == 1
+    said = capfd.readouterr().err
+    assert "backbone.fpn_lateral2.norm.running_mean is not in the file" in said
 
 
 def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from detectron2.config import LazyCall as L
     from detectron2.config import instantiate
     from detectron2.engine import hooks
+    from fvcore.common.param_scheduler import LinearParamScheduler
 
     from cbn_det.plugin import lazy
 
@@ -183,7 +196,7 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     note(lazy, "sync_running_stats", "pool")
     note(lazy, "evaluate", "evaluate")
     note(lazy.DoubleForward, "refresh", "second pass")
-    note(lazy.DetectionCheckpointer, "save", "save")
+    note(lazy.AtomicCheckpointer, "save", "save")
     note(hooks.IterationTimer, "before_step", "step")
     with run_loggers_removed():
         lazy.train(cfg, model)
@@ -199,9 +212,16 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.backbone.fpn_lateral2.norm.steps == 4
 
     cfg.train.max_iter = 6
+    cfg.optimizer.lr, cfg.optimizer.weight_decay = 0.3, 0.07
+    cfg.lr_multiplier = L(LinearParamScheduler)(start_value=1.0, end_value=0.5)
     again = instantiate(cfg.model).to("cpu")
     with run_loggers_removed():
-        lazy.train(cfg, again, resume=True)
+        trainer = lazy.train(cfg, again, resume=True)
+    groups = trainer.optimizer.param_groups
+    assert {group["lr"] for group in groups} == {0.15}  # after the last step
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.07}  # norms, others
+    memory = trainer.optimizer.state[again.backbone.fpn_lateral2.weight]["momentum_buffer"]
+    assert memory.isfinite().all() and memory.any()
     assert again.backbone.fpn_lateral2.norm.steps == 5, "its burn-in began anew"
 
 

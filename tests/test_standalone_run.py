@@ -587,7 +587,7 @@ def test_a_checkpoint_of_another_architecture(
         shutil.copy(trained / name, tmp_path)
     for other in (("MODEL.ROI_BOX_HEAD.FC_DIM", "24"), ("MODEL.FPN.NORM", "")):
         assert run_here(inputs, tmp_path, "--resume", *other) == 2
-        assert_refused(capfd, "model_final.pth is no checkpoint of this run")
+        assert_refused(capfd, "model_final.pth is of another model")
 
 
 def test_an_output_folder_that_cannot_be(

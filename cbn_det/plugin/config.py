@@ -9,6 +9,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from ..coco_sets import check_coco_sets
 from ..run.errors import ConfigError, one_line
 from .optimizer import FULL_MODEL
 from .registry import check_config_norms, norm_keys, register
@@ -32,6 +33,7 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
         ValueError: a file, key or value that cannot be run.
     """
     cfg = _read(args)
+    check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     notes = []
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")

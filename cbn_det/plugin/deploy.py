@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -20,6 +19,7 @@ from ..deploy import Deployment, to_batchnorm
 from ..norms import known_norms, norm_class, parse_spec
 from ..run.errors import ConfigError
 from ..run.files import replace_file
+from .checkpointer import AtomicCheckpointer
 from .config import _read
 from .registry import check_config_norms, norm_keys, norms_in_use, register
 
@@ -60,7 +60,7 @@ def deploy_checkpoint(
     check_config_norms(cfg)
     plain_cfg = _plain_config(cfg)
     trained = build_model(cfg).eval()
-    _Strict(trained, config=config).load(weights, checkpointables=[])
+    AtomicCheckpointer(trained, cfg=cfg).load_complete(weights, f"--weights {weights}")
     batch = [{"image": _image(cfg)}]
     expected = _outputs(trained, batch)
     try:
@@ -100,23 +100,6 @@ def _plain_config(cfg: CfgNode) -> CfgNode:
             )
         plain.merge_from_list([key, "BN"])
     return plain
-
-
-class _Strict(DetectionCheckpointer):
-    """Refuses a checkpoint that lacks a part of the model."""
-
-    def __init__(self, model: nn.Module, config: str) -> None:
-        super().__init__(model)
-        self.config = config
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        wrong = [row[0] for row in incompatible.incorrect_shapes]
-        wrong += [*incompatible.missing_keys, *incompatible.unexpected_keys]
-        if wrong:
-            raise ConfigError(
-                f"the checkpoint is not of the model that {self.config} describes: {len(wrong)}"
-                f" entries are missing, unknown or of another shape, first {wrong[0]}"
-            )
 
 
 def _image(cfg: CfgNode) -> Tensor:

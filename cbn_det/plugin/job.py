@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import detectron2
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -23,6 +22,7 @@ from ..run.folder import CONFIG, EVALUATION, WORST_IMAGES, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.statistics_error import Request
+from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
 from .flops import count_flops
 from .pictures import draw_predictions, draw_worst
@@ -92,6 +92,9 @@ class Detectron2Job(Job):
 
     def train(self) -> dict[str, Any]:
         trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))
+        if self.args.strict and trainer.unused_norms:
+            keys = ", ".join(trainer.unused_norms)
+            raise ConfigError(f"--strict: {keys}: the model has no layer of this norm")
         if self.args.statistics_error:
             request = Request.parse(self.args.statistics_error)
             trainer.register_hooks([StatisticsHook(trainer, request)])
@@ -101,12 +104,14 @@ class Detectron2Job(Job):
 
     def build_trained(self) -> nn.Module:
         model = Trainer.build_model(self.cfg)
-        checkpointer = DetectionCheckpointer(model, self.cfg.OUTPUT_DIR)
-        if not self.cfg.MODEL.WEIGHTS and not checkpointer.has_checkpoint():
+        checkpointer = AtomicCheckpointer(model, self.cfg.OUTPUT_DIR, self.cfg)
+        path, where = self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
+        if self.args.resume and checkpointer.has_checkpoint():
+            path, where = checkpointer.get_checkpoint_file(), "--resume:"
+        elif not path:
             raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
-        checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=self.args.resume)
-        found = self.args.resume and checkpointer.get_checkpoint_file()
-        self.result["weights"] = found or self.cfg.MODEL.WEIGHTS
+        checkpointer.load_complete(path, f"{where} {path}")
+        self.result["weights"] = path
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:

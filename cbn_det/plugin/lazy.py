@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -36,9 +35,11 @@ from ..norms import (
 )
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
+from .checkpointer import AtomicCheckpointer
 from .launch import read_layout
 from .processes import run_processes
 from .registry import register
+from .step import OptimizerOfConfig
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +65,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains or evaluates in one process of several, and returns 0."""
+    """Trains or evaluates in one process of several, and returns the exit code."""
     cfg = _load(args)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info(format_norm_table(norm_rows(model)))
-    if args.eval_only:
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
-        evaluate(cfg, model)
-    else:
-        train(cfg, model, resume=args.resume)
+    try:
+        if args.eval_only:
+            path = cfg.train.init_checkpoint
+            AtomicCheckpointer(model).load_complete(path, f"train.init_checkpoint {path}")
+            evaluate(cfg, model)
+        else:
+            train(cfg, model, resume=args.resume)
+    except ConfigError as error:
+        if comm.is_main_process():
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return USAGE
     return 0
 
 
@@ -89,8 +96,8 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
         cfg: with what detectron2's script reads: ``optimizer``, ``lr_multiplier``, ``dataloader``
             and ``train``.
         model: instantiated, on its device.
-        resume: go on from the last checkpoint in ``train.output_dir``. What norms remember starts
-            anew, their burn-in goes on.
+        resume: go on from the last checkpoint in ``train.output_dir``, with the optimizer's options
+            and the schedule of ``cfg``. What norms remember starts anew, their burn-in goes on.
 
     Returns:
         The trainer, after its last iteration.
@@ -99,13 +106,15 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     check_bindings(model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # at resume, too, the schedule's is the config's
     on_gpu = next(model.parameters()).is_cuda
     devices = [torch.cuda.current_device()] if on_gpu else None
     wrapped = create_ddp_model(model, **{"device_ids": devices, **options.ddp})
     loader = instantiate(cfg.dataloader.train)
-    kind = AMPTrainer if options.amp.enabled else SimpleTrainer
+    kind = _MixedPrecision if options.amp.enabled else OptimizerOfConfig
     trainer = kind(wrapped, loader, optimizer)
-    checkpointer = DetectionCheckpointer(wrapped, options.output_dir, trainer=trainer)
+    checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
     main_process = comm.is_main_process()
     trainer.register_hooks(
         [
@@ -134,6 +143,10 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     resolve_burn_in(model, options.max_iter, start_iter)
     trainer.train(start_iter, options.max_iter)
     return trainer
+
+
+class _MixedPrecision(OptimizerOfConfig, AMPTrainer):
+    pass
 
 
 class NormHook(HookBase):

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from typing import Any
 
 import detectron2.layers.batch_norm as home
@@ -51,7 +51,9 @@ NormSpec = str | Callable[[int], nn.Module] | None
 
 _original: Callable[[NormSpec, int], nn.Module | None] = home.get_norm
 _retinanet_hook: Any = None
-_built: Counter[str] = Counter()
+_built: Counter[str] = Counter()  # layers of a norm, of those that no key is known to have named
+_built_for: set[str] = set()  # the keys that gave a layer
+_told_apart: dict[int, tuple[str, list[str]]] = {}  # id of a string -> it, and the keys with it
 _keys: dict[str, list[str]] = {}  # norm -> the keys that name it in the config checked last
 
 
@@ -61,7 +63,7 @@ def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
         return _original(norm, out_channels)
     name, _ = parse_spec(norm)
     if name in known_norms():
-        _built[norm] += 1
+        _note_built(norm)
         try:
             return build_norm(norm, out_channels)
         except ValueError as error:
@@ -71,6 +73,30 @@ def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
         return _original(norm, out_channels)
     except KeyError:
         raise ValueError(_unknown(norm)) from None
+
+
+def _note_built(norm: str) -> None:
+    _, keys = _told_apart.get(id(norm), ("", []))
+    _built_for.update(keys)
+    _built[norm] += not keys
+
+
+def told_apart(cfg: CfgNode) -> CfgNode:
+    """A copy of a config to build a model from, in which every norm key has a string of its own:
+    :func:`get_norm` then knows which key asks for a layer, though another key names the same norm.
+    Code that compares names and falls through to "no norm" for "CBN" would else go unnoticed beside
+    code that builds it."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in list(norm_keys(copy)):
+        *sections, name = key.split(".")
+        node = reduce(getattr, sections, copy)
+        own = value[:1] + value[1:]  # equal, but another object
+        setattr(node, name, own)
+        _told_apart.setdefault(id(own), (own, []))[1].append(key)
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
 
 
 def _unknown(norm: str) -> str:
@@ -232,6 +258,8 @@ def check_config_norms(cfg: CfgNode) -> None:
     for key, value in norm_keys(cfg):
         _keys.setdefault(value, []).append(key)
     _built.clear()
+    _built_for.clear()
+    _told_apart.clear()
 
 
 _RCNN = ("GeneralizedRCNN", "PanopticFPN")
@@ -271,12 +299,18 @@ _SITES = {
 }
 
 
+def site_of(name: str) -> str:
+    """The ``*NORM`` key of the part of a model that a module or tensor is in; "" if unknown."""
+    return next((key for key, site in _SITES.items() if re.match(site, name)), "")
+
+
 def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     """Config keys that name one of our norms but gave the model no such layer.
 
     Some heads take no norm, and some code compares names and falls through to "no norm" for those
-    it does not know; nothing else would tell. Keys of other projects are judged by whether any
-    layer was built from their norm since :func:`check_config_norms`.
+    it does not know; nothing else would tell. Keys of other projects are judged by whether a layer
+    was built for them since :func:`check_config_norms`; where the model was not built from
+    :func:`told_apart`, by whether any layer was built from their norm.
     """
     ours = [name for name, module in model.named_modules() if type(module) in _classes()]
     frozen_up_to = cfg.MODEL.BACKBONE.FREEZE_AT
@@ -289,7 +323,7 @@ def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
         if key in _SITES:
             used = any(re.match(_SITES[key], name) for name in ours)
         else:
-            used = _built[value] > 0
+            used = key in _built_for or _built[value] > 0
         if not used:
             unused.append(key)
     return unused

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 
 from ..run.checkpoint import load_norm_state, norm_state
+from ..run.resume import solver_changes, solver_state
 from .hooks import StopOnRequest
 from .loading import ResumableLoader
 from .ranks import (
@@ -123,6 +125,7 @@ class ResumableTrainer(DefaultTrainer):
             "world_size": comm.get_world_size(),
             "seed": self.seed,
             "accumulate": self.step.accumulate,
+            "solver": solver_state(self.cfg),
         }
         if self.reports and hasattr(self, "storage"):
             storage = storage_state(self.storage)
@@ -130,12 +133,21 @@ class ResumableTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        rates = list(getattr(self.scheduler, "base_lrs", ()))
         super().load_state_dict(state_dict)
+        if isinstance(self.scheduler, LRMultiplier):  # the config's, not the checkpoint's
+            self.scheduler.base_lrs = rates
+            for group, rate in zip(
+                self.optimizer.param_groups, self.scheduler.get_lr(), strict=True
+            ):
+                group["lr"] = rate
         self._last_save = self.iter
         self._saved_reports = state_dict.get("reports")
         if self.cfg.SEED < 0:
             self.seed = state_dict.get("seed", self.seed)
         changes = self._load_rank_state(state_dict)
+        changes += solver_changes(state_dict.get("solver", {}), self.cfg)
+        changes += [self.step.optimizer_change] if self.step.optimizer_change else []
         if not isinstance(self.data_loader, ResumableLoader):
             changes.append("the training loader cannot go on where it was: it starts anew")
         if changes:

@@ -16,10 +16,39 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..run.nonfinite import Diverged, PeerFailed
+from ..run.resume import fit_optimizer_state, parameter_names
 from ..run.signals import StopRequest
 
 
-class CheckedStep(SimpleTrainer):
+class OptimizerOfConfig(SimpleTrainer):
+    """Its checkpoints leave learning rate, momentum and weight decay to the config that resumes
+    them; see :func:`~cbn_det.run.resume.fit_optimizer_state`.
+
+    Attributes:
+        optimizer_change: what the optimizer of a resumed checkpoint lacked.
+    """
+
+    optimizer_change = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        names = parameter_names(self.optimizer, self._bare_model)
+        return {**super().state_dict(), "parameter_names": names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        fitted, self.optimizer_change = fit_optimizer_state(
+            self.optimizer,
+            self._bare_model,
+            state_dict["optimizer"],
+            state_dict.get("parameter_names"),
+        )
+        super().load_state_dict({**state_dict, "optimizer": fitted})
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        return getattr(self.model, "module", self.model)
+
+
+class CheckedStep(OptimizerOfConfig):
     """A training step whose losses are checked between forward and backward.
 
     One all-reduce of three numbers tells every rank whether any of them has a loss that is not
@@ -118,6 +147,10 @@ class CheckedStep(SimpleTrainer):
 class CheckedAMPStep(CheckedStep, AMPTrainer):
     """:class:`CheckedStep` in mixed precision; the gradient scaler works as in detectron2. The
     mini-batches of a step have the same scale, and one that overflows skips the whole step."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        scaler = self.grad_scaler.state_dict()  # for a checkpoint of a training in full precision
+        super().load_state_dict({"grad_scaler": scaler, **state_dict})
 
     def _forward(self, batch: Any) -> Any:
         device = next(self.model.parameters()).device.type

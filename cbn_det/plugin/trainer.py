@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -27,11 +26,12 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.checkpoint import AtomicSave
 from ..run.clock import RunClock
 from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
+from .checkpointer import AtomicCheckpointer
+from .evaluation import Evaluator
 from .hooks import (
     ClockHook,
     EvalHook,
@@ -43,7 +43,7 @@ from .hooks import (
 )
 from .loading import build_loader, place, seed_step
 from .optimizer import build_optimizer
-from .registry import norms_in_use, unused_norms
+from .registry import norms_in_use, told_apart, unused_norms
 from .reports import Reports
 from .resume import ResumableTrainer
 from .scaling import scale_schedule
@@ -53,20 +53,6 @@ from .weights import check_weights
 logger = logging.getLogger(__name__)
 
 _WRITE_PERIOD = 20  # iterations between two lines of metrics.json
-
-
-class AtomicCheckpointer(AtomicSave, DetectionCheckpointer):
-    """detectron2's checkpointer, whose files are either whole or not there.
-
-    Attributes:
-        incompatible: what was missing or left over when a file was loaded last; None before.
-    """
-
-    incompatible: Any = None
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
 
 
 class Trainer(ResumableTrainer):
@@ -85,18 +71,15 @@ class Trainer(ResumableTrainer):
     Attributes:
         results: of the last evaluation, as detectron2 returns it; empty on ranks other than 0.
         reports: what is written as training goes; None on ranks other than 0.
+        unused_norms: config keys that name a norm of ours but gave the model no layer of it.
     """
 
     def __init__(self, cfg: CfgNode, accumulate: int = 1) -> None:
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
         cfg = scale_schedule(cfg, comm.get_world_size(), accumulate)
-        model = self.build_model(cfg)
+        model = self.build_model(told_apart(cfg))
         check_bindings(model)
-        in_use = norms_in_use(cfg)
-        for key in unused_norms(cfg, model):
-            level = logging.WARNING if key in in_use else logging.INFO
-            logger.log(level, f"{key}: the model has no layer of this norm")
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
@@ -114,7 +97,9 @@ class Trainer(ResumableTrainer):
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = AtomicCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -124,6 +109,17 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
+        self.unused_norms = self._tell_unused_norms()
+
+    def _tell_unused_norms(self) -> list[str]:
+        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg, self.bare_model)
+        for key in unused:
+            logger.log(
+                logging.WARNING if key in in_use else logging.INFO,
+                f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
+                " own must ask detectron2.layers.get_norm for the others",
+            )
+        return [key for key in unused if key in in_use]
 
     auto_scale_workers = staticmethod(scale_schedule)
 
@@ -131,8 +127,8 @@ class Trainer(ResumableTrainer):
         """See :class:`.resume.ResumableTrainer`.
 
         Raises:
-            ConfigError: the weights of ``MODEL.WEIGHTS`` do not fit the norms; see
-                :func:`.weights.check_weights`.
+            ConfigError: the checkpoint is another model's, or the weights of ``MODEL.WEIGHTS`` do
+                not fit the norms; see :func:`.weights.check_weights`.
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
@@ -261,7 +257,7 @@ class Trainer(ResumableTrainer):
         output = Path(cfg.OUTPUT_DIR, folder)
         if len(cfg.DATASETS.TEST) > 1:
             output /= dataset_name
-        return COCOEvaluator(dataset_name, output_dir=str(output))
+        return Evaluator(dataset_name, cfg, output)
 
     @classmethod
     def test(

@@ -95,7 +95,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add_datasets(
         parser,
         help="make a COCO-format data set (annotation file, image folder) known as NAME to"
-        " DATASETS.TRAIN and DATASETS.TEST; may be repeated",
+        " DATASETS.TRAIN and DATASETS.TEST, one of which must name it; may be repeated",
     )
     parser.add_argument(
         "--resume",
@@ -143,6 +143,12 @@ def argument_parser() -> argparse.ArgumentParser:
         help="while training, measure how far the statistics of norms are from the truth, as"
         " tools/statistics_error.py asks for it:"
         ' \'{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}\'',
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a config key that names a norm of which the model then has no layer, which"
+        " else is a warning (the standalone engine always refuses it)",
     )
     parser.add_argument(
         "--num-gpus",

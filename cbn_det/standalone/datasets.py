@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from ..data import (
     write_digits,
 )
 from ..data.coco_check import BROKEN_IMAGE
+from ..run.coco_evaluation import number_annotations
+from .augmentation import Augmentation, View, whole_polygons
 
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
@@ -116,7 +119,7 @@ class DetectionDataset(Dataset):
     Augmentation draws from torch's global random numbers; :func:`.loading.batches` seeds them.
 
     Attributes:
-        coco: the annotation file.
+        coco: the annotation file, its annotations numbered from 1.
         image_ids: COCO's id of each image.
         category_ids: COCO's category id of each label; that of label 1 comes first.
         class_names: likewise.
@@ -129,13 +132,14 @@ class DetectionDataset(Dataset):
         self.channels = cfg.INPUT.FORMAT
         with contextlib.redirect_stdout(io.StringIO()):
             self.coco = COCO(str(files.annotations))
+            number_annotations(self.coco)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
         self.image_ids = sorted(self.coco.imgs)
         if training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             self.image_ids = [i for i in self.image_ids if self._objects(i)]
         self._label = {category: k for k, category in enumerate(self.category_ids, start=1)}
-        self._augment = _augmentation(cfg)
+        self._augment = Augmentation(cfg)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -149,20 +153,23 @@ class DetectionDataset(Dataset):
         image = self._read(image_id)
         if not self.training:
             return image.float(), {"image_id": image_id}
-        sample = self._augment({"image": image, **self._target(image_id)})
-        image = sample.pop("image").float()
-        boxes = sample["boxes"]
+        view = self._augment.draw(image)
+        objects = self._objects(image_id)
+        boxes = self._boxes(objects, view)
+        target = {"boxes": boxes, "labels": self._labels(objects)}
         keep = (boxes[:, 2:] - boxes[:, :2] > _SMALLEST_SIDE).all(dim=1)
         if self.masks:
-            keep &= sample["masks"].flatten(1).any(dim=1).bool()
-        return image, {key: value[keep].as_subclass(Tensor) for key, value in sample.items()}
+            target["masks"] = self._masks(objects, view)
+            keep &= target["masks"].any(dim=2).any(dim=1).bool()
+        if not keep.all():
+            target = {key: value[keep] for key, value in target.items()}
+        return view.show(image).float().as_subclass(Tensor), target
 
     def mask(self, annotation: dict[str, Any]) -> np.ndarray:
         """The mask of an annotation as uint8 ``[H, W]``, in pixels of the stored image."""
         segmentation = annotation["segmentation"]
         if isinstance(segmentation, list):
-            # pycocotools would take a polygon of four numbers for a box
-            segmentation = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+            segmentation = whole_polygons(segmentation)
         return self.coco.annToMask({**annotation, "segmentation": segmentation})
 
     def _objects(self, image_id: Any) -> list[dict[str, Any]]:
@@ -189,37 +196,19 @@ class DetectionDataset(Dataset):
             image = image.flip(0)
         return tv_tensors.Image(image.contiguous())
 
-    def _target(self, image_id: Any) -> dict[str, Any]:
-        record = self.coco.imgs[image_id]
-        size = record["height"], record["width"]
-        objects = self._objects(image_id)
+    def _boxes(self, objects: list[dict[str, Any]], view: View) -> Tensor:
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size),
-            "labels": torch.tensor(
-                [self._label[a["category_id"]] for a in objects], dtype=torch.int64
-            ),
-        }
-        if self.masks:
-            masks = np.zeros((len(objects), *size), dtype=np.uint8)
-            for mask, annotation in zip(masks, objects, strict=True):
-                mask[:] = self.mask(annotation)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        return target
+        stored = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=view.stored)
+        return v2.functional.clamp_bounding_boxes(view.show(stored)).as_subclass(Tensor)
 
+    def _labels(self, objects: list[dict[str, Any]]) -> Tensor:
+        return torch.tensor([self._label[a["category_id"]] for a in objects], dtype=torch.int64)
 
-def _augmentation(cfg: CfgNode) -> v2.Transform:
-    """Resizing of the shorter side to one of ``INPUT.MIN_SIZE_TRAIN``, and mirroring."""
-    flips = {
-        "none": [],
-        "horizontal": [v2.RandomHorizontalFlip()],
-        "vertical": [v2.RandomVerticalFlip()],
-    }
-    return v2.Compose(
-        [
-            v2.RandomShortestSize(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN),
-            *flips[cfg.INPUT.RANDOM_FLIP],
-            v2.ClampBoundingBoxes(),
-        ]
-    )
+    def _masks(self, objects: list[dict[str, Any]], view: View) -> Tensor:
+        height, width = view.shown
+        columns = np.zeros((len(objects), width, height), dtype=np.uint8)
+        masks = columns.transpose(0, 2, 1)  # pycocotools gives them by columns
+        for mask, annotation in zip(masks, objects, strict=True):
+            mask[:] = view.mask(annotation["segmentation"], partial(self.mask, annotation))
+        return torch.from_numpy(masks)

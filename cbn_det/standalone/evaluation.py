@@ -21,6 +21,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
 from .datasets import DetectionDataset
@@ -64,7 +65,7 @@ def evaluate(
         return {}
     results = {}
     for task in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
-        results[task] = _score(dataset, predictions, task)
+        results[task] = _score(dataset, predictions, task, detections_counted(cfg))
         _log_table(task, results[task])
     return results
 
@@ -104,7 +105,7 @@ def _coco_results(
 
 
 def _score(
-    dataset: DetectionDataset, predictions: list[dict[str, Any]], task: str
+    dataset: DetectionDataset, predictions: list[dict[str, Any]], task: str, limit: int
 ) -> dict[str, float]:
     if not predictions:  # pycocotools fails on an empty list
         logger.warning(f"The model predicted nothing on this data set: {task} AP is NaN")
@@ -114,21 +115,29 @@ def _score(
     copies = [{k: v for k, v in p.items() if k != left_out} for p in predictions]
     with contextlib.redirect_stdout(io.StringIO()):
         scores = COCOeval(dataset.coco, dataset.coco.loadRes(copies), task)
+        scores.params.maxDets[-1] = limit
         scores.evaluate()
         scores.accumulate()
         scores.summarize()
+    # [IoU, recall, class, area range, detections per image]: all areas, most detections
+    precisions = scores.eval["precision"][:, :, :, 0, -1]
+    if scores.stats[0] == -1:  # the summary looks for AP at 100 detections
+        scores.stats[0] = _mean(precisions)
     results = {
         metric: float(value * 100) if value >= 0 else float("nan")
         for metric, value in zip(_METRICS, scores.stats, strict=False)
     }
     if len(dataset.class_names) > 1:
-        # [IoU, recall, class, area range, detections per image]: all areas, most detections
-        precisions = scores.eval["precision"][:, :, :, 0, -1]
         for index, name in enumerate(dataset.class_names):
-            defined = precisions[:, :, index]
-            defined = defined[defined > -1]
-            results[f"AP-{name}"] = float(defined.mean() * 100) if defined.size else float("nan")
+            ap = _mean(precisions[:, :, index])
+            results[f"AP-{name}"] = ap * 100 if ap >= 0 else float("nan")
     return results
+
+
+def _mean(precisions: np.ndarray) -> float:
+    """Of those that are defined; -1 if none is."""
+    defined = precisions[precisions > -1]
+    return float(defined.mean()) if defined.size else -1.0
 
 
 def _log_table(task: str, results: dict[str, float]) -> None:

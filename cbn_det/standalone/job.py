@@ -69,15 +69,16 @@ class StandaloneJob(Job):
         return trainer.train()
 
     def build_trained(self) -> nn.Module:
-        path = self.cfg.MODEL.WEIGHTS
+        path, named_by = self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
         if self.args.resume:
             checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
             if checkpointer.has_checkpoint():
+                named_by = "--resume:"
                 path = checkpointer.get_checkpoint_file()
             elif not path:
                 raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
         model = build_model(self.cfg).to(self.cfg.MODEL.DEVICE)
-        logger.info(load_weights(model, path, complete=True))
+        logger.info(load_weights(model, path, complete=True, named_by=named_by))
         self.result["weights"] = path
         return model
 

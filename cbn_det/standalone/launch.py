@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
+from ..coco_sets import check_coco_sets
 from ..run.errors import ConfigError, one_line
 from ..run.job import USAGE
 from .config import read_config
@@ -57,6 +58,7 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
         ConfigError: a file, key or value that cannot be run.
     """
     cfg = read_config(args.config_file, args.opts)
+    check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     notes = []
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")

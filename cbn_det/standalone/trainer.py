@@ -29,11 +29,18 @@ from ..run.checkpoint import AtomicSave, load_norm_state, norm_state
 from ..run.clock import RunClock
 from ..run.errors import ConfigError, one_line
 from ..run.nonfinite import Diverged, check_state
+from ..run.resume import (
+    fit_optimizer_state,
+    parameter_names,
+    solver_changes,
+    solver_state,
+)
 from ..run.signals import Interrupted, StopRequest, stop_requests
 from ..run.statistics_error import Request, StatisticsError
 from .loading import Sample, batches
 from .metrics import Metrics
 from .optimizer import build_optimizer, clip_gradients, learning_rate
+from .weights import check_own
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +119,8 @@ class Trainer:
             **norm_state(self.bare_model),
             "seed": self.cfg.SEED,
             "accumulate": self.accumulate,
+            "solver": solver_state(self.cfg),
+            "parameter_names": parameter_names(self.optimizer, self.bare_model),
             "clock": self.clock.state_dict(),
             "metrics": self.metrics.state_dict(),
         }
@@ -130,6 +139,8 @@ class Trainer:
         path = self.checkpointer.get_checkpoint_file()
         try:
             self._load(path)
+        except ConfigError:
+            raise
         except Exception as error:  # whatever the bytes of a broken or foreign file make it do
             raise ConfigError(
                 f"--resume: {path} is no checkpoint of this run ({one_line(error)[:300]}): start"
@@ -140,8 +151,12 @@ class Trainer:
     def _load(self, path: str) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         training = state["training"]
+        check_own(self.bare_model, state["model"], f"--resume: {path}")
         self.bare_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        fitted, optimizer_change = fit_optimizer_state(
+            self.optimizer, self.bare_model, state["optimizer"], training.get("parameter_names")
+        )
+        self.optimizer.load_state_dict(fitted)
         self.iter = self.start_iter = state["iteration"] + 1
         schedule = (self.start_iter, self.cfg.SOLVER.MAX_ITER)
         changes = [load_norm_state(self.bare_model, training, *schedule)]
@@ -151,6 +166,7 @@ class Trainer:
         ):
             if before != now:
                 changes.append(f"{name} was {before}, now it is {now}: images are others")
+        changes += [optimizer_change, *solver_changes(training.get("solver", {}), self.cfg)]
         if any(changes):
             why = "; ".join(filter(None, changes))
             logger.warning(f"the checkpoint cannot be resumed exactly: {why}")

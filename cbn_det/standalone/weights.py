@@ -10,17 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from ..run.errors import ConfigError
+from ..run.fit import check_complete
 
 _BODY = "backbone.body."
 # a counter that FrozenBatchNorm2d has not; nothing is computed from it
 _COUNTER = "num_batches_tracked"
+_SECTIONS = {
+    _BODY: "MODEL.RESNETS",
+    "backbone.fpn.": "MODEL.FPN",
+    "roi_heads.box_head.": "MODEL.ROI_BOX_HEAD",
+    "roi_heads.mask_head.": "MODEL.ROI_MASK_HEAD",
+}
 _OTHER_NORM = (
     "which has other tensors of that layer: let the config name the norm that these weights were"
     " trained with (FrozenBN, BN and CBN are interchangeable here)"
 )
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], *, complete: bool = False) -> str:
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    complete: bool = False,
+    named_by: str = "MODEL.WEIGHTS",
+) -> str:
     """Loads a checkpoint of this engine, whole or in parts (a backbone alone is fine), or the state
     dict of a torchvision ResNet, whose ``fc`` is left out.
 
@@ -31,6 +44,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, complete: bo
         model: from :func:`~cbn_det.standalone.model.build_model`; changed in place.
         path: the file.
         complete: nothing may be left at its initial value, as for an evaluation.
+        named_by: the config key or option that the file comes from, for the errors.
 
     Returns:
         One line: how many tensors were loaded, and which parts were left at their initial values.
@@ -39,7 +53,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, complete: bo
         ConfigError: no such file, or one that does not fit the model; names the file, the first
             offending key and the fix. The model is unchanged then.
     """
-    where = f"MODEL.WEIGHTS {os.fspath(path)}"
+    where = f"{named_by} {os.fspath(path)}"
     state = _read(os.fspath(path), where)
     wanted = model.state_dict()
     _check(state, wanted, where)
@@ -55,6 +69,35 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, complete: bo
     if not left:
         return summary
     return f"{summary}; {len(left)} left at their initial values in {_parts(left)}"
+
+
+def check_own(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Refuses weights that are not this model's to the last tensor, those to resume.
+
+    Args:
+        state: of the file.
+        where: names the file.
+
+    Raises:
+        ConfigError: names the file, the first tensor and the config key to look at.
+    """
+    wanted = model.state_dict()
+    shapes = {
+        key: (state[key].shape, value.shape)
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    }
+    missing = [key for key in wanted if key not in state]
+    surplus = [key for key in state if key not in wanted]
+    check_complete(where, shapes, missing, surplus, _key_for)
+
+
+def _key_for(tensor: str, other_shape: bool) -> str:
+    """The config key, or section, that most likely differs where a tensor does not fit."""
+    if other_shape and "_predictor." in tensor:
+        return "MODEL.ROI_HEADS.NUM_CLASSES"
+    section = next((key for part, key in _SECTIONS.items() if tensor.startswith(part)), "")
+    return section if other_shape or not section else f"{section}.NORM"
 
 
 def _read(path: str, where: str) -> dict[str, Tensor]:
@@ -90,10 +133,12 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str
     for key, value in state.items():
         if key in wanted:
             if value.shape != wanted[key].shape:
+                look_at = _key_for(key, other_shape=True)
                 raise ConfigError(
                     f"{where}: {key} is of shape {list(value.shape)}, the model's is"
                     f" {list(wanted[key].shape)}: let the config describe the network that was"
-                    " trained, or take its backbone alone (python -m cbn_det.study.backbone)"
+                    f" trained{look_at and f' ({look_at})'}, or take its backbone alone (python -m"
+                    " cbn_det.study.backbone)"
                 )
         elif not (key.endswith(_COUNTER) and _layer(key) in layers):
             raise ConfigError(f"{where}: {_not_in_model(key, _layer(key) in layers)}")
@@ -115,10 +160,11 @@ def _not_in_model(key: str, known_layer: bool) -> str:
         return f"{key} is a tensor of a detectron2 model: use --engine detectron2 for these weights"
     if known_layer:
         return f"{key} is not in the model, {_OTHER_NORM}"
+    look_at = _key_for(key, other_shape=False)
     return (
         f"{key.removeprefix(_BODY)} is not in the model. Expected a checkpoint of this engine, with"
-        " the config that it was trained with, or a state dict of a torchvision ResNet of the depth"
-        " in MODEL.RESNETS.DEPTH"
+        f" the config that it was trained with{look_at and f' ({look_at})'}, or a state"
+        " dict of a torchvision ResNet of the depth in MODEL.RESNETS.DEPTH"
     )
 
 

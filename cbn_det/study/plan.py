@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cbn_det
+from cbn_det.coco_sets import check_coco_sets
 from cbn_det.engines import ENGINES
 from cbn_det.study.engine import LAUNCHER
-from cbn_det.study.recipes import RECIPES, batch, config_texts, device, schedule
+from cbn_det.study.recipes import RECIPES, batch, config_texts, data_sets, device, schedule
 from cbn_det.study.sites import norm_keys, norm_words
 
 # In the path of a base config: the norm's name in small letters, "cbn" for "CBN(window=8)".
@@ -95,7 +96,8 @@ class Plan:
 
     Raises:
         ValueError: an unknown engine or site, an engine that cannot run a split, ranks that the
-            machines cannot share, or an override of what the plan sets.
+            machines cannot share, an override of what the plan sets, or a data set that is missing
+            or not used.
     """
 
     output: Path
@@ -133,6 +135,9 @@ class Plan:
         if taken:
             raise ValueError(f"{taken[0]} is set by {SET_BY_THE_PLAN[taken[0]]}, not by --opts")
         norm_keys(None, self.recipe, self.engine, self.sites)
+        if self.datasets:
+            for norm in self.norms:
+                check_coco_sets(self.datasets, *data_sets(self.config_of(norm), self.overrides))
 
     @property
     def config_file(self) -> Path:

@@ -113,6 +113,17 @@ def device(config: Path, overrides: list[str]) -> str:
     return words.get("MODEL.DEVICE", own)
 
 
+def data_sets(config: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """DATASETS.TRAIN and DATASETS.TEST of a config with overrides."""
+    cfg = CfgNode({"DATASETS": {"TRAIN": (), "TEST": ()}})
+    own = read_yaml(config).get("DATASETS", {})
+    words = dict(zip(overrides[::2], overrides[1::2], strict=False))
+    for name in cfg.DATASETS:
+        key = f"DATASETS.{name}"
+        cfg.merge_from_list([key, words.get(key, own.get(name, ()))])
+    return list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
+
+
 def schedule(config: Path, iterations: int) -> list[str]:
     """Overrides that stretch or shrink the whole schedule of a config to `iterations`.
 

@@ -1,0 +1,86 @@
+"""How a training sample shows a stored image: resized and mirrored, and its objects with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from fvcore.common.config import CfgNode
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+T = TypeVar("T", bound=tv_tensors.TVTensor)
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as a sample shows it.
+
+    Attributes:
+        stored: height and width of the image as it is stored.
+        shown: height and width in the sample.
+        mirrored: "horizontal", "vertical" or "none".
+    """
+
+    stored: tuple[int, int]
+    shown: tuple[int, int]
+    mirrored: str
+
+    def show(self, stored: T) -> T:
+        """An image, boxes or masks of the stored image, as they are in the sample."""
+        shown = v2.functional.resize(stored, list(self.shown), antialias=True)
+        if self.mirrored == "horizontal":
+            return v2.functional.horizontal_flip(shown)
+        return v2.functional.vertical_flip(shown) if self.mirrored == "vertical" else shown
+
+    def mask(self, segmentation: Any, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The mask of an object, uint8 ``[H, W]`` of the sample.
+
+        Polygons are scaled before they become pixels, as detectron2 does it: a photo of 12
+        megapixels with hundreds of objects would take gigabytes. Run-length encoded masks are
+        resized one by one.
+
+        Args:
+            segmentation: COCO's, polygons or a run-length encoding.
+            decode: gives the pixels of a run-length encoding, uint8 ``[H, W]`` of the stored image.
+        """
+        if not isinstance(segmentation, list):
+            mask = tv_tensors.Mask(torch.from_numpy(decode()))
+            return self.show(mask).numpy()
+        (height, width), scale = self.shown, np.divide(self.shown, self.stored)[::-1]
+        polygons = [np.reshape(p, (-1, 2)) * scale for p in whole_polygons(segmentation)]
+        for polygon in polygons:
+            if self.mirrored == "horizontal":
+                polygon[:, 0] = width - polygon[:, 0]
+            elif self.mirrored == "vertical":
+                polygon[:, 1] = height - polygon[:, 1]
+        if not polygons:
+            return np.zeros(self.shown, dtype=np.uint8)
+        runs = mask_util.frPyObjects([p.ravel().tolist() for p in polygons], height, width)
+        return mask_util.decode(mask_util.merge(runs))
+
+
+class Augmentation:
+    """Resizing of the shorter side to one of ``INPUT.MIN_SIZE_TRAIN``, and mirroring. Draws from
+    torch's global random numbers."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._resize = v2.RandomShortestSize(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
+        self._mirror = cfg.INPUT.RANDOM_FLIP
+
+    def draw(self, image: tv_tensors.Image) -> View:
+        """How an image is shown this time."""
+        height, width = image.shape[-2:]
+        shown = self._resize.make_params([image])["size"]
+        mirrored = self._mirror != "none" and bool(torch.rand(1) < 0.5)
+        return View((height, width), shown, self._mirror if mirrored else "none")
+
+
+def whole_polygons(segmentation: list[list[float]]) -> list[list[float]]:
+    """The polygons of at least three points; pycocotools would take one of four numbers for a
+    box."""
+    return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
