@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cbn_det.data.coco_check import BROKEN_IMAGE
+from cbn_det.data.image_check import BROKEN_IMAGE
 
 __all__ = ["ImageScore", "score_images", "write_worst_images"]
 
