@@ -53,6 +53,8 @@ def check_annotations(
     ]
     _check_repeated(known, findings)
     objects = [a for a in known if not a.get("iscrowd")]
+    if len(known) < file.num_annotations:
+        return known  # what is wrong with the others comes first
     if for_training and not objects:
         findings.refuse(
             "no image has an object (crowd regions do not count): nothing to train on"

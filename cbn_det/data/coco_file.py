@@ -37,6 +37,7 @@ class CocoFile:
         annotations: entries with all keys.
         categories: names by id, sorted by id.
         image_ids: of all entries of ``images``, the unusable ones too.
+        num_annotations: of all entries, those that lack a key too.
         has_annotations: COCO's own test sets have no such list.
     """
 
@@ -44,6 +45,7 @@ class CocoFile:
     annotations: list[dict]
     categories: dict[int, str]
     image_ids: frozenset
+    num_annotations: int
     has_annotations: bool
 
 
@@ -78,6 +80,7 @@ def read_coco(path: Path, findings: Findings, *, for_training: bool) -> CocoFile
         annotations=_check_annotations(whole["annotations"], findings),
         categories=_check_categories(whole["categories"], findings),
         image_ids=frozenset(filter(is_id, (r.get("id") for r in data["images"]))),
+        num_annotations=len(data["annotations"]),
         has_annotations=has_annotations,
     )
 
