@@ -17,11 +17,11 @@ WIDTH, HEIGHT = 64, 48
 class TinySet:
     """Three images of 64 x 48, category ids with a gap, one image without an object."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, seed: int = 0) -> None:
         self.images = root / "images"
         self.images.mkdir(parents=True)
         self.path = root / "set.json"
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         records = []
         for i, suffix in ((1, "jpg"), (2, "jpg"), (3, "png")):
             pixels = rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
