@@ -158,8 +158,8 @@ def _check_repeated(images: dict[Any, dict], findings: Findings) -> None:
     for i, record in images.items():
         ids[os.path.normpath(record["file_name"])].append(i)
     findings.warn(
-        "image files listed under several ids, whose objects are missed under the other ids: list "
-        "each file once",
+        "image files listed under several ids: predictions of objects that one of them lacks count "
+        "as wrong; list each file once",
         (f"'{name}' is ids {', '.join(map(str, i))}" for name, i in ids.items() if len(i) > 1),
     )
 

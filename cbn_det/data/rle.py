@@ -1,7 +1,7 @@
 """Masks as run lengths (COCO's RLE), read with numpy.
 
-pycocotools' own decoder trusts its input; what is read here comes from a file that nobody has
-checked yet. Pixels are counted column by column, as the runs count them.
+They come from a file that is not checked yet; pycocotools gets those that fill their image. Pixels
+are counted column by column, as COCO counts them.
 """
 
 from __future__ import annotations
