@@ -28,11 +28,12 @@ def check_boxes(anns: list[dict], images: dict, findings: Findings, for_evaluati
         (a["id"] for a in anns if id(a) in malformed),
     )
     anns = [a for a in anns if id(a) not in malformed]
+    infinite = {id(a) for a in anns if not are_finite(a["bbox"])}
     findings.refuse(
         "boxes that are not finite: remove these annotations",
-        (a["id"] for a in anns if not are_finite(a["bbox"])),
+        (a["id"] for a in anns if id(a) in infinite),
     )
-    anns = [a for a in anns if are_finite(a["bbox"])]
+    anns = [a for a in anns if id(a) not in infinite]
     if not anns:
         return
     ids = np.array([a["id"] for a in anns], dtype=object)  # of any size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 __all__ = ["FolderNames"]
 
@@ -67,6 +67,6 @@ def _plain(name: str) -> str:
 def _variants(name: str) -> list[str]:
     found = []
     for text in (name, name.replace("\\", "/")):
-        path = urlsplit(text).path if "://" in text else text
+        path = text.partition("://")[2].partition("?")[0] if "://" in text else text
         found += [text, path, unquote(path)]
     return list(dict.fromkeys(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,7 @@ def _tiff_bands(path: Path) -> str | None:
             tags.load(file)
             bits = tags[TiffImagePlugin.BITSPERSAMPLE]
             return f"{tags[TiffImagePlugin.SAMPLESPERPIXEL]} bands of {max(bits)} bits"
-    except (*BROKEN_IMAGE, KeyError, TypeError):
+    except (*BROKEN_IMAGE, KeyError, TypeError, struct.error):
         return None
 
 
