@@ -209,14 +209,27 @@ def test_a_box_somewhat_off_is_a_warning_with_its_id(tiny, masks):
     assert all("not those of their masks" in w for w in tiny.check(masks=masks).warnings)
 
 
-def test_masks_outside_their_image(tiny):
+@pytest.mark.parametrize("shift", [(60, 0), (0, 20), (-18, 0), (0, -45), (500, 0), (0, -500)])
+def test_a_mask_outside_its_image(tiny, shift):
+    """Oracle: pycocotools finds no pixel of it in the image."""
     anns = fill(tiny)
-    anns[2]["segmentation"] = [[x + 500 for x in p] for p in anns[2]["segmentation"]]
-    anns[4]["segmentation"][0][
-        0
-    ] = -1000.0  # to rasterise it would take the memory of a large image
-    tiny.refused_once("masks outside their image", "(2 in all, first: 3, 5)", masks=True)
-    tiny.warned("not those of their masks", "(2 in all, first: 3, 5)", masks=False)
+    x, y, w, h = anns[2]["bbox"]
+    right, down = shift
+    corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+    anns[2]["segmentation"] = [[v + (down if i % 2 else right) for i, v in enumerate(corners)]]
+    if max(map(abs, shift)) < 100:
+        tiny.write()
+        coco = COCO(str(tiny.path))
+        assert not coco.annToMask(coco.anns[3]).any()
+    tiny.refused_once("masks outside their image", "(1 in all, first: 3)", masks=True)
+    tiny.warned("not those of their masks", "(1 in all, first: 3)", masks=False)
+
+
+def test_a_mask_with_a_point_far_outside_its_image(tiny):
+    """To rasterise it would take the memory of many images."""
+    fill(tiny)[4]["segmentation"][0][0] = -1000.0
+    tiny.refused_once("with points far outside", "(1 in all, first: 5)", masks=True)
+    tiny.warned("not those of their masks", "(1 in all, first: 5)", masks=False)
 
 
 LINES = {
