@@ -162,6 +162,13 @@ def test_via_exports_are_told_all_their_faults_at_once(tiny):
     tiny.refused("keep one entry of each", "flat list of numbers", "(2 in all, first: 11, 12)")
 
 
+def test_text_that_is_no_number_of_an_image(tiny):
+    for a, text in zip(tiny.data["annotations"], ("1.jpg", "9" * 5000), strict=True):
+        a["image_id"] = text
+    message = tiny.refused_once("not in 'images'", "annotation 11 of image '1.jpg'")
+    assert "write both alike" not in message
+
+
 def test_numbers_where_images_have_text(tiny):
     for record in tiny.data["images"]:
         record["id"] = str(record["id"])

@@ -31,7 +31,9 @@ def test_missing_annotation_file(tmp_path):
         check_coco(tmp_path / "none.json", tmp_path)
 
 
-@pytest.mark.parametrize("text", ['{"images": [{"id": 1, "fi', "", "not json", b"\xe4\xe4"])
+@pytest.mark.parametrize(
+    "text", ['{"images": [{"id": 1, "fi', "", "not json", b"\xe4\xe4", "9" * 5000]
+)
 def test_not_json(tmp_path, text):
     path = tmp_path / "set.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -13,6 +13,7 @@ from cbn_det.data.numbers import are_finite
 __all__ = ["check_annotations", "objects_by_class"]
 
 _CROWD_SHARE = 0.5  # COCO has 1 %, sets with many ignored regions a fifth
+_LONGEST_ID = 20  # digits
 _LARGEST_AREA = 1e10  # pycocotools leaves out what is larger
 
 
@@ -107,7 +108,7 @@ def _is_listed(value: object, ids: Container) -> bool:
 def _as_other_type(value: object) -> int | str | None:
     """A number as text, text as a number."""
     if isinstance(value, str):
-        return int(value) if value.strip().isdecimal() else None
+        return int(value) if value.isdecimal() and len(value) <= _LONGEST_ID else None
     return str(value) if type(value) is int else None
 
 

@@ -94,14 +94,10 @@ def _read_json(path: Path) -> object:
     try:
         with open(path, "rb") as file:
             start = file.read(3)
-        for mark, encoding in _MARKS.items():
-            if start.startswith(mark):
-                raise DataError(
-                    f"annotation file '{path}' is {encoding}, which pycocotools does not read: "
-                    "save it as UTF-8 without a byte-order mark"
-                )
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+        if encoding is None:
+            with open(path, encoding="utf-8") as file:
+                return json.load(file)
     except FileNotFoundError:
         raise DataError(f"annotation file '{path}' does not exist: check the path") from None
     except OSError as e:
@@ -110,11 +106,15 @@ def _read_json(path: Path) -> object:
         raise DataError(
             f"annotation file '{path}' is not valid JSON: it is not UTF-8 ({e}): save it as UTF-8"
         ) from e
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # JSONDecodeError, or an integer of thousands of digits
         raise DataError(
             f"annotation file '{path}' is not valid JSON ({e}): it may be cut off, copy or "
             "export it again"
         ) from e
+    raise DataError(
+        f"annotation file '{path}' is {encoding}, which pycocotools does not read: save it as UTF-8 "
+        "without a byte-order mark"
+    )
 
 
 def _with_keys(table: str, entries: list[dict], findings: Findings) -> list[dict]:
