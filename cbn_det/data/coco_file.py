@@ -112,8 +112,8 @@ def _read_json(path: Path) -> object:
             "export it again"
         ) from e
     raise DataError(
-        f"annotation file '{path}' is {encoding}, which pycocotools does not read: save it as UTF-8 "
-        "without a byte-order mark"
+        f"annotation file '{path}' is {encoding}, which pycocotools does not read: save it as "
+        "UTF-8 without a byte-order mark"
     )
 
 
