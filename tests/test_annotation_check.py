@@ -124,6 +124,13 @@ def test_annotation_ids_may_be_any_integers(tiny, number):
     tiny.refused_once(f"(1 in all, first: {number})")
 
 
+def test_annotation_ids_are_told_as_they_are_written(tiny):
+    """An array of numpy's would make floats of these two."""
+    for a, number in zip(tiny.data["annotations"], (2**63 + 1, -5), strict=True):
+        a |= {"id": number, "bbox": [70, 1, 2, 2]}
+    tiny.refused("wholly outside", f"(2 in all, first: {2**63 + 1}, -5)")
+
+
 @pytest.mark.parametrize("number", [1.0, "1", None, True])
 def test_annotation_ids_that_are_no_integers(tiny, number):
     tiny.data["annotations"][0]["id"] = number

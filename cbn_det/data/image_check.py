@@ -23,7 +23,8 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 #: who reads the images in training; detectron2 turns a TIFF once more after Pillow has done so
 DETECTRON2, PILLOW = "detectron2", "pillow"
 
-_MODES = {"F": "32-bit float", "I": "32-bit integers"}  # others are of 16 bits: I;16, I;16B, ...
+# Others are of 16 bits: I;16, I;16B, ... Older versions of Pillow have mode I for these, too.
+_MODES = {"F": "32-bit float", "I": "integers of 16 or 32 bits"}
 
 
 def clipped_mode(image: Image.Image) -> str | None:
@@ -132,7 +133,7 @@ class _Decoded:
         remaining = image.getexif().get(ExifTags.Base.Orientation, 1)
         self.turned_by_pillow = remaining != self.orientation
         if self.turned_by_pillow:
-            width, height = image.size
+            width, height = image.size  # Pillow 10 tells the size as stored until it has loaded it
         self.size = (height, width) if remaining >= 5 else (width, height)
 
 
