@@ -71,6 +71,13 @@ def test_classes_without_a_training_object_are_a_warning(tmp_path, caplog, train
         ]
 
 
+def test_a_file_under_two_names_is_warned_about_once(tiny, caplog):
+    tiny.data["annotations"][1]["area"] = 64 * 48
+    report = tiny.check()
+    log_reports({"t": report, "v": report}, ["t"])
+    assert [record.message for record in caplog.records] == list(report.warnings)
+
+
 def test_sets_of_an_unknown_kind_say_nothing_about_classes(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         log_reports(reports(tmp_path, t=[1]), ["t", "registered by the user's own code"])

@@ -155,8 +155,8 @@ def log_reports(reports: Mapping[str, CocoReport], train: Collection[str]) -> No
     ``train`` has an object of."""
     for report in reports.values():
         logger.info(str(report))
-        for warning in report.warnings:
-            logger.warning(warning)
+    for warning in dict.fromkeys(w for report in reports.values() for w in report.warnings):
+        logger.warning(warning)  # once for a file that is trained on and evaluated under two names
     if all(name in reports for name in train):
         unused = without_training_object([reports[name] for name in train])
         if unused:
