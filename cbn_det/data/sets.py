@@ -23,6 +23,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_QUIET_SECONDS = 3.0  # a check that takes no longer says what it found, and nothing else
+
 
 def names_in_use(
     train: Collection[str], test: Collection[str], known: Collection[str], *, eval_only: bool
@@ -64,7 +66,7 @@ def check_set(
 ) -> CocoReport:
     """
     :func:`check_coco` of a named set, and whether its masks fit ``INPUT.MASK_FORMAT``. Shows on
-    stderr how far it is.
+    stderr how far it is when that takes long.
 
     Args:
         masks: ``MODEL.MASK_ON``.
@@ -73,7 +75,7 @@ def check_set(
     Raises:
         DataError: the message names the set.
     """
-    status = StatusLine(sys.stderr)
+    status = StatusLine(sys.stderr, after=_QUIET_SECONDS)
     status.show(f"checking the annotations of data set '{name}'")
     try:
         report = check_coco(
