@@ -131,25 +131,26 @@ def test_what_detectron2_turns_twice_is_refused_for_detectron2(tiny, suffix, ori
 
 
 def test_a_tiff_of_five_bands_is_not_cut_off(tiny):
-    """A TIFF as remote sensing writes it: two strips of 5 bytes a pixel."""
+    """A TIFF as remote sensing writes it: one strip of 5 bytes a pixel."""
     size = WIDTH * HEIGHT * 5
-    tags = [
-        (256, 3, WIDTH),
-        (257, 3, HEIGHT),
-        (258, 3, 8),
-        (259, 3, 1),
-        (262, 3, 1),
-        (273, 4, 8),
-        (277, 3, 5),
-        (278, 3, HEIGHT),
-        (279, 4, size),
+    bits = struct.pack("<5H", *[8] * 5)
+    tags = [  # number, type (3: 16 bits, 4: 32 bits), count, value or its place in the file
+        (256, 3, 1, WIDTH),
+        (257, 3, 1, HEIGHT),
+        (258, 3, 5, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, 1, 8 + len(bits)),
+        (277, 3, 1, 5),
+        (278, 3, 1, HEIGHT),
+        (279, 4, 1, size),
     ]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
     path = replace_first(tiny, "a.tif")
-    whole = b"II*\0" + struct.pack("<I", 8 + size) + bytes(size) + directory
+    whole = b"II*\0" + struct.pack("<I", 8 + len(bits) + size) + bits + bytes(size) + directory
     path.write_bytes(whole)
-    message = tiny.refused_once("bands that Pillow does not read", "image 1 'a.tif': 5 bands of 8")
+    message = tiny.refused_once("bands that Pillow does not read", "'a.tif': 5 bands of 8 bits")
     assert "cut off" not in message
     path.write_bytes(whole[: size // 2])
     tiny.refused_once("cut off or cannot be decoded", "image 1 'a.tif'")
