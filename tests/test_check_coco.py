@@ -17,6 +17,7 @@ from PIL import Image
 
 from cbn_det.data import DataError, coco_folder
 from cbn_det.data.coco_folder import check_disk, check_folder, check_weights, find_coco
+from cbn_det.data.overlap import same_files
 from cbn_det.data.pretrained import pretrained_files
 from cbn_det.data.progress import StatusLine
 
@@ -37,8 +38,8 @@ class TinyCoco:
             self.write(split, self.make(split, number))
 
     def make(self, split: str, number: int) -> dict:
-        rng = np.random.default_rng(0)
         first, images, annotations = FIRST_ID[split], [], []
+        rng = np.random.default_rng(first)
         for i in range(first, first + number):
             pixels = rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(self.image(split, i))
@@ -80,8 +81,9 @@ def test_a_good_folder(tiny) -> None:
     assert {finding.level for finding in found} == {"ok"}
     text = "\n".join(finding.text for finding in found)
     assert "train2017: 4 annotations of 4 images (1 without an object, 1 crowd" in text
+    assert "without an object: 'c1', 'c2', " in text and "(79 in all)" in text
     assert "val2017: 2 annotations of 2 images" in text
-    assert "4 images decoded" in text and "no image is in both" in text
+    assert "4 images decoded" in text and "no image is in both train2017 and val2017" in text
 
 
 def test_the_real_subset(shared_data, tmp_path) -> None:
@@ -198,13 +200,60 @@ def test_swapped_train_and_val(tiny, what: str) -> None:
 
 
 def test_an_image_in_both_splits(tiny) -> None:
-    """AP would be too high, and nothing else would look wrong."""
-    shutil.copy(tiny.image("train2017", 101), tiny.folder / "val2017")
-    train, val = tiny.read("train2017"), tiny.read("val2017")
-    val["images"].append(train["images"][1])
-    tiny.write("val2017", val)
+    """AP would be too high, and nothing else would look wrong. Neither id nor name tells it."""
+    shutil.copy(tiny.image("train2017", 101), tiny.image("val2017", 250))
+    val = tiny.read("val2017")
+    record = {**val["images"][1], "id": 250, "file_name": tiny.image("val2017", 250).name}
+    tiny.write("val2017", {**val, "images": [*val["images"], record]})
     (problem,) = tiny.problems(expected=None)
-    assert problem.startswith("1 images are in both train2017 and val2017 (ids 101)")
+    assert problem.startswith(
+        "1 images are in both train2017 and val2017 (000000000101.jpg = 000000000250.jpg)"
+    )
+
+
+def test_different_images_of_equal_names_and_ids(tiny) -> None:
+    """Sets of two exports are both numbered from 1."""
+    val, train = tiny.read("val2017"), tiny.read("train2017")
+    for new, record in zip(train["images"], val["images"], strict=False):
+        for a in val["annotations"]:
+            a["image_id"] = new["id"] if a["image_id"] == record["id"] else a["image_id"]
+        old = tiny.folder / "val2017" / record["file_name"]
+        old.rename(tiny.folder / "val2017" / new["file_name"])
+        record |= {"id": new["id"], "file_name": new["file_name"]}
+    tiny.write("val2017", val)
+    assert not tiny.problems()
+
+
+def test_same_files_are_those_of_equal_content(tmp_path) -> None:
+    """Oracle: each pair compared byte by byte; sizes, beginnings and ends agree all over."""
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(24):
+        content = bytearray(20000 + 9 * (i % 2))
+        content[9000 + 4000 * (i % 3)] = int(rng.integers(1, 4))  # in the middle or beyond
+        files.append(tmp_path / str(i))
+        files[-1].write_bytes(content)
+    first, second = files[:14], files[10:]  # four are one path in both
+    expected = {b for b in second for a in first if a.read_bytes() == b.read_bytes()}
+    assert 6 < len(expected) < len(second)
+    shown = []
+    found = same_files(first, second, lambda *counts: shown.append(counts))
+    assert [b for _, b in found] == [b for b in second if b in expected]
+    assert all(a in first and a.read_bytes() == b.read_bytes() for a, b in found)
+    assert shown == [(i, 28) for i in range(28)]
+
+
+def test_few_files_are_read_to_find_the_same(tmp_path, monkeypatch) -> None:
+    """COCO has 18 GB; sizes alone tell most of its files apart."""
+    files = [tmp_path / str(i) for i in range(60)]
+    for i, path in enumerate(files):
+        path.write_bytes(bytes([i]) * (9000 + i))
+    files[50].write_bytes(files[3].read_bytes())
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or read_bytes(self))
+    assert same_files(files[:40], files[40:]) == [(files[3], files[50])]
+    assert set(read) == {files[3], files[50]}
 
 
 def test_another_number_of_categories(tiny) -> None:

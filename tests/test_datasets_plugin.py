@@ -239,6 +239,36 @@ def test_a_broken_image_stops_the_run_before_training(digits_root, tmp_path, cat
         prepare_datasets(cfg, given)
 
 
+def test_a_tiff_that_detectron2_turns_twice_is_refused(catalog, tmp_path):
+    from PIL import Image
+
+    from cbn_det.plugin.datasets import prepare_datasets
+
+    paths = write_tiny(tmp_path, ["a"])
+    exif = Image.Exif()
+    exif[274] = 3
+    # Pillow tells the kind of a file by its content
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "1.png", format="TIFF", exif=exif)
+    cfg = config("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    with pytest.raises(DataError, match="'mine'.*TIFF images with an orientation tag"):
+        prepare_datasets(cfg, [("mine", *paths)])
+
+
+def test_a_class_without_a_training_object_is_told(catalog, tmp_path, caplog):
+    from cbn_det.plugin.datasets import prepare_datasets
+
+    cfg = config("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    given = [("mine", *write_tiny(tmp_path, ["a", "b"]))]
+    with caplog.at_level("WARNING"):
+        prepare_datasets(cfg, given)
+        assert [r.message for r in caplog.records if "'b' (1 in all)" in r.message]
+        caplog.clear()
+        prepare_datasets(cfg, given, eval_only=True)
+        assert not caplog.records
+
+
 def ground_truth_as_predictions(name: str, masks: bool) -> dict[str, dict[str, float]]:
     """AP of a detector that answers with the annotations themselves, through detectron2."""
     import pycocotools.mask as mask_util

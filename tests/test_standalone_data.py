@@ -170,10 +170,14 @@ def test_masks_of_crowd_regions_are_needed_where_masks_are_evaluated(files):
     prepare_datasets(cfg, [triple(files)], eval_only=False)
 
 
-def test_a_set_without_objects_can_be_evaluated_but_not_trained_on(files):
+def test_a_set_without_objects_is_neither_trained_on_nor_evaluated(files):
     edit(files, lambda data: data["annotations"].clear())
     with pytest.raises(DataError, match="nothing to train on"):
         prepare_datasets(config(), [triple(files)], eval_only=False)
+    with pytest.raises(DataError, match="nothing counts in its evaluation"):
+        prepare_datasets(config(), [triple(files)], eval_only=True)
+    # without the list, as COCO's own test sets are, its images are predicted and not scored
+    edit(files, lambda data: data.pop("annotations"))
     assert prepare_datasets(config(), [triple(files)], eval_only=True) == {"mine": files}
 
 
@@ -274,14 +278,29 @@ def test_images_of_other_modes_and_channel_order(files, mode, order):
     assert np.abs(pixel.numpy() - expected).max() <= 2
 
 
-def test_exif_rotation_is_applied(files):
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # Pillow turns a TIFF itself
+def test_exif_rotation_is_applied(files, suffix):
     upright = np.zeros((48, 66, 3), dtype=np.uint8)
     upright[:10] = 200
     exif = Image.Exif()
     exif[274] = 6  # stored turned: a viewer turns it a quarter clockwise
-    Image.fromarray(np.rot90(upright).copy()).save(files.images / "1.png", exif=exif)
+    name = f"1.{suffix}"
+    Image.fromarray(np.rot90(upright).copy()).save(files.images / name, exif=exif)
+    edit(files, lambda data: data["images"][-1].update(file_name=name))
+    prepare_datasets(config(), [triple(files)])
     image, _ = DetectionDataset(files, config(), training=False)[0]
     assert np.array_equal(image.numpy(), upright.transpose(2, 0, 1))
+
+
+def test_an_image_whose_values_would_be_cut_off_is_named(files):
+    """The check before a run decodes a sample of a large set."""
+    Image.fromarray(np.full((48, 72), 3000, dtype=np.uint16)).save(files.images / "4.png")
+    with pytest.raises(DataError, match="image 400 .4.png.: .*mode I"):
+        prepare_datasets(config(), [triple(files)])
+    for training in (True, False):
+        dataset = DetectionDataset(files, config(), training)
+        with pytest.raises(DataError, match=r"^data set 'mine': image 400 '.*4.png' \(.*mode I"):
+            dataset[3]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

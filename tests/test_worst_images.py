@@ -93,6 +93,18 @@ def test_scores_worked_out_by_hand() -> None:
     assert scores[3].right_predictions == {5} and scores[3].found_annotations == {5}
 
 
+@pytest.mark.parametrize("ids", [(0, -7), (2**70 + 1, 2**70 + 2), (2**53, 2**53 + 1)])
+def test_objects_are_found_whatever_their_ids(ids: tuple[int, int]) -> None:
+    coco = make_coco([annotation(ids[0], 1, A), annotation(ids[1], 1, B)])
+    made = [prediction(1, A, 0.9), prediction(1, B, 0.9), prediction(1, FAR, 0.8)]
+    (score,) = score_images(coco, made)
+    assert (score.found, score.missed, score.false) == (2, 0, 1)
+    assert score.found_annotations == set(ids)
+    (score,) = score_images(coco, made[1:])
+    assert (score.found, score.missed) == (1, 1) and score.found_annotations == {ids[1]}
+    assert sorted(coco.anns) == sorted(ids), "what was given is left as it was"
+
+
 def test_without_any_prediction_all_objects_are_missed() -> None:
     coco = make_coco([annotation(1, 4, A), annotation(2, 4, B), annotation(3, 2, A)])
     for made in ([], [prediction(2, A, 0.1)]):

@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
-"""Check a COCO 2017 folder, the disk and the pretrained weights before days are spent on training.
+"""Check data before days are spent on training: your own sets, or COCO 2017, disk and weights.
+
+Your own sets are checked as training would check them, and whether images are in both.
+
+COCO 2017: layout, number of files, annotations, images, free disk space and pretrained weights.
 
 ROOT is the folder that the environment variable DETECTRON2_DATASETS names, or coco/ in it:
 
@@ -11,6 +15,7 @@ completely. That takes a few minutes and, for train2017, some GB of memory. Each
 (nothing has to be done) or PROBLEM (and what to do).
 
 examples:
+  python tools/check_coco.py --train train.json images/ --test val.json images/ --masks
   python tools/check_coco.py /data
   python tools/check_coco.py /data --sample 118287       # decode every image
   python tools/check_coco.py /data --output /runs --runs 20   # is there room for 20 runs?
@@ -38,6 +43,7 @@ from cbn_det.data.coco_folder import (  # noqa: E402
     check_weights,
     find_coco,
 )
+from cbn_det.data.own_sets import check_own_sets  # noqa: E402
 from cbn_det.data.pretrained import pretrained_files  # noqa: E402
 from cbn_det.data.progress import StatusLine  # noqa: E402
 
@@ -49,7 +55,18 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     root = default_root()
     add("root", nargs="?", type=Path, default=root, metavar="ROOT", help=f"default: {root}")
-    add("--sample", type=int, default=1000, metavar="N", help="images of each split to decode")
+    for split in ("train", "test"):
+        add(
+            f"--{split}",
+            nargs=2,
+            type=Path,
+            action="append",
+            default=[],
+            metavar=("ANNOTATIONS", "IMAGES"),
+            help=f"check this set for DATASETS.{split.upper()} instead of ROOT; may be repeated",
+        )
+    add("--masks", action="store_true", help="of --train and --test, for MODEL.MASK_ON")
+    add("--sample", type=int, default=1000, metavar="N", help="images of each set to decode")
     add("--subset", action="store_true", help="take any number of images")
     add(
         "--output",
@@ -71,6 +88,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
+    if args.train or args.test:
+        train, test = ([tuple(files) for files in sets] for sets in (args.train, args.test))
+        yield from check_own_sets(
+            train,
+            test,
+            masks=args.masks,
+            decode=args.sample,
+            progress=status.show,
+        )
+        return
     expected = None if args.subset else COCO_2017
     try:
         coco = find_coco(args.root)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cbn_det.data.coco_check import check_coco
+from cbn_det.data.coco_check import check_coco, naming
 from cbn_det.data.errors import DataError
+from cbn_det.data.overlap import same_files
 from cbn_det.data.pretrained import PretrainedFile
 
 __all__ = ["COCO_2017", "Finding", "GB_PER_RUN", "check_folder", "find_coco"]
@@ -82,21 +83,29 @@ def check_folder(
     yield from _check_place(coco)
     complete = yield from _check_layout(coco)
     swapped = yield from _check_pairs(coco, complete)
-    ids = {}
+    files = {}
     for split in [name for name in complete if name not in swapped]:
         progress(f"counting the images of {split}")
         yield _check_count(coco / split, expected)
         found = yield from _check_annotations(coco, split, expected, sample, progress)
-        ids |= {split: found} if found else {}
-    both = frozenset.intersection(*ids.values()) if len(ids) == len(COCO_2017) else ()
-    if both:
-        yield Finding(
-            PROBLEM,
-            f"{len(both)} images are in both train2017 and val2017 (ids {_first(sorted(both))}): "
-            "AP would be measured on training images; use COCO's own annotation files",
-        )
-    elif len(ids) == len(COCO_2017):
-        yield Finding(OK, "no image is in both splits")
+        files |= {split: found} if found else {}
+    if len(files) == len(COCO_2017):
+        yield check_overlap(files, progress)
+
+
+def check_overlap(files: Mapping[str, list[Path]], progress: Progress) -> Finding:
+    """Whether two sets, given by name, hold the same images; told by their content, since sets that
+    were split or numbered by hand share ids or names and not images, or the other way round."""
+    (first, some), (second, others) = files.items()
+    both = same_files(some, others, partial(progress, f"comparing {first} with {second}"))
+    if not both:
+        return Finding(OK, f"no image is in both {first} and {second}")
+    pairs = [a.name if a.name == b.name else f"{a.name} = {b.name}" for a, b in both]
+    return Finding(
+        PROBLEM,
+        f"{len(both)} images are in both {first} and {second} ({_first(pairs)}): AP would be "
+        "measured on training images; remove them from one of the two annotation files",
+    )
 
 
 def check_disk(output: Path, runs: int = 1) -> Finding:
@@ -228,7 +237,7 @@ def _check_annotations(
     sample: int,
     progress: Progress,
 ) -> Iterator[Finding]:
-    """Returns the ids of the split's images, None if the annotations cannot be used."""
+    """Returns the split's image files, None if the annotations cannot be used."""
     progress(f"reading the annotations of {split}")
     try:
         report = check_coco(
@@ -258,13 +267,15 @@ def _check_annotations(
             f"'{report.annotations}' has {len(report.categories)} categories, COCO "
             f"{NUM_CATEGORIES}: the configs' NUM_CLASSES would not fit",
         )
+    unused = report.unused_classes
     yield Finding(
         OK,
         f"{split}: {report.num_annotations} annotations of {report.num_images} images "
         f"({report.num_images_without_objects} without an object, {report.num_crowd} crowd "
-        f"regions), {report.num_images_decoded} images decoded",
+        f"regions), {report.num_images_decoded} images decoded"
+        + (f"; classes without an object: {naming(unused)}" if unused else ""),
     )
-    return report.image_ids
+    return [report.images / name for name in report.file_names]
 
 
 def _annotations(coco: Path, split: str) -> Path:

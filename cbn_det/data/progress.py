@@ -13,10 +13,14 @@ class StatusLine:
     """A line on a terminal that is overwritten, lines of their own elsewhere.
 
     What is being done is shown at once when it changes, how far it is now and then.
+
+    Args:
+        after: nothing is shown in the first so many seconds.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, after: float = 0.0) -> None:
         self._stream = stream
+        self._begin = time.monotonic() + after
         self._terminal = stream.isatty()
         self._what = ""
         self._width = 0
@@ -24,6 +28,8 @@ class StatusLine:
 
     def show(self, what: str, done: int | None = None, total: int | None = None) -> None:
         now = time.monotonic()
+        if now < self._begin:
+            return
         every = _SECONDS if self._terminal else _PLAIN_SECONDS
         if what == self._what and now - self._shown < every:
             return

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cbn_det.data.coco_check import BROKEN_IMAGE
+from cbn_det.data.image_check import BROKEN_IMAGE
+from cbn_det.data.lettering import Lettering
 
 __all__ = ["ImageScore", "score_images", "write_worst_images"]
 
@@ -77,6 +78,7 @@ def score_images(
         worst first: by F1, then by the number of errors, then by image id.
     """
     chosen = [dict(p, index=i) for i, p in enumerate(predictions) if p["score"] >= confidence]
+    coco, ids = _numbered(coco)
     with contextlib.redirect_stdout(io.StringIO()):
         if chosen:
             results = coco.loadRes(
@@ -105,7 +107,7 @@ def score_images(
         counts[image] = counts.get(image, 0) + counted
         right.setdefault(image, set()).update(results.anns[i]["index"] for i in hits)
         there.setdefault(image, set()).update(
-            int(m) for m, skip in zip(matches, ignored, strict=True) if m and not skip
+            ids[int(m)] for m, skip in zip(matches, ignored, strict=True) if m and not skip
         )
     found = [
         ImageScore(image, *map(int, numbers), frozenset(right[image]), frozenset(there[image]))
@@ -113,6 +115,20 @@ def score_images(
         if numbers.sum()
     ]
     return sorted(found, key=lambda s: (s.f1, -s.missed - s.false, s.image_id))
+
+
+def _numbered(coco: COCO) -> tuple[COCO, dict[int, int]]:
+    """The same with annotations numbered from 1, and the id of each number: pycocotools takes 0 for
+    no match, and rounds ids beyond 2^53."""
+    annotations = coco.dataset.get("annotations", [])
+    numbered = COCO()
+    numbered.dataset = {
+        **coco.dataset,
+        "annotations": [{**a, "id": i} for i, a in enumerate(annotations, start=1)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        numbered.createIndex()
+    return numbered, {i: a["id"] for i, a in enumerate(annotations, start=1)}
 
 
 def write_worst_images(
@@ -140,14 +156,15 @@ def write_worst_images(
         coco = COCO(str(annotations))
     worst = [score for score in score_images(coco, made) if score.f1 < 1][:count]
     if worst:
-        places = [_place(coco, made, Path(images), score) for score in worst]
-        _sheet(places).save(path)
+        lettering = Lettering([coco.cats[i]["name"] for i in sorted(coco.cats)])
+        places = [_place(coco, made, Path(images), score, lettering) for score in worst]
+        _sheet(places, lettering).save(path)
     else:
         Path(path).unlink(missing_ok=True)
     return worst
 
 
-def _sheet(places: list[Image.Image]) -> Image.Image:
+def _sheet(places: list[Image.Image], lettering: Lettering) -> Image.Image:
     width, height = places[0].size
     columns = min(_COLUMNS, len(places))
     lines = -(-len(places) // columns)
@@ -156,11 +173,13 @@ def _sheet(places: list[Image.Image]) -> Image.Image:
     for i, place in enumerate(places):
         at = (i % columns * (width + _GAP) + _GAP, i // columns * (height + _GAP) + _GAP)
         sheet.paste(place, at)
-    _write(sheet, (_GAP, sheet.height - _CAPTION), _LEGEND, "black")
+    _write(sheet, (_GAP, sheet.height - _CAPTION), _LEGEND, "black", lettering)
     return sheet
 
 
-def _place(coco: COCO, predictions: list[dict], folder: Path, score: ImageScore) -> Image.Image:
+def _place(
+    coco: COCO, predictions: list[dict], folder: Path, score: ImageScore, lettering: Lettering
+) -> Image.Image:
     """The image twice, side by side, under a caption."""
     record = coco.imgs[score.image_id]
     try:
@@ -176,13 +195,15 @@ def _place(coco: COCO, predictions: list[dict], folder: Path, score: ImageScore)
         for i, p in enumerate(predictions)
         if p["image_id"] == score.image_id and p["score"] >= CONFIDENCE
     ]
+    names = dict(zip(sorted(coco.cats), lettering.names, strict=True))
     for i, one in sorted(made, key=lambda pair: pair[1]["score"]):
-        text = f"{coco.cats[one['category_id']]['name']} {one['score']:.0%}"
-        _box(left, one["bbox"], scale, text, _GREEN if i in score.right_predictions else _RED)
+        color = _GREEN if i in score.right_predictions else _RED
+        text = f"{names[one['category_id']]} {one['score']:.0%}"
+        _box(left, one["bbox"], scale, text, color, lettering)
     for one in coco.imgToAnns[score.image_id]:
         color = _GREEN if one["id"] in score.found_annotations else _ORANGE
-        name = coco.cats[one["category_id"]]["name"]
-        _box(right, one["bbox"], scale, name, _GREY if one.get("iscrowd") else color)
+        color = _GREY if one.get("iscrowd") else color
+        _box(right, one["bbox"], scale, names[one["category_id"]], color, lettering)
     place = Image.new("RGB", (2 * _PICTURE[0] + 2, _PICTURE[1] + _CAPTION), (235, 235, 235))
     place.paste(left, (0, _CAPTION))
     place.paste(right, (_PICTURE[0] + 2, _CAPTION))
@@ -190,20 +211,25 @@ def _place(coco: COCO, predictions: list[dict], folder: Path, score: ImageScore)
         f"{record['file_name']}: F1 {score.f1:.2f}, {score.found} found, {score.missed} missed, "
         f"{score.false} false"
     )
-    _write(place, (3, 2), caption, "black")
+    _write(place, (3, 2), caption, "black", lettering)
     return place
 
 
-def _box(image: Image.Image, box: list[float], scale: float, text: str, color) -> None:
+def _box(
+    image: Image.Image, box: list[float], scale: float, text: str, color, lettering: Lettering
+) -> None:
     x, y, width, height = (side * scale for side in box)
     canvas = ImageDraw.Draw(image)
     canvas.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=color, width=2)
-    font = ImageFont.load_default(10)
+    font = lettering.font(10)
     length, top = canvas.textlength(text, font) + 2, max(0.0, y - 11)
     left = max(0.0, min(x, image.width - length))
     canvas.rectangle((left, top, left + length, top + 11), fill=color)
     canvas.text((left + 1, top - 1), text, fill="white", font=font)
 
 
-def _write(image: Image.Image, at: tuple[int, int], text: str, color: str) -> None:
-    ImageDraw.Draw(image).text(at, text, fill=color, font=ImageFont.load_default(12))
+def _write(
+    image: Image.Image, at: tuple[int, int], text: str, color: str, lettering: Lettering
+) -> None:
+    text = lettering.drawable(text)
+    ImageDraw.Draw(image).text(at, text, fill=color, font=lettering.font(12))

@@ -24,6 +24,7 @@ from cbn_det.data import (
     names_in_use,
     write_digits,
 )
+from cbn_det.data.image_check import DETECTRON2
 
 __all__ = ["check_num_classes", "ensure_digits", "prepare_datasets", "register_coco"]
 
@@ -126,7 +127,7 @@ def prepare_datasets(
     for found in comm.all_gather(problem):
         if found is not None:
             raise DataError(found)
-    log_reports(reports.values())
+    log_reports(reports, () if eval_only else train)
     check_num_classes(cfg, eval_only=eval_only)
     return reports
 
@@ -149,6 +150,7 @@ def _check_files(cfg: CfgNode, name: str, for_training: bool) -> CocoReport:
             mask_format=cfg.INPUT.MASK_FORMAT,
             for_training=for_training,
             for_evaluation=name in cfg.DATASETS.TEST,
+            reader=DETECTRON2,
         )
     except DataError as e:
         raise DataError(f"{e}{_layout_hint(name)}") from e

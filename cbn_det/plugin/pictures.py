@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 from torch import nn
 
+from cbn_det.data.lettering import drawable_names
 from cbn_det.data.worst_images import write_worst_images
 from cbn_det.run.folder import PREDICTIONS
 
@@ -32,7 +35,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module, folder: Path, count: int = 
     (score 0.5 and up, else the best three), annotations on the right."""
     name = cfg.DATASETS.TEST[0]
     records = DatasetCatalog.get(name)
-    metadata = MetadataCatalog.get(name)
+    metadata = _drawable(MetadataCatalog.get(name))
     mapper = DatasetMapper(cfg, is_train=False)
     folder.mkdir(parents=True, exist_ok=True)
     training = model.training
@@ -60,6 +63,16 @@ def draw_worst(cfg: CfgNode, path: Path) -> None:
     worst = write_worst_images(predictions, metadata.json_file, metadata.image_root, path)
     if worst:
         logger.info(f"the {len(worst)} images with the lowest F1: {path}")
+
+
+def _drawable(metadata: Metadata) -> Metadata:
+    """With class names that the font of detectron2's drawing has glyphs for."""
+    names = metadata.get("thing_classes")
+    if names is None:
+        return metadata
+    glyphs = get_font(findfont(FontProperties(family=["sans-serif"]))).get_charmap()
+    drawable = drawable_names(names, lambda name: all(ord(c) in glyphs for c in name))
+    return Metadata(**metadata.as_dict() | {"thing_classes": drawable})
 
 
 def _confident(predicted: Any) -> Instances:

@@ -31,7 +31,7 @@ from ..data import (
     names_in_use,
     write_digits,
 )
-from ..data.coco_check import BROKEN_IMAGE
+from ..data.image_check import BROKEN_IMAGE, PILLOW, clipped_mode
 from ..run.coco_evaluation import number_annotations
 from .augmentation import Augmentation, View, whole_polygons
 
@@ -88,10 +88,11 @@ def prepare_datasets(
             mask_format=cfg.INPUT.MASK_FORMAT,
             for_training=not eval_only and name in train,
             for_evaluation=name in test,
+            reader=PILLOW,
         )
         for name in names
     }
-    log_reports(reports.values())
+    log_reports(reports, () if eval_only else train)
     check_classes(
         "MODEL.ROI_HEADS.NUM_CLASSES",
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
@@ -181,11 +182,17 @@ class DetectionDataset(Dataset):
         label = f"data set '{self.files.name}': image {image_id} '{path}'"
         try:
             with Image.open(path) as stored:
+                clipped = clipped_mode(stored)
                 pixels = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
         except FileNotFoundError as e:
             raise DataError(f"{label} does not exist: copy it there") from e
         except BROKEN_IMAGE as e:
             raise DataError(f"{label} is cut off or cannot be decoded ({e}): copy it again") from e
+        if clipped:  # the check before training looks at a sample of large sets
+            raise DataError(
+                f"{label} ({clipped}): reading it as RGB would cut its values off at 255, to all "
+                "white or black: convert it to 8 bits"
+            )
         if pixels.shape[:2] != (record["height"], record["width"]):
             raise DataError(
                 f"{label} is {pixels.shape[1]} x {pixels.shape[0]}, listed as {record['width']} x "

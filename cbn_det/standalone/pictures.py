@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from cbn_det.data.lettering import Lettering
 from cbn_det.data.worst_images import write_worst_images
 
 from ..run.folder import PREDICTIONS
@@ -48,6 +49,7 @@ def draw_predictions(
         DataError: an image cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lettering = Lettering(dataset.class_names)
     training = model.training
     model.eval()
     try:
@@ -57,8 +59,10 @@ def draw_predictions(
             if cfg.INPUT.FORMAT == "BGR":
                 image = image.flip(0)
             image = image.to(torch.uint8)
-            left = _draw(image, *_predicted(output, dataset))
-            right = _draw(image, *_annotated(target["image_id"], dataset, cfg.MODEL.MASK_ON))
+            names = lettering.names
+            right = _annotated(target["image_id"], dataset, names, cfg.MODEL.MASK_ON)
+            left = _draw(image, *_predicted(output, names), lettering)
+            right = _draw(image, *right, lettering)
             file_name = dataset.coco.imgs[target["image_id"]]["file_name"]
             pair = Image.fromarray(np.concatenate([left, right], axis=1))
             pair.save(folder / f"{Path(file_name).stem}.png")
@@ -82,25 +86,27 @@ def draw_worst(files: CocoFiles, folder: Path, path: Path) -> None:
 Drawn = tuple[Tensor, list[str], list[Color], Tensor | None]  # boxes, texts, colours, masks
 
 
-def _predicted(output: dict[str, Tensor], dataset: DetectionDataset) -> Drawn:
+def _predicted(output: dict[str, Tensor], names: list[str]) -> Drawn:
     order = output["scores"].argsort(descending=True)
     order = order[: int((output["scores"] >= _SCORE).sum()) or _FEW]
     found = {key: value[order].cpu() for key, value in output.items()}
     labels = found["labels"].tolist()
     texts = [
-        f"{dataset.class_names[label - 1]} {score:.0%}"
+        f"{names[label - 1]} {score:.0%}"
         for label, score in zip(labels, found["scores"].tolist(), strict=True)
     ]
     masks = found["masks"][:, 0] >= 0.5 if "masks" in found else None
     return found["boxes"], texts, [_color(label) for label in labels], masks
 
 
-def _annotated(image_id: Any, dataset: DetectionDataset, with_masks: bool) -> Drawn:
+def _annotated(
+    image_id: Any, dataset: DetectionDataset, names: list[str], with_masks: bool
+) -> Drawn:
     annotations = dataset.coco.imgToAnns[image_id]
     boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
     labels = [dataset.category_ids.index(a["category_id"]) + 1 for a in annotations]
     texts = [
-        dataset.class_names[label - 1] + (" (crowd)" if a.get("iscrowd") else "")
+        names[label - 1] + (" (crowd)" if a.get("iscrowd") else "")
         for label, a in zip(labels, annotations, strict=True)
     ]
     masks = None
@@ -117,7 +123,12 @@ def _color(label: int) -> Color:
 
 
 def _draw(
-    image: Tensor, boxes: Tensor, texts: list[str], colors: list[Color], masks: Tensor | None
+    image: Tensor,
+    boxes: Tensor,
+    texts: list[str],
+    colors: list[Color],
+    masks: Tensor | None,
+    lettering: Lettering,
 ) -> np.ndarray:
     """Returns the picture as uint8 ``[H, W, 3]``."""
     scale = max(1.0, _MIN_SIDE / min(image.shape[1:]))
@@ -130,7 +141,8 @@ def _draw(
             image = draw_segmentation_masks(image, masks, alpha=_MASK_ALPHA, colors=colors)
         image = draw_bounding_boxes(image, boxes * scale, colors=colors, width=max(2, side // 250))
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    _write_texts(picture, (boxes * scale).tolist(), texts, colors, font_size=max(14, side // 35))
+    font = lettering.font(max(14, side // 35))
+    _write_texts(picture, (boxes * scale).tolist(), texts, colors, font)
     return np.asarray(picture)
 
 
@@ -139,13 +151,12 @@ def _write_texts(
     boxes: list[list[float]],
     texts: list[str],
     colors: list[Color],
-    font_size: int,
+    font: ImageFont.FreeTypeFont,
 ) -> None:
     """On a field of the box's colour, above the box where the image has room."""
-    font = ImageFont.load_default(font_size)
     canvas = ImageDraw.Draw(picture)
     for (x, y, _, _), text, color in zip(boxes, texts, colors, strict=True):
-        width, height = canvas.textlength(text, font) + 4, font_size + 4
+        width, height = canvas.textlength(text, font) + 4, font.size + 4
         x = max(0.0, min(x, picture.width - width))
         y = y - height if y >= height else min(y, picture.height - height)
         canvas.rectangle((x, y, x + width, y + height), fill=color)
