@@ -87,8 +87,6 @@ class SmallBatchNorm2d(ConvBound, nn.BatchNorm2d):
     #: whether what an iteration staged is staged anew, with the updated weights, in the second pass
     #: of :class:`cbn_det.norms.DoubleForward`
     double_forward = False
-    #: names of state, beside BatchNorm's, that evaluation does not use
-    training_state: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from torch import nn
 from ..norms import (
     DoubleForward,
     check_bindings,
+    find_chain_at_call,
     format_norm_table,
     norm_rows,
     resolve_burn_in,
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     logger.info(format_norm_table(norm_rows(model)))
     if args.eval_only:
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        find_chain_at_call(model)
         evaluate(cfg, model)
     else:
         train(cfg, model, resume=args.resume)
@@ -149,6 +151,7 @@ class NormHook(HookBase):
         self._model = model
         self._double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self._periods = [period for period in periods if period > 0]
+        find_chain_at_call(model)
 
     def after_step(self) -> None:
         with EventStorage():  # what heads log of the second pass is dropped
