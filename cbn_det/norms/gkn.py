@@ -95,11 +95,14 @@ class GKN2d(Predicting, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
-        if input.numel() == 0:
+        if not torch.jit.is_tracing() and input.numel() == 0:
             return super().forward(input)
         prediction = None
         if self.gain != 0:
-            with torch.autocast(input.device.type, enabled=False):
+            # what is traced holds the prediction's operations, not its gradient's
+            gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
+            plain = torch.autocast(input.device.type, enabled=False)
+            with plain, torch.set_grad_enabled(gradients):
                 prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
         if prediction is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -116,7 +119,7 @@ class GKN2d(Predicting, nn.GroupNorm):
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
         batch = moments(x)
-        observed = _grouped(batch.mean, batch.var, len(input) * self.num_groups)
+        observed = self._grouped(batch.mean, batch.var)
         observed = (value.view(len(input), -1) for value in observed)
         mean, var, share = self._combine(prediction, *observed)
         share = share.expand_as(mean)
@@ -146,12 +149,12 @@ class GKN2d(Predicting, nn.GroupNorm):
         return output.to(input.dtype)
 
     def _of_groups(self, prediction: Pair) -> Pair:
-        """The prediction for groups, [1, groups], from that for channels."""
-        mean, var = _grouped(*prediction, self.num_groups)
+        """The prediction for groups, [1, groups], from that for channels [C]."""
+        mean, var = self._grouped(*prediction)
         return mean[None], var[None]
 
-
-def _grouped(mean: Tensor, var: Tensor, groups: int) -> Pair:
-    """[groups] from [C]: moments of the equal mixture of a group's channels."""
-    mean, var = (value.unflatten(0, (groups, -1)).movedim(1, 0) for value in (mean, var))
-    return mixture(mean, var, mean.new_full((), 1.0 / len(mean)))
+    def _grouped(self, mean: Tensor, var: Tensor) -> Pair:
+        """Moments of the equal mixture of each group's channels, one group after another."""
+        each = self.num_channels // self.num_groups
+        mean, var = (value.unflatten(0, (-1, each)).movedim(1, 0) for value in (mean, var))
+        return mixture(mean, var, mean.new_full((), 1.0 / each))

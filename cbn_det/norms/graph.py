@@ -63,7 +63,7 @@ _KEEPS = {
     "ToCopy",
     "Clone",
     "NativeDropout",
-    "_ScaleGradient",  # of detectron2's cascade heads; forward it is the identity
+    "_ScaleGradientBackward",  # of detectron2's cascade heads; forward it is the identity
 }
 _ACTIVATIONS = {"Relu", "LeakyRelu", *FUNCTIONS}
 #: norm layers with the edges (input, weight, bias, ...)
@@ -74,8 +74,8 @@ FROZEN_INPUT = "a model input, or frozen"
 NO_STATISTICS = "a frozen norm without statistics"
 COMPILED = "compiled before it could be followed"
 _ENDS = {
-    "CompiledFunction": COMPILED,
-    "RegisterPostBackwardFunction": "the border of a block of fully_shard",
+    "CompiledFunctionBackward": COMPILED,
+    "RegisterPostBackwardFunctionBackward": "the border of a block of fully_shard",
     "torch::autograd::AccumulateGrad": "a model input, or the border of a checkpointed segment",
 }
 
@@ -103,8 +103,9 @@ def follow(y: Tensor, channels: int) -> Expression:
 
 
 def _operation(node: Any) -> str:
-    """``"Relu"`` of a ``ReluBackward0``."""
-    return re.sub(r"Backward\d*$", "", node.name())
+    """``"Relu"`` of a ``ReluBackward0``; a Function written in Python, which may do anything, keeps
+    its ``Backward``."""
+    return re.sub(r"Backward\d+$", "", node.name())
 
 
 def _edges(node: Any) -> list[Any]:
@@ -124,7 +125,7 @@ class _Walk:
         node = past_hooks(y.grad_fn, y.output_nr)
         while _operation(node) in ("ToCopy", "Clone") and _edges(node)[0] is not None:
             node = _edges(node)[0]
-        if _operation(node) not in ("Convolution", "CompiledFunction"):
+        if _operation(node) not in ("Convolution", "CompiledFunctionBackward"):
             raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
         found = self._expression(node)
         if found.width != channels:
@@ -161,7 +162,7 @@ class _Walk:
             return self._convolution(node, edges)
         if operation in _OTHER_NORMS:
             return self._other_norm(edges[1:3])
-        if operation == "_Normalize":  # of a norm of ours that predicts nothing
+        if operation == "_NormalizeBackward":  # of a norm of ours that predicts nothing
             return self._other_norm([_without_correction(edge) for edge in edges[3:5]])
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
             return Concat(tuple(self._expression(edge) for edge in edges))
@@ -199,6 +200,9 @@ class _Walk:
                 return Affine(self._expression(other), self._held(parameter), multiplies)
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
+        for edge, other in ((left, right), (right, left)):
+            if _is_nothing(edge):
+                return self._expression(other)
         return Sum(self._expression(left), self._expression(right))
 
     def _multiplied(self, node: Any) -> Expression:
@@ -278,10 +282,22 @@ def _constant_factor(node: Any) -> tuple[Tensor, Any]:
     return (1.0 / factor if divides else factor), left if right is None else right
 
 
-def _samples(node: Any) -> int | None:
-    """How many the output of an operation has; None where this version of torch does not say."""
+def _shape(node: Any) -> tuple[int, ...] | None:
+    """Of the output of an operation; None where this version of torch does not say."""
     metadata = getattr(node, "_input_metadata", None)
-    return metadata[0].shape[0] if metadata else None
+    return tuple(metadata[0].shape) if metadata else None
+
+
+def _samples(node: Any) -> int | None:
+    """How many the output of an operation has; None where nobody says, or it has none."""
+    return (_shape(node) or (None,))[0]
+
+
+def _is_nothing(node: Any) -> bool:
+    """Whether an edge is ``x.sum() * 0``, which keeps unused parameters in a graph."""
+    if node is None or _operation(node) != "Mul" or _shape(node) != () or None not in _edges(node):
+        return False
+    return not bool(_constant_factor(node)[0].any())
 
 
 def _is_mask(factor: Tensor, samples: int | None) -> bool:

@@ -271,8 +271,8 @@ class Sum(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Affine(Expression):
-    """A product with, or a sum with, a parameter per channel, outside a norm layer (detectron2's
-    norms of several levels have theirs in common)."""
+    """A product with, or a sum with, a parameter per channel or for all of them, outside a norm
+    layer (detectron2's norms of several levels have theirs in common)."""
 
     source: Expression
     parameter: Held
@@ -280,7 +280,7 @@ class Affine(Expression):
 
     @property
     def width(self) -> int | None:
-        return self.source.width if self.source.width == self.parameter.now().numel() else None
+        return self.source.width if self.parameter.now().numel() in (1, self.source.width) else None
 
     def moments(self, like: Tensor) -> Pair:
         mean, var = self.source.moments(like)
