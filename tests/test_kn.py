@@ -19,7 +19,6 @@ from cbn_det.norms.propagation import convolved, rectified
 from cbn_det.norms.spec import build_norm
 
 
-
 def images(seed, n=2, size=8, channels=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, channels, size, size, generator=generator, dtype=dtype)

@@ -75,7 +75,8 @@ def test_gradients(operation):
     options = ACTIVATIONS[operation][0]
     mean, var = (torch.tensor(v, dtype=torch.double) for v in ([-2.0, 0.3, 1.0], [0.5, 2.0, 1.0]))
     assert torch.autograd.gradcheck(
-        lambda m, v: activated(m, v, operation, options), [mean.requires_grad_(), var.requires_grad_()]
+        lambda m, v: activated(m, v, operation, options),
+        [mean.requires_grad_(), var.requires_grad_()],
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..norms import Estimate, Moments, SmallBatchNorm2d, build_norm, convert_norm, resolve_burn_in
 from ..norms.chain import Chained
-from ..norms.graph import mark
 from ..norms.functional import moments
+from ..norms.graph import mark
 from .errors import ConfigError
 
 #: what "BN" stands for among the shadows: BatchNorm, to the last bit
@@ -59,8 +59,8 @@ class Shadows:
     They hold the BatchNorm's own weight and bias, are bound to the convolution that feeds it, and
     live through the same iterations, so that their statistics are what these norms would have
     estimated on this model's way. They are no part of the model: neither parameters nor buffers nor
-    gradients nor random numbers differ with them there. For the second pass of MBN hand :meth:`layers` to
-    :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by. Re-entrant activation
+    gradients nor random numbers differ with them there. For the second pass of MBN hand
+    :meth:`layers` to :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by. Re-entrant activation
     checkpoints, whose first forward looks like that second pass, are not supported.
 
     Args:
@@ -146,7 +146,7 @@ class Shadows:
         # without gradient and unless somebody asks, this is the second pass of Double Forward
         asked = torch.is_grad_enabled() or self.on_estimate is not None
         try:
-            for norm, layer in site.shadows.items():
+            for layer in site.shadows.values():
                 if asked or layer.double_forward:
                     layer(y)
         finally:
