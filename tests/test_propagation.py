@@ -1,4 +1,4 @@
-"""Moments of activations of a Gaussian, against integration in numpy, draws and finite differences."""
+"""Moments of activations of a Gaussian, against integrals in numpy, draws, finite differences."""
 
 from __future__ import annotations
 

@@ -60,8 +60,9 @@ class Shadows:
     live through the same iterations, so that their statistics are what these norms would have
     estimated on this model's way. They are no part of the model: neither parameters nor buffers nor
     gradients nor random numbers differ with them there. For the second pass of MBN hand
-    :meth:`layers` to :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by. Re-entrant activation
-    checkpoints, whose first forward looks like that second pass, are not supported.
+    :meth:`layers` to :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by.
+    Re-entrant activation checkpoints, whose first forward looks like that second pass, are not
+    supported.
 
     Args:
         model: in training mode, its BatchNorms ``nn.BatchNorm2d`` or norms of ours.
