@@ -183,6 +183,9 @@ def test_sharded_after_the_chain_was_found(norm, one_process):
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q)
     assert kn_chain(model)[1].follows == "relu(free(relu(norm1)))"
+    fresh_one = fully_shard(Net(NORMS[norm]), mesh=one_process)
+    find_chain(fresh_one, images(0))
+    assert kn_chain(fresh_one) == kn_chain(model)
 
 
 def test_blocks_sharded_one_by_one_end_chains_and_say_why(one_process):

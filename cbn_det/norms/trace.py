@@ -31,7 +31,8 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     A training forward finds it by itself where nothing is frozen or compiled. Call this before
     training where something is, and before a model with GKN is evaluated that was not trained in
     this process; again after weights with other running statistics were loaded into frozen norms.
-    Random state, modes and what is trained are left as they were.
+    Random state, modes and what is trained are left as they were. Of a model that is sharded over
+    processes, all of them call it.
 
     Args:
         model: all of it, wrapped or compiled or not; layers in a part that is traced alone do not
@@ -58,7 +59,9 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             _with_gradients(model),
             _compiled_parts_as_written(),
         ):
-            _as_written(model).forward(*_plain(args), **_plain(kwargs))
+            # past the hooks of the whole, such as Double Forward's; FSDP's are needed
+            run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
+            run(*_plain(args), **_plain(kwargs))
     finally:
         thread.tracing = previous
         for layer, chain, unsure in known:
@@ -83,18 +86,19 @@ def find_chain_at_call(model: nn.Module) -> None:
 def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_backward():
         return
-    layers = [m for m in model.modules() if isinstance(m, Chained)]
-    if not model.training:
-        if not thread.tracing and any(m.predicts_in_evaluation and m.chain is None for m in layers):
-            find_chain(model, *args, **kwargs)
+    if thread.tracing or model.training and not torch.is_grad_enabled():
         return
-    if not torch.is_grad_enabled():
+    layers = [m for m in model.modules() if isinstance(m, Chained)]
+    lost = any(m.predicts_in_evaluation and not m.training and m.chain is None for m in layers)
+    if not model.training:
+        if lost:
+            find_chain(model, *args, **kwargs)
         return
     for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _before_call]:
         del model._forward_pre_hooks[key]  # not by its handle, which copies don't have
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     unknown = any(m.predicts and (m.chain is None or m._chain_unsure) for m in layers)
-    if not (unknown and _hides_something(model)):
+    if not (lost or unknown and _hides_something(model)):
         return
     try:
         find_chain(model, *args, **kwargs)
@@ -110,11 +114,12 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _hides_something(model: nn.Module) -> bool:
     """Whether parts of a model have no graph of single operations in a training forward."""
-    parameters = list(model.parameters())
-    if not all(type(p) is nn.Parameter for p in parameters):
-        return False  # sharded ones, which are whole in a forward of their own only
-    frozen = not all(p.requires_grad for p in parameters) or _norms_that_are_frozen(model)
+    frozen = not all(p.requires_grad for p in model.parameters()) or _norms_that_are_frozen(model)
     return bool(frozen) or any(map(_is_compiled, model.modules()))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(type(p) is not nn.Parameter for p in model.parameters())
 
 
 # ---- how a model runs meanwhile --------------------------------------------------------------
