@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -122,6 +124,16 @@ def test_no_hook_of_the_process_watches_forwards(alive):
     # which makes torch's way from a call to the forward the short one
     assert not torch.nn.modules.module._has_any_global_hook()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in alive.modules())
+
+
+def test_looking_for_a_chain_keeps_no_batch_alive():
+    model = network(nn.ReLU(), 2)
+    batch = X.clone()
+    alive = weakref.ref(batch)
+    model(batch).sum().backward()
+    del batch
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")

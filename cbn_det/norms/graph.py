@@ -259,9 +259,11 @@ def running_modules() -> Iterator[nn.Module]:
     """Those whose methods are running in this thread, the outermost last."""
     frame = sys._getframe()
     while frame is not None:
-        running = frame.f_locals.get("self")
-        if isinstance(running, nn.Module):
-            yield running
+        # of methods only: a frame that was asked keeps what its locals were then alive
+        if frame.f_code.co_varnames[:1] == ("self",):
+            running = frame.f_locals.get("self")
+            if isinstance(running, nn.Module):
+                yield running
         frame = frame.f_back
 
 
