@@ -52,9 +52,9 @@ def to_batchnorm(model: nn.Module) -> Deployment:
     """Makes every norm of ours, and SyncBatchNorm, a plain ``nn.BatchNorm2d``, in place.
 
     What comes out in evaluation does not change by a bit. Layers keep their parameters, running
-    statistics, mode and state keys (a learned gain of KN, which only training uses, is dropped), so
-    the model's ``state_dict`` is that of the same model built with BatchNorm. Where several ranks
-    trained it, :func:`cbn_det.norms.sync_running_stats` belongs before.
+    statistics, mode and state keys, so the model's ``state_dict`` is that of the same model built
+    with BatchNorm. Where several ranks trained it, :func:`cbn_det.norms.sync_running_stats` belongs
+    before.
 
     Plain and frozen BatchNorms and norms that are not ours are left, and listed.
 

@@ -73,29 +73,28 @@ def spread(values: Tensor, channels: int) -> Tensor:
 class Kalman:
     """One layer, called as ``(y, prediction)`` with a prediction for its channels, or None."""
 
-    def __init__(self, norm: nn.Module, gain: float | None, groups: int | None = None):
+    def __init__(self, norm: nn.Module, gain: float, groups: int | None = None):
         self.norm, self.gain, self.groups = norm, gain, groups
 
     def __call__(self, y: Tensor, prediction: tuple | None) -> Tensor:
-        p = torch.sigmoid(self.norm.gain_logit) if self.gain is None else self.gain
         channels = y.shape[1]
         if self.groups is None:
             observed = batch_statistics(y)
         else:
             observed = group_statistics(y, self.groups)
             prediction = prediction and of_groups(prediction, self.groups)
-        mean, var = observed if prediction is None else mixed(p, prediction, observed)
+        mean, var = observed if prediction is None else mixed(self.gain, prediction, observed)
         if self.groups is not None:
             mean, var = spread(mean, channels), spread(var, channels)
-        #: the estimate, for ``recursion='authors'``
+        #: of the input: what the authors' code hands on, whose output is another quantity
         self.estimate = mean, var
         view = (-1, channels, 1, 1)
         y = (y - mean.reshape(view)) / (var.reshape(view) + self.norm.eps).sqrt()
         return y * self.norm.weight.view(view) + self.norm.bias.view(view)
 
-    def handed(self, recursion: str) -> tuple[Tensor, Tensor]:
-        if recursion == "authors":
-            return self.estimate
+    @property
+    def handed(self) -> tuple[Tensor, Tensor]:
+        """The distribution of the output."""
         return self.norm.bias, self.norm.weight**2
 
 

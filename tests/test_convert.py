@@ -240,14 +240,6 @@ def test_a_norm_of_ours_to_another() -> None:
     train(model, images())
 
 
-def test_a_learned_gain_is_left_behind() -> None:
-    model = with_history(small_model(lambda channels: build_norm("KN(gain='learned')", channels)))
-    before = evaluated(model, images())
-    assert len(convert_norm(model, CBN).converted) == 3
-    assert not [key for key in model.state_dict() if "gain" in key]
-    assert torch.equal(evaluated(model, images()), before)
-
-
 def test_a_binding_that_only_the_user_knew_is_kept() -> None:
     model = nn.ModuleDict({"norm": build_norm(CBN, 4), "conv": nn.Conv2d(3, 4, 1)})
     model["norm"].bind(model["conv"])

@@ -24,7 +24,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NORMS = [
     "CBN(window=3, burn_in=0)",
     "KN",
-    "KN(gain='learned')",
     "MBN(window=3, burn_in=0)",
     "BGN(groups=2)",
     "BRN(burn_in=0, ramp=0)",
@@ -105,7 +104,7 @@ def test_every_norm_becomes_a_batchnorm(spec: str) -> None:
     assert report.converted == ("1", "3.bn1", "3.bn2") and not report.left
     assert [type(m) for m in norm_layers(model)] == [nn.BatchNorm2d] * 3
     plain = model_with(nn.BatchNorm2d).eval()
-    plain.load_state_dict(model.state_dict(), strict=True)  # a learned gain is gone
+    plain.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(plain(x), expected)
     # nothing of ours hangs on to the model any more
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -537,7 +536,7 @@ def run_tool(*words: Any, env: dict[str, str]) -> subprocess.CompletedProcess:
         (
             "rcnn",
             {
-                "RESNETS": "KN(gain='learned')",
+                "RESNETS": "KN",
                 "FPN": "CBN(window=2, burn_in=0)",
                 "ROI_BOX_HEAD": "MBN(window=2)",
             },

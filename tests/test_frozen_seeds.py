@@ -14,9 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cbn_det.norms import DoubleForward, clock, find_chain
-from cbn_det.norms.chain import kn_chain
-from cbn_det.norms.prediction import Setting
+from cbn_det.norms import DoubleForward, clock, find_chain, find_chain_at_call, kn_chain
 from cbn_det.norms.spec import build_norm
 
 WIDTH = 6
@@ -115,27 +113,24 @@ def put_out(norm):
     return bias + 0 * mean, weight**2 * var / (var + norm.eps)
 
 
-def expected_seed(model, recursion="consistent"):
+def expected_seed(model):
     pairs = [put_out(norm) for norm in (model.norm1, model.norm2)]
-    if recursion == "authors":
-        norms = (model.norm1, model.norm2)
-        pairs = [(n.running_mean.double().numpy(), n.running_var.double().numpy()) for n in norms]
     short = rectified_by_integration(*pairs[0])
     mean, var = rectified_by_integration(pairs[1][0] + short[0], pairs[1][1] + short[1])
     weight = model.conv3.weight.detach().double().numpy()
     return np.einsum("oiab,i->o", weight, mean), np.einsum("oiab,i->o", weight**2, var)
 
 
-@pytest.mark.parametrize("recursion", ["consistent", "authors"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", ["KN(gain=0.5)", "GKN(groups=2, gain=0.5)"])
-def test_the_seed_is_what_frozen_norms_put_out(kind, norm, recursion):
-    model = Net(kind, f"{norm[:-1]}, recursion={recursion!r})").double()
+def test_the_seed_is_what_frozen_norms_put_out(kind, norm):
+    model = Net(kind, norm).double()
+    find_chain_at_call(model)
     out = model(x(dtype=torch.float64))
     assert [row.follows for row in kn_chain(model)] == FOLLOWS
-    setting = Setting(torch.empty(0, dtype=torch.float64), recursion == "authors")
-    mean, var = expected_seed(model, recursion)
-    found = [value.detach().numpy() for value in model.norm3.chain.moments(setting)]
+    like = torch.empty(0, dtype=torch.float64)
+    mean, var = expected_seed(model)
+    found = [value.detach().numpy() for value in model.norm3.chain.moments(like)]
     np.testing.assert_allclose(found[0], mean, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(found[1], var, rtol=1e-6, atol=1e-9)
     # and the output of the very first forward is the equations' with it
@@ -144,8 +139,7 @@ def test_the_seed_is_what_frozen_norms_put_out(kind, norm, recursion):
         y = model.conv3(F.max_pool2d(F.relu(model.norm2(model.conv2(y)) + y), 2, 1))
         layer = kalman.Kalman(model.norm3, 0.5, 2 if norm.startswith("GKN") else None)
         y = F.relu(layer(y, (torch.from_numpy(mean), torch.from_numpy(var))))
-        handed = layer.handed(recursion)
-        after = kalman.convolved(*kalman.rectified(*handed), model.conv4)
+        after = kalman.convolved(*kalman.rectified(*layer.handed), model.conv4)
         last = kalman.Kalman(model.norm4, 0.5, layer.groups)
         torch.testing.assert_close(out, last(model.conv4(y), after), rtol=1e-6, atol=1e-6)
 
@@ -153,7 +147,7 @@ def test_the_seed_is_what_frozen_norms_put_out(kind, norm, recursion):
 def test_the_seed_is_right_for_inputs_as_the_statistics_say():
     """Draws of N(running_mean, running_var), through the modules themselves."""
     model = Net()
-    model(x())
+    find_chain(model, x())
     torch.manual_seed(0)
     with torch.no_grad():
         shape = (8, WIDTH, 200, 200)
@@ -162,7 +156,7 @@ def test_the_seed_is_right_for_inputs_as_the_statistics_say():
             mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
             drawn.append(norm(mean + var.sqrt() * torch.randn(shape)))
         y = model.conv3(F.relu(drawn[1] + F.relu(drawn[0])))
-        mean, var = model.norm3.chain.moments(Setting(torch.empty(0), False))
+        mean, var = model.norm3.chain.moments(torch.empty(0))
     # the second rectification takes the sum of a Gaussian and a rectified one for a Gaussian
     assert float(((mean - y.mean((0, 2, 3))) / y.std((0, 2, 3))).abs().max()) < 0.1
     torch.testing.assert_close(var, y.var((0, 2, 3)), rtol=0.1, atol=0)
@@ -180,6 +174,7 @@ def count_forwards(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_runs_once_and_leaves_no_trace(kind):
     model = nn.Sequential(Net(kind), nn.Dropout(0.5), nn.BatchNorm2d(4))
+    find_chain_at_call(model)
     calls = count_forwards(model[0])
     state = {k: v.clone() for k, v in model.state_dict().items()}
     modes = {n: m.training for n, m in model.named_modules()}
@@ -218,6 +213,8 @@ def test_the_same_losses_as_with_a_chain_known_before():
         double_forward = DoubleForward(model)
         if known:
             find_chain(model, x())
+        else:
+            find_chain_at_call(model)
         torch.manual_seed(1)
         for t in range(3):
             optimizer.zero_grad()
@@ -236,6 +233,7 @@ def test_without_anything_frozen_there_is_none():
     for norm in (model.norm1, model.norm2):
         norm.requires_grad_(True)
     model.requires_grad_(True)
+    find_chain_at_call(model)
     calls = count_forwards(model)
     model(x())
     assert calls == [True] and kn_chain(model)[0].follows == FOLLOWS[0]
@@ -250,6 +248,7 @@ def test_a_forward_that_cannot_be_repeated_falls_back_with_a_warning():
 
     model, plain = Picky(), Net(norm="KN(gain=0)")
     trained = {n: p.requires_grad for n, p in model.named_parameters()}
+    find_chain_at_call(model)
     with pytest.warns(UserWarning, match="frozen parts.*find_chain"):
         out = model(x(), scale=1.0)
     assert model.training and trained == {n: p.requires_grad for n, p in model.named_parameters()}
@@ -263,11 +262,13 @@ def test_norms_without_statistics_end_the_chain():
     model = Net()
     model.norm2.running_mean.zero_()
     model.norm2.running_var.fill_(1.0 - 1e-5)
-    model(x())
+    find_chain(model, x())
     assert kn_chain(model)[0].follows == "- (a frozen norm without statistics)"
     model(x())
     assert kn_chain(model)[0].follows == "- (a frozen norm without statistics)"
     model.load_state_dict(Net().state_dict())
+    assert kn_chain(model)[0].follows == "?"
+    find_chain(model, x())
     model(x())
     assert [row.follows for row in kn_chain(model)] == FOLLOWS
 
@@ -275,13 +276,14 @@ def test_norms_without_statistics_end_the_chain():
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_seeded_by_their_own_frozen_norms(how):
     model = Net()
-    model(x())
+    find_chain(model, x())
     twin = how(model)
     with torch.no_grad():
         for norm in (twin.norm1, twin.norm2):
             norm.bias += 1.0
     fresh = Net()
     fresh.load_state_dict(twin.state_dict())
+    find_chain(fresh, x())
     assert torch.equal(twin(x(2)), fresh(x(2)))
     assert not torch.allclose(twin(x(2)), model(x(2)), atol=1e-3)
     assert [row.follows for row in kn_chain(twin)] == FOLLOWS
@@ -291,6 +293,7 @@ def test_moved_reloaded_and_changed_in_place():
     """Constants are computed once; not when what they are made of has changed since."""
     model = Net().double()
     y = x(dtype=torch.float64)
+    find_chain(model, y)
     model(y)
 
     def check(changed):
@@ -298,17 +301,18 @@ def test_moved_reloaded_and_changed_in_place():
         fresh.load_state_dict(changed.state_dict())
         fresh.to(next(changed.parameters()).dtype)
         inputs = y.to(next(changed.parameters()).dtype)
+        find_chain(fresh, inputs)
         torch.testing.assert_close(changed(inputs), fresh(inputs), rtol=1e-4, atol=1e-4)
         mean, var = expected_seed(changed)
-        setting = Setting(torch.empty(0, dtype=torch.float64), False)
-        np.testing.assert_allclose(
-            changed.norm3._predict(inputs, setting.like)[0].detach().numpy(), mean, rtol=1e-5
-        )
+        like = torch.empty(0, dtype=torch.float64)
+        predicted = changed.norm3._predict(inputs, like)[0].detach().numpy()
+        np.testing.assert_allclose(predicted, mean, rtol=1e-5)
 
     with torch.no_grad():
         model.norm2.bias.add_(1.0)
     check(model)
     model.load_state_dict(Net().double().state_dict())
+    find_chain(model, y)
     check(model)
     model.norm1.bias = model.norm1.bias + 1.0
     check(model)
@@ -320,25 +324,21 @@ def test_moved_reloaded_and_changed_in_place():
 
 def test_gkn_evaluates_as_it_was_trained_behind_frozen_norms():
     model = Net(norm="GKN(groups=2, gain=0.5)")
+    find_chain(model, x())
     expected = model(x()).detach()
     fresh = Net(norm="GKN(groups=2, gain=0.5)")
     fresh.load_state_dict(model.state_dict())
+    find_chain(fresh, x())
     with torch.no_grad():
         torch.testing.assert_close(fresh.eval()(x()), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(model.eval()(x()), fresh(x()))
     assert kn_chain(fresh) == kn_chain(model)
 
 
-def test_no_graph_stays_behind():
-    model = Net(norm="GKN(groups=2, gain=0.5, recursion='authors')")
-    model(x()).sum().backward()
-    for norm in (model.norm3, model.norm4):
-        assert norm.handed is None or norm.handed[0].grad_fn is None
-
-
 def test_frozen_under_autocast():
     model = Net()
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        find_chain(model, x())
         out = model(x())
     out.float().pow(2).mean().backward()
     assert [row.follows for row in kn_chain(model)] == FOLLOWS
@@ -366,6 +366,7 @@ def test_layers_that_no_evaluation_reaches_do_not_have_it_repeated():
             return self.head(x) if self.at_work and self.training else x
 
     model = WithHead()
+    find_chain_at_call(model)
     calls = count_forwards(model)
     for _ in range(3):
         model(x())
@@ -377,6 +378,8 @@ def test_layers_that_no_evaluation_reaches_do_not_have_it_repeated():
 
 def test_a_resumed_run_goes_on_bit_for_bit():
     model, fresh = Net(), Net()
+    find_chain_at_call(model)
+    find_chain_at_call(fresh)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for t in range(2):
         optimizer.zero_grad()
@@ -393,6 +396,8 @@ def test_a_resumed_run_goes_on_bit_for_bit():
 
 def test_under_distributed_data_parallel(tmp_path):
     model, plain = Net(), Net()
+    for each in (model, plain):
+        find_chain_at_call(each)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
@@ -417,6 +422,8 @@ def test_checkpointed_parts_are_followed():
             return checkpoint(super().forward, x, use_reentrant=False)
 
     model, plain = Checkpointed(), Net()
+    for each in (model, plain):
+        find_chain_at_call(each)
     for t in range(2):
         outs = [m(x(t).requires_grad_()) for m in (model, plain)]
         assert torch.equal(*outs)

@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 import threading
-import warnings
 
 import kalman
 import pytest
@@ -13,13 +12,10 @@ from kalman import Kalman, checkpointed_after_one_iteration_without
 from torch import nn
 from torch.nn import functional as F
 
-from cbn_det.norms import chain
-from cbn_det.norms.chain import find_chain, kn_chain
+from cbn_det.norms import chain, find_chain, find_chain_at_call, kn_chain
 from cbn_det.norms.gkn import GKN2d
 from cbn_det.norms.kn import KN2d
 from cbn_det.norms.spec import build_norm
-
-both = pytest.mark.parametrize("recursion", ["consistent", "authors"])
 
 
 def images(seed, n=2, size=8, channels=3, dtype=torch.float64):
@@ -47,13 +43,13 @@ class Net(nn.Module):
         x = F.relu(self.norm2(self.conv2(x)) + x)
         return self.norm3(self.conv3(x)) if self.with_head else x
 
-    def reference(self, x, gain, recursion):
+    def reference(self, x, gain):
         a, b, c = (Kalman(n, gain, groups=2) for n in (self.norm1, self.norm2, self.norm3))
         relu = kalman.rectified
         x = F.relu(a(self.conv1(x), None))
-        before = relu(*a.handed(recursion))
+        before = relu(*a.handed)
         y = b(self.conv2(x), kalman.convolved(*before, self.conv2))
-        handed = b.handed(recursion)
+        handed = b.handed
         after = relu(handed[0] + before[0], handed[1] + before[1])
         return c(self.conv3(F.relu(y + x)), kalman.convolved(*after, self.conv3))
 
@@ -66,29 +62,23 @@ def gradients(out, leaves):
 # ---- the method ------------------------------------------------------------------------------
 
 
-@both
-@pytest.mark.parametrize("gain", [0.3, 0.9, "learned"])
-def test_outputs_and_gradients_equal_the_equations(recursion, gain):
+@pytest.mark.parametrize("gain", [0.3, 0.9])
+def test_outputs_and_gradients_equal_the_equations(gain):
     torch.manual_seed(0)
-    model = Net(gain=gain, recursion=recursion).double()
-    if gain == "learned":
-        nn.init.constant_(model.norm2.gain_logit, 0.7)
-        nn.init.constant_(model.norm3.gain_logit, -0.2)
+    model = Net(gain=gain).double()
     twin = copy.deepcopy(model)
     x, z = (images(1).requires_grad_() for _ in range(2))
-    ours, theirs = model(x), twin.reference(z, None if gain == "learned" else gain, recursion)
+    ours, theirs = model(x), twin.reference(z, gain)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
-    leaves = [(n, p) for n, p in model.named_parameters() if n != "norm1.gain_logit"]
-    others = [p for n, p in twin.named_parameters() if n != "norm1.gain_logit"]
-    a = gradients(ours, [x, *(p for _, p in leaves)])
-    b = gradients(theirs, [z, *others])
-    for name, g, h in zip(["input", *(n for n, _ in leaves)], a, b, strict=True):
+    a = gradients(ours, [x, *model.parameters()])
+    b = gradients(theirs, [z, *twin.parameters()])
+    names = ["input", *(n for n, _ in model.named_parameters())]
+    for name, g, h in zip(names, a, b, strict=True):
         torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@both
-def test_gradcheck(recursion):
-    model = Net(recursion=recursion).double()
+def test_gradcheck():
+    model = Net().double()
     x = images(1, n=1, size=5).requires_grad_()
     assert torch.autograd.gradcheck(model, [x], atol=1e-6)
 
@@ -118,13 +108,12 @@ def test_the_first_layer_of_a_chain_is_groupnorm():
     }
 
 
-@both
 @pytest.mark.parametrize("gain", [0, 0.6])
-def test_groups_of_a_single_value(recursion, gain):
+def test_groups_of_a_single_value(gain):
     """One RoI of 1x1 and as many groups as channels, where ``nn.GroupNorm`` raises: an output of
     bias alone, and behind another layer what is predicted and the value, mixed."""
     torch.manual_seed(0)
-    options = {"groups": 4, "gain": gain, "recursion": recursion}
+    options = {"groups": 4, "gain": gain}
     first, second = (GKN2d(4, **options).double() for _ in range(2))
     convs = [nn.Conv2d(cin, 4, 1).double() for cin in (3, 4)]
     for norm in (first, second):
@@ -137,7 +126,7 @@ def test_groups_of_a_single_value(recursion, gain):
     ours = second(convs[1](first(convs[0](x))))
     references = [Kalman(norm, gain, groups=4) for norm in (first, second)]
     z = references[0](convs[0](x), None)
-    prediction = kalman.convolved(*references[0].handed(recursion), convs[1])
+    prediction = kalman.convolved(*references[0].handed, convs[1])
     theirs = references[1](convs[1](z), prediction)
     leaves = [x, *first.parameters(), *second.parameters(), *convs[1].parameters()]
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
@@ -145,9 +134,8 @@ def test_groups_of_a_single_value(recursion, gain):
         torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7)
 
 
-@both
-def test_samples_do_not_see_each_other(recursion):
-    model = Net(recursion=recursion).double()
+def test_samples_do_not_see_each_other():
+    model = Net().double()
     x = images(1, n=3)
     together = model(x)
     x[1:] *= 50.0
@@ -155,10 +143,9 @@ def test_samples_do_not_see_each_other(recursion):
     torch.testing.assert_close(model(x[:1]), together[:1], rtol=1e-9, atol=1e-9)
 
 
-@both
-def test_a_constant_group_is_predicted_as_it_is(recursion):
+def test_a_constant_group_is_predicted_as_it_is():
     """Two dead channels with the same bias: their output is the norm's bias."""
-    model = Net(recursion=recursion).double()
+    model = Net().double()
     with torch.no_grad():
         model.conv2.weight[:2] = 0.0
         model.conv2.bias[:2] = 0.5
@@ -168,7 +155,7 @@ def test_a_constant_group_is_predicted_as_it_is(recursion):
     bias = model.norm2.bias[:2].view(2, 1, 1).expand_as(outs[0][:, :2])
     torch.testing.assert_close(outs[0][:, :2], bias)
     assert float(model.norm2.diagnostics["guarded"]) == 0.0
-    expected = model.reference(images(1), 0.6, recursion)
+    expected = model.reference(images(1), 0.6)
     torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
     assert all(grad.isfinite().all() for grad in gradients(out, [*model.parameters()]))
 
@@ -193,15 +180,13 @@ def test_each_sample_has_its_own_guard():
     assert float(model[3].diagnostics["guarded"]) == 0.5
 
 
-@both
-def test_rois_of_several_images_follow_their_mixture(recursion):
-    """Another number of samples than before: each sample's chain ends, in one of all."""
+def test_rois_are_predicted_like_the_images():
     ops = pytest.importorskip("torchvision").ops
 
     class Rois(nn.Module):
         def __init__(self):
             super().__init__()
-            options = {"groups": 2, "gain": 0.5, "recursion": recursion}
+            options = {"groups": 2, "gain": 0.5}
             self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), GKN2d(4, **options)
             self.conv2, self.norm2 = nn.Conv2d(4, 4, 3), GKN2d(4, **options)
 
@@ -213,10 +198,7 @@ def test_rois_of_several_images_follow_their_mixture(recursion):
         def reference(self, x):
             norms = [Kalman(n, 0.5, groups=2) for n in (self.norm1, self.norm2)]
             y = norms[0](self.conv1(x), None)
-            mean, var = norms[0].handed(recursion)
-            if mean.dim() == 2:
-                first, second = mean.mean(0, keepdim=True), (var + mean**2).mean(0, keepdim=True)
-                mean, var = first, second - first**2
+            mean, var = norms[0].handed
             boxes = [torch.tensor([[0.0, 0, 6, 6], [1, 1, 5, 5], [2, 2, 6, 6]])] * len(x)
             y = self.conv2(ops.roi_align(y, boxes, (4, 4)))
             return norms[1](y, kalman.convolved(mean, var, self.conv2))
@@ -229,9 +211,9 @@ def test_rois_of_several_images_follow_their_mixture(recursion):
 
 def test_kn_and_gkn_follow_each_other():
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), GKN2d(4, groups=2, gain=0.5, recursion="authors"), nn.ReLU(),
-        nn.Conv2d(4, 4, 3), KN2d(4, gain=0.5, recursion="authors"), nn.ReLU(),
-        nn.Conv2d(4, 4, 3), GKN2d(4, groups=2, gain=0.5, recursion="authors"),
+        nn.Conv2d(3, 4, 3), GKN2d(4, groups=2, gain=0.5), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), KN2d(4, gain=0.5), nn.ReLU(),
+        nn.Conv2d(4, 4, 3), GKN2d(4, groups=2, gain=0.5),
     )  # fmt: skip
     for train in (True, False):
         out = model.train(train)(images(1, size=12, dtype=torch.float32))
@@ -262,37 +244,55 @@ CONTEXTS = {
 }
 
 
-@both
-def test_evaluation_is_what_training_is(recursion):
-    model = trained(recursion=recursion)
+def test_evaluation_is_what_training_is():
+    model = trained()
     expected = model(X)
     with torch.no_grad():
-        assert torch.equal(model.eval()(X), expected)
+        torch.testing.assert_close(model.eval()(X), expected, rtol=1e-5, atol=1e-5)
         plain = copy.deepcopy(model)
         for norm in (plain.norm1, plain.norm2, plain.norm3):
             norm.gain = 0.0
         assert not torch.allclose(plain(X), expected, atol=1e-2)
 
 
-@both
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_loaded_checkpoint_evaluates_as_the_model_that_was_trained(recursion, context):
-    model = trained(recursion=recursion).eval()
-    fresh = Net(recursion=recursion).eval()
+def test_gradients_in_evaluation_are_those_in_training():
+    model = trained().double()
+    x, z = (images(1).requires_grad_() for _ in range(2))
+    ours, theirs = model.eval()(x), model.train()(z)
+    torch.testing.assert_close(ours, theirs)
+    a = gradients(ours, [x, *model.parameters()])
+    for g, h in zip(a, gradients(theirs, [z, *model.parameters()]), strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-6, atol=1e-9)
+
+
+def loaded(model):
+    fresh = Net().eval()
     fresh.load_state_dict(model.state_dict(), strict=True)
+    return fresh
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_loaded_checkpoint_evaluates_as_the_model_that_was_trained(context):
+    model = trained().eval()
+    fresh, other = loaded(model), loaded(model)
+    find_chain_at_call(other)
     with CONTEXTS[context]():
         x = X + 0.0  # where there is no graph, a tensor that could not be part of one
-        assert torch.equal(fresh(x), model(x))
-    assert kn_chain(fresh) == kn_chain(model)
+        with pytest.raises(RuntimeError, match=r"GKN2d\(4\).*find_chain\(model, batch\)"):
+            fresh(x)
+        find_chain(fresh, x)
+        assert torch.equal(fresh(x), model(x)) and torch.equal(other(x), model(x))
+    assert kn_chain(fresh) == kn_chain(model) == kn_chain(other)
     assert all(not m.training for m in fresh.modules())
 
 
 @pytest.mark.parametrize("frozen", ["weights", "average"])
 def test_models_of_which_nothing_is_trained(frozen):
     model = trained().eval()
-    other = copy.deepcopy(model) if frozen == "average" else Net().eval()
-    other.load_state_dict(model.state_dict())
+    other = copy.deepcopy(model) if frozen == "average" else loaded(model)
     other.requires_grad_(False)
+    if frozen == "weights":
+        find_chain(other, X)
     with torch.no_grad():
         assert torch.equal(other(X), model(X))
     assert not any(p.requires_grad for p in other.parameters())
@@ -314,29 +314,31 @@ def test_an_average_follows_changes_through_data(mode):
         before = average(X)
         for p, q in zip(average.parameters(), Net().parameters(), strict=True):
             p.data.mul_(0.5).add_(q.data, alpha=0.5)
-        fresh = Net().eval()
-        fresh.load_state_dict(average.state_dict())
-        torch.testing.assert_close(average(X), fresh(X))
+        fresh = loaded(average)
+        find_chain(fresh, X)
+        torch.testing.assert_close(average(X), fresh(X), rtol=1e-5, atol=1e-5)
         assert not torch.allclose(average(X), before, atol=1e-3)
 
 
-def test_a_head_that_a_first_forward_leaves_out_is_found_later():
+def test_a_head_that_a_first_forward_leaves_out():
     model = trained().eval()
-    fresh = Net().eval()
-    fresh.load_state_dict(model.state_dict())
+    fresh = loaded(model)
     fresh.with_head = False
-    with torch.no_grad():
+    find_chain(fresh, X)
+    assert kn_chain(fresh)[2].follows == "?"
+    fresh.with_head = True
+    with pytest.raises(RuntimeError, match="find_chain"), torch.no_grad():
         fresh(X)
-        assert kn_chain(fresh)[2].follows == "?"
-        fresh.with_head = True
-        assert torch.equal(fresh(X), model(X))
+    find_chain(fresh, X)
+    assert torch.equal(fresh(X), model(X))
 
 
-def test_looking_happens_once_and_leaves_no_trace():
+def test_looking_leaves_no_trace():
     fresh = nn.Sequential(Net(), nn.Dropout(0.5)).eval()
     calls = []
     fresh[0].conv1.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     state = torch.get_rng_state()
+    find_chain_at_call(fresh)
     with torch.no_grad():
         for _ in range(3):
             fresh(X)
@@ -359,20 +361,6 @@ def test_finding_the_chain_by_hand():
     assert kn_chain(kn)[1].follows == "1" and torch.equal(kn[1].running_mean, before)
 
 
-def test_a_forward_that_cannot_be_traced_says_so():
-    class Picky(Net):
-        def forward(self, x, *, scale):
-            return super().forward(x * scale)
-
-    model = Picky().eval()
-    with pytest.raises(RuntimeError, match="find_chain"), torch.no_grad():
-        model(X, scale=2.0)
-    assert chain._thread.outermost is None
-    find_chain(model, X, scale=2.0)
-    with torch.no_grad():
-        assert model(X, scale=2.0).isfinite().all()
-
-
 class Detector(nn.Module):
     def __init__(self):
         super().__init__()
@@ -381,130 +369,77 @@ class Detector(nn.Module):
             nn.Sequential(nn.Conv2d(cin, 4, 3), GKN2d(4, groups=2, gain=0.6), nn.ReLU())
             for cin in (3, 4)
         )
-        self.calls = 0
         nn.init.uniform_(self.backbone[1].weight, 0.5, 3.0)
 
-    def forward(self, x):
-        self.calls += 1
-        return self.head(self.backbone(x))
+    def forward(self, x, *, scale=1.0):
+        return self.head(self.backbone(x * scale))
 
 
 @torch.no_grad()
-def test_parts_that_were_run_alone_are_followed_in_the_whole():
-    expected = Detector().eval()(X)
+def test_parts_are_followed_as_they_lie_in_the_whole():
     model = Detector().eval()
-    parts = model.head(model.backbone(X))
-    assert not torch.allclose(parts, expected)
-    for _ in range(2):
-        assert torch.equal(model(X), expected)
-        assert torch.equal(model.head(model.backbone(X)), expected)
-    assert model.calls == 3  # one of them to look
-    wrapped = nn.Sequential(model).eval()
-    for _ in range(2):
-        assert torch.equal(wrapped(X), expected)
-    assert model.calls == 6
-    assert torch.equal(model(X), expected) and model.calls == 7
-
-
-@torch.no_grad()
-def test_a_whole_that_cannot_be_traced_leaves_its_parts_as_they_were():
-    class Picky(Detector):
-        def forward(self, x, *, scale):
-            return super().forward(x * scale)
-
-    model = Picky().eval()
-    parts = model.head(model.backbone(X))
-    with pytest.warns(UserWarning, match="find_chain"):
-        assert torch.equal(model(X, scale=1.0), parts)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(model(X, scale=1.0), parts)
-    find_chain(model, X, scale=1.0)
-    assert torch.equal(model(X, scale=1.0), Detector().eval()(X))
-
-
-def test_parts_of_a_model_with_frozen_parts_are_followed_in_the_whole():
-    model = Detector()
-    model.backbone.requires_grad_(False)
-    find_chain(model.backbone, X)
-    find_chain(model.head, model.backbone(X))
-    model(X)
-    assert kn_chain(model)[1].follows == "relu(backbone.1)"
-
-
-class Interrupted(nn.Module):
-    def forward(self, x):
-        raise KeyboardInterrupt
+    find_chain(model, X, scale=2.0)
+    expected = model(X)
+    assert torch.equal(model.head(model.backbone(X)), expected)
+    alone = Detector().eval()
+    find_chain(alone.backbone, X)
+    find_chain(alone.head, alone.backbone(X))
+    assert not torch.allclose(alone.head(alone.backbone(X)), expected, atol=1e-3)
+    find_chain(alone, X)
+    assert torch.equal(alone(X), expected)
 
 
 @torch.no_grad()
 def test_a_forward_that_was_interrupted_is_over():
-    other = Interrupted()
-    for train in (False, True):
-        with pytest.raises(KeyboardInterrupt), torch.enable_grad():
-            other.train(train)(X)
-    assert torch.equal(Detector().eval()(X), trained_chain(Detector()).eval()(X))
-    model = Detector()
-    model.backbone.requires_grad_(False)
-    with torch.enable_grad():
-        model(X)
-    assert kn_chain(model)[1].follows == "relu(backbone.1)"
+    class Interrupted(nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
 
-
-def trained_chain(model):
-    with torch.enable_grad():
-        model.train()(X)
-    return model
+    model = nn.Sequential(Detector(), Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        find_chain(model, X)
+    assert model.training and not chain.tracing()
+    assert kn_chain(model)[1].follows == "relu(0.backbone.1)"
 
 
 @torch.no_grad()
 def test_threads_look_for_themselves():
-    """While another thread is inside a forward, and while it looks."""
-    expected = trained_chain(Detector()).eval()(X)
+    """While another thread looks, this one evaluates."""
     results = []
 
     class Waiting(Detector):
         def forward(self, x):
-            if self.calls < 2:  # its look, and its forward
-                thread = threading.Thread(target=other)
-                thread.start()
-                thread.join()
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
             return super().forward(x)
 
     @torch.no_grad()
     def other():
-        results.append(Detector().eval()(X))
+        with pytest.raises(RuntimeError, match="find_chain"):
+            Detector().eval()(X)
+        results.append(chain.tracing())
 
-    assert torch.equal(Waiting().eval()(X), expected)
-    assert len(results) == 2 and all(torch.equal(result, expected) for result in results)
+    find_chain(Waiting(), X)
+    assert results == [False]
 
 
 def test_compiled_in_evaluation():
     model = trained().eval()
-    fresh = Net().eval()
-    fresh.load_state_dict(model.state_dict())
+    fresh = loaded(model)
     with torch.no_grad():
         expected = model(X)
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="find_chain"):
+            torch.compile(fresh, backend="eager")(X)
+        find_chain(fresh, X)
         for m in (model, fresh):
             torch._dynamo.reset()
             torch.testing.assert_close(torch.compile(m, backend="eager")(X), expected)
 
 
-@both
-def test_no_graph_outlives_the_backward_pass(recursion):
-    model = Net(recursion=recursion)
-    loss = model(X).pow(2).mean()
-    loss.backward()
-    for norm in (model.norm1, model.norm2, model.norm3):
-        assert norm.handed is None or norm.handed[0].grad_fn is None
-    with torch.no_grad():
-        model(X)
-    assert all(n.handed is None or n.handed[0].grad_fn is None for n in (model.norm1, model.norm3))
-
-
-@both
-def test_reentrant_checkpointing_is_groupnorm_for_one_iteration_and_the_same_afterwards(recursion):
-    model = Net(recursion=recursion).double()
+def test_reentrant_checkpointing_is_groupnorm_for_one_iteration_and_the_same_afterwards():
+    model = Net().double()
     twin = checkpointed_after_one_iteration_without(model, images)
     assert kn_chain(twin) == kn_chain(model)
 
@@ -512,9 +447,8 @@ def test_reentrant_checkpointing_is_groupnorm_for_one_iteration_and_the_same_aft
 # ---- formats ---------------------------------------------------------------------------------
 
 
-@both
-def test_formats(recursion):
-    model = trained(recursion=recursion)
+def test_formats():
+    model = trained()
     expected = model(X).detach()
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
     z = X.to(memory_format=torch.channels_last).requires_grad_()
@@ -539,7 +473,6 @@ def test_formats(recursion):
         ({"groups": 3}, "groups=3.*8 channels"),
         ({"groups": 0}, "groups"),
         ({"groups": 2, "gain": 1}, "gain"),
-        ({"groups": 2, "recursion": "x"}, "consistent.*authors"),
         ({"groups": 2, "eps": -1}, "eps"),
     ],
     ids=str,
@@ -550,9 +483,9 @@ def test_options_out_of_range_are_named(options, message):
 
 
 def test_options_build_the_same_layer_again():
-    norm = build_norm("GKN(groups=4, gain='learned', recursion='authors', detach=True)", 8)
+    norm = build_norm("GKN(groups=4, gain=0.3)", 8)
     assert GKN2d(8, **norm.options()).options() == norm.options()
-    assert set(norm.state_dict()) == {"weight", "bias", "gain_logit"}
+    assert set(norm.state_dict()) == {"weight", "bias"}
     with pytest.raises(ValueError, match="4D"):
         norm(torch.zeros(2, 8))
 
@@ -577,6 +510,7 @@ def test_a_detector_from_a_checkpoint():
         zoo_models.train(model, 2, lr=0.01)
         fresh = zoo_models.build("mask_rcnn", spec, changes, seed=1)
         fresh.load_state_dict(model.state_dict(), strict=True)
+        find_chain_at_call(fresh)
         outs = [zoo_models.evaluate(m)[0]["instances"] for m in (model, fresh)]
         assert len(outs[0]) and torch.equal(outs[0].pred_boxes.tensor, outs[1].pred_boxes.tensor)
         assert torch.equal(outs[0].scores, outs[1].scores)

@@ -108,9 +108,8 @@ def test_a_layers_share_is_what_its_estimate_declares(spec, monkeypatch):
     assert 0.0 < model[1].batch_share <= 1.0
 
 
-@pytest.mark.parametrize("gain", ["0.3", "'learned'"])
-def test_kns_share_is_what_its_estimate_declares(gain, monkeypatch):
-    norms = [layer_of(f"KN(gain={gain})", seed=s).train() for s in (0, 1)]
+def test_kns_share_is_what_its_estimate_declares(monkeypatch):
+    norms = [layer_of("KN(gain=0.3)", seed=s).train() for s in (0, 1)]
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), norms[0], nn.ReLU(), nn.Conv2d(4, 4, 1), norms[1]
     )  # fmt: skip

@@ -9,14 +9,13 @@ from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cbn_det.norms import build_norm, find_chain, memory_state_dict, sync_running_stats
+from cbn_det.norms import build_norm, memory_state_dict, sync_running_stats
 
 SPECS = {
     "CBN": "CBN(window=3, burn_in=0)",
     "MBN": "MBN(window=3, burn_in=0)",
     "BRN": "BRN(burn_in=0, ramp=0, momentum=0.3)",
     "KN": "KN(gain=0.3)",
-    "KN authors": "KN(gain=0.3, recursion='authors')",
     "BGN": "BGN(groups=2)",
 }
 every_norm = pytest.mark.parametrize("key", SPECS)
@@ -161,35 +160,6 @@ def test_ddp_that_broadcasts_buffers_leaves_memory_alone(key, tmp_path):
     for name, reference in memory["held"].items():  # BRN: rank 0's statistics serve all ranks
         assert torch.equal(reference, other["held"][name])
     assert bool(memory["held"]) == (key == "BRN")
-
-
-def learned_gains(rank, world, spec, affine):
-    spec = f"{spec}gain='learned', affine={affine})"
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), build_norm(spec, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), build_norm(spec, 4)
-    )
-    parallel = DistributedDataParallel(model)
-    if rank == 1:
-        find_chain(parallel, batch(rank, 0))  # a forward of DDP itself would wait for other ranks
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for t in range(4):  # DDP raises in the iteration after one in which a parameter took no part
-        optimizer.zero_grad()
-        parallel(batch(rank, t, n=0 if rank == 1 and t in (0, 2) else 2)).pow(3).sum().div(
-            99
-        ).backward()
-        first, second = (model[k].gain_logit.grad for k in (1, 4))
-        assert float(first) == 0.0 and float(second) != 0.0
-        optimizer.step()
-    return numbers(model[4].gain_logit)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("spec", ["KN(", "GKN(groups=2, "])
-def test_learned_gains_take_part_where_nothing_is_predicted(spec, affine, tmp_path):
-    """The first layer of a chain has nothing to weigh, nor has a layer without input."""
-    first, second = run_ranks(learned_gains, 2, tmp_path, spec, affine)
-    np.testing.assert_array_equal(first, second)
 
 
 def no_communication(rank, world, key):

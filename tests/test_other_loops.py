@@ -488,7 +488,7 @@ def test_a_layer_in_training_mode_is_not_exported():
     torch.testing.assert_close(exported(images(1)), model.eval()(images(1)))
 
 
-@pytest.mark.parametrize("spec", ["CBN", "MBN", "BGN", "BRN"])
+@pytest.mark.parametrize("spec", ["CBN", "MBN", "BGN", "BRN", "KN"])
 def test_device_and_dtype_are_batchnorms(spec):
     """timm's models give them to every norm layer."""
     cls = type(build_norm(spec, 8))

@@ -13,7 +13,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import v2
 
-from cbn_det.norms import CBN2d, norm_rows
+from cbn_det.norms import CBN2d, kn_chain, norm_rows
 from cbn_det.run.errors import ConfigError
 from cbn_det.standalone import get_cfg, read_config
 from cbn_det.standalone.heads import BoxPredictor, MaskPredictor
@@ -357,3 +357,25 @@ def test_images_to_evaluate_are_resized_as_those_to_train_on(
     assert tuple(resized.shape[1:]) == expected and target is None
     assert torch.equal(resized, v2.functional.resize(image, list(expected), antialias=True))
     assert transform.train().resize(image)[0] is image
+
+
+def test_kalman_norms_look_through_the_frozen_stem_in_training() -> None:
+    model = build_model(config("MODEL.BACKBONE.FREEZE_AT", "2", norm="KN"))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.weight.shape, generator=generator))
+    assert {row.follows for row in kn_chain(model)} == {"?"}
+    sum(model(images(), [target((10, 10, 60, 70))] * 2).values()).backward()
+    rows = {row.name: row.follows for row in kn_chain(model)}
+    assert rows["backbone.body.layer2.0.bn1"].startswith("relu(backbone.body.layer1.1.bn2 + ")
+    assert not [name for name, follows in rows.items() if follows.startswith(("-", "?"))]
+
+
+@torch.no_grad()
+def test_gkn_evaluates_in_a_model_that_has_not_trained() -> None:
+    model = build_model(config(norm="GKN(groups=4)")).eval()
+    model(images())
+    rows = {row.name: row.follows for row in kn_chain(model)}
+    assert rows["backbone.body.layer2.0.bn1"].startswith("relu(backbone.body.layer1.1.bn2 + ")
+    assert "?" not in rows.values()

@@ -37,7 +37,7 @@ NORMS = [
     "MBN(burn_in=0)",
     "MBN(burn_in=0, double_forward=False)",
     "KN",
-    "KN(recursion='authors')",
+    "KN(gain=0.5)",
     "BRN(burn_in=0, ramp=0, r_max=1.2, d_max=0.1)",
     "BGN(groups=2)",
 ]
@@ -268,11 +268,11 @@ def test_groups_of_channels_have_a_truth_of_their_own(run) -> None:
         check(layer["norms"]["BGN(groups=2)"], wanted)
 
 
-def test_kalman_norms_predict_from_shadows_of_their_own_kind(run) -> None:
+def test_kalman_norms_predict_what_the_models_norms_put_out(run) -> None:
     captured, layers, training = run
     convs = copy.deepcopy(training.model.convs).double()
     names = list(layers)
-    for norm in ("KN", "KN(recursion='authors')"):
+    for norm, gain in (("KN", 0.2), ("KN(gain=0.5)", 0.5)):
         estimates: dict[str, list] = {name: [] for name in names}
         for batch in range(IMAGES // SIZE):
             handed = None
@@ -280,9 +280,9 @@ def test_kalman_norms_predict_from_shadows_of_their_own_kind(run) -> None:
                 found = tuple(torch.tensor(v) for v in moments(captured.probed[name][batch]))
                 if handed is not None:
                     predicted = kalman.convolved(*kalman.rectified(*handed), conv)
-                    found = kalman.mixed(0.2, predicted, found)
+                    found = kalman.mixed(gain, predicted, found)
                 estimates[name].append([t.detach().numpy() for t in found])
-                handed = found if "authors" in norm else (layer.bias, layer.weight**2)
+                handed = layer.bias, layer.weight**2
         for name in names:
             wanted = expected(estimates[name], *moments(*captured.probed[name]))
             check(layers[name]["norms"][norm], wanted)
@@ -478,7 +478,6 @@ def test_a_layer_that_sees_no_data_is_left_out(tmp_path: Path) -> None:
     ("norm", "reason"),
     [
         ("GKN(groups=2)", "GKN2d is no BatchNorm2d"),
-        ("KN(gain='learned')", "gain_logit would never be trained"),
         ("NoSuch", "NoSuch"),
     ],
 )

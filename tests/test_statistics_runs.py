@@ -15,7 +15,7 @@ from cbn_det.launch import main
 inputs = tiny_inputs
 ENGINES = [pytest.param("detectron2", marks=pytest.mark.detectron2), "standalone"]
 CONFIGS = {"detectron2": "tiny.yaml", "standalone": "standalone.yaml"}
-NORMS = ["CBN(burn_in=0, window=3)", "MBN(burn_in=0)", "KN(recursion='authors')"]
+NORMS = ["CBN(burn_in=0, window=3)", "MBN(burn_in=0)", "KN"]
 REQUEST = json.dumps({"norms": ["BN", *NORMS], "at": [1, 3], "images": 6})
 
 

@@ -248,3 +248,36 @@ def test_results_are_plain_json(tmp_path: Path) -> None:
         "APl": None,
         "names": ["ü", None, 3],
     }
+
+
+def test_kalman_norms_find_what_precedes_them(inputs: Path, tmp_path: Path) -> None:
+    """Behind the frozen stem and res2, in the first training step and, of GKN, in an evaluation
+    without any."""
+    from detectron2.layers import FrozenBatchNorm2d
+
+    from cbn_det.norms import kn_chain
+
+    for norm, training in (("KN", True), ("GKN(groups=4)", False)):
+        words = (
+            "MODEL.FPN.NORM",
+            norm,
+            "MODEL.RESNETS.NORM",
+            norm,
+            "MODEL.BACKBONE.FREEZE_AT",
+            "2",
+        )
+        trainer = make_trainer(inputs, tmp_path / str(training), *words, "SOLVER.MAX_ITER", "1")
+        model = trainer.bare_model
+        generator = torch.Generator().manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
+        if training:
+            trainer.train()
+        else:
+            trainer.evaluate()
+        rows = {row.name: row.follows for row in kn_chain(model)}
+        body = "backbone.bottom_up.res"
+        assert rows[f"{body}3.0.conv1.norm"].startswith(f"relu({body}2.")
+        assert rows["backbone.fpn_lateral3.norm"].startswith(f"relu({body}3.")
+        assert "?" not in rows.values()

@@ -201,7 +201,7 @@ def _check_at_work(layers: dict[str, Any], fed: dict[str, nn.Parameter]) -> None
         elif re.fullmatch(_FIRST_OF_A_CHAIN, name):
             assert not hasattr(layer.chain, "weight"), name
         else:  # KN and GKN
-            assert layer.chain.weight is fed[name], name
+            assert layer.chain.weight.now() is fed[name], name
             assert "prediction_mean" in layer.diagnostics, name
 
 
@@ -251,7 +251,7 @@ def test_after_deformable_convolutions(zoo, kind):
     if kind == "KN":
         assert "not by a convolution" in deformable.chain.reason
         behind = model.backbone.bottom_up.res3[0].conv3
-        assert behind.norm.chain.weight is behind.weight
+        assert behind.norm.chain.weight.now() is behind.weight
     else:
         assert deformable.conv is None and len(deformable._window) == 1
     assert len(zoo.evaluate(model)) == 1

@@ -7,7 +7,7 @@ from .base import Estimate, SmallBatchNorm2d
 from .bgn import BGN2d
 from .brn import BRN2d
 from .cbn import CBN2d
-from .chain import ChainRow, find_chain, format_chain, kn_chain
+from .chain import ChainRow, format_chain, kn_chain
 from .clock import tick
 from .convert import Conversion, ConvertedNorm, LeftNorm, convert_norm
 from .double_forward import DoubleForward
@@ -38,6 +38,7 @@ from .spec import (
     register_norm,
     try_norm,
 )
+from .trace import find_chain, find_chain_at_call
 
 __all__ = [
     "BGN2d",
@@ -59,6 +60,7 @@ __all__ = [
     "check_bindings",
     "convert_norm",
     "find_chain",
+    "find_chain_at_call",
     "format_chain",
     "format_norm_table",
     "image_share",

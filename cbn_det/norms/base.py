@@ -111,8 +111,6 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
     double_forward = False
     #: whether it matters to the method which iteration a forward belongs to
     counts_iterations = False
-    #: names of state, beside BatchNorm's, that evaluation does not use
-    training_state: tuple[str, ...] = ()
 
     def __init__(
         self,

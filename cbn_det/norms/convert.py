@@ -48,8 +48,10 @@ class Conversion:
         kinds = sorted({row.before for row in self.converted})
         line = (
             f"{len(self.converted)} of {total} norm layers converted: {', '.join(kinds)} ->"
-            f" {self.converted[0].after}; {bound} bound to their convolution"
+            f" {self.converted[0].after}"
         )
+        if bound:  # the method does without, else
+            line += f"; {bound} bound to their convolution"
         return "\n".join([line, *reasons(self.left)])
 
 

@@ -20,9 +20,8 @@ from .first_proposals import FirstProposals, RandomState
 from .numbers import kept_numbers
 from .repeat import FrozenParts
 
-#: attributes that tell of a layer's latest forward: for diagnostics, and for the KN and GKN layers
-#: that follow
-_OF_LATEST_FORWARD = ("_compared", "handed")
+#: attributes that tell of a layer's latest forward, for diagnostics
+_OF_LATEST_FORWARD = ("_compared",)
 
 
 class DoubleForward:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
-from .functional import Moments, mixture, moments, normalize, statistics_dtype
-from .kn import DEFAULT_GAIN, Predicting, observed
-from .prediction import Pair, pooled_samples
+from .functional import mixture, moments, normalize, statistics_dtype
+from .kn import DEFAULT_GAIN, Predicting
+from .propagation import Pair
 from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
 
@@ -34,25 +34,15 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
 
     A subclass of ``nn.GroupNorm``, not of BatchNorm: code that freezes or recomputes BatchNorms
     leaves it alone. As it predicts in evaluation, too, it must know what precedes it. A model that
-    was trained knows; one that was loaded from a checkpoint runs its first forward in evaluation
-    twice, the first time with gradients enabled to find out (layers that this forward does not
-    reach, such as a head without a RoI, have it done again).
-    :func:`cbn_det.norms.find_chain` does it explicitly, and should where a loaded model is run in
-    parts, one by one, before it runs whole: a part does not know what comes before it. Nothing is
-    kept in the state dict. A layer called several times in a forward takes what precedes its first
-    call. Results of ``torch.func.functional_call`` are wrong, in evaluation, too: predictions are
-    made with the model's own convolutions, as in :class:`KN2d`.
+    was trained knows; for one that was loaded from a checkpoint call
+    :func:`cbn_det.norms.find_chain` once with a batch (the trainers of this package do), else its
+    first forward in evaluation raises an error. Nothing is kept in the state dict. A layer called
+    several times in a forward takes what precedes its first call.
 
     Args:
         num_channels: channels C.
         groups: number of groups; must divide C.
-        gain: weight of the prediction, in [0, 1), 0 being GroupNorm; or ``'learned'``: one
-            parameter ``gain_logit`` a layer, as in KN.
-        recursion, detach: as in :class:`KN2d`, whose limits under activation checkpoints
-            ``'authors'`` has here, too: between segments of re-entrant ones it is a constant for
-            the gradient, and with another forward before the backward pass that one's, which
-            ``'consistent'`` avoids. With ``'authors'`` each sample has its own chain; RoIs take the
-            mixture of all samples, so there a sample's mini-batch does count.
+        gain: weight of the prediction, in [0, 1), 0 being GroupNorm.
         eps: added to the variance.
         affine: whether there are a weight and a bias per channel.
 
@@ -65,11 +55,10 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         num_channels: int,
         *,
         groups: int = 32,
-        gain: float | str = DEFAULT_GAIN,
-        recursion: str = "consistent",
-        detach: bool = False,
+        gain: float = DEFAULT_GAIN,
         eps: float = 1e-5,
         affine: bool = True,
+        **factory: Any,
     ) -> None:
         if type(groups) is not int or groups < 1:
             raise ValueError(f"groups={groups!r}: expected a positive int")
@@ -81,8 +70,8 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             )
         if not (is_number(eps) and eps >= 0.0):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
-        super().__init__(groups, num_channels, eps=eps, affine=affine)
-        self._start_predicting(gain, recursion, detach)
+        super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
+        self._start_predicting(gain)
 
     @property
     def channels(self) -> int:
@@ -95,11 +84,12 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
         takes."""
-        return (
-            {"groups": self.num_groups}
-            | self._predicting_options()
-            | {"eps": self.eps, "affine": self.affine}
-        )
+        return {
+            "groups": self.num_groups,
+            "gain": self.gain,
+            "eps": self.eps,
+            "affine": self.affine,
+        }
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
@@ -110,33 +100,36 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             return call_in_graph(self, input)
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
-        if input.numel() == 0:
-            return self._connected(super().forward(input))
-        with torch.autocast(input.device.type, enabled=False):
-            output, handed = (None, None) if self.gain == 0 else self._predicted(input)
-        if output is None:  # not F.group_norm, which refuses a single value in a group
+        if not torch.jit.is_tracing() and input.numel() == 0:
+            return super().forward(input)
+        prediction = None
+        if self.gain != 0:
+            # what is traced holds the prediction's operations, not its gradient's
+            gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
+            plain = torch.autocast(input.device.type, enabled=False)
+            with plain, torch.set_grad_enabled(gradients):
+                prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
+        if prediction is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-            output = self._connected(output)
-        self._hand_on(handed, output)
+        else:
+            with torch.autocast(input.device.type, enabled=False):
+                mixed = self._normalized if self.training else self._in_plain_operations
+                output = mixed(input, self._of_groups(prediction))
+        self._mark(output)
         return output
 
     _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
-    def _predicted(self, input: Tensor) -> tuple[Tensor | None, Pair | None]:
-        """The output with the prediction taken in, or None; and what is handed on, or None."""
-        prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
-        if prediction is None and self.recursion == "consistent":
-            return None, None
+    def _normalized(self, input: Tensor, prediction: Pair) -> Tensor:
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
         batch = moments(x)
-        if prediction is not None:
-            prediction = self._of_groups(*prediction, samples=len(input))
-        handed = self._posterior(x, batch, prediction) if self.recursion == "authors" else None
-        if prediction is None:
-            return None, handed
-        combined = self._combine(prediction, *self._of_samples(batch.mean, batch.var))
-        mean, var, share = (self._of_channels(value, len(input)).flatten() for value in combined)
+        observed = self._grouped(batch.mean, batch.var)
+        observed = (value.view(len(input), -1) for value in observed)
+        mean, var, share = self._combine(prediction, *observed)
+        share = share.expand_as(mean)
+        each = self.num_channels // self.num_groups
+        mean, var, share = (v.flatten().repeat_interleave(each) for v in (mean, var, share))
         weight, bias = (
             None if p is None else p.repeat(len(input)) for p in (self.weight, self.bias)
         )
@@ -146,37 +139,27 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         output = torch.ops.aten._unsafe_view(output, input.shape)
         if not input.is_contiguous():
             output = output.to(memory_format=torch.channels_last)
-        return output, handed
+        return output
 
-    def _posterior(self, x: Tensor, batch: Moments, prediction: Pair | None) -> Pair:
-        """The estimate [N, C] with all of its dependence on the input, for the layers that
-        follow."""
-        mean, var = batch.mean, batch.var
-        if not self.detach and torch.is_grad_enabled() and x.requires_grad:
-            mean, var = observed(x, mean, var)
-        mean, var = self._of_samples(mean, var)
-        if prediction is not None:
-            mean, var, _ = self._combine(prediction, mean, var)
-        mean, var = (self._of_channels(value, len(mean)) for value in (mean, var))
-        return (mean.detach(), var.detach()) if self.detach else (mean, var)
+    def _in_plain_operations(self, input: Tensor, prediction: Pair) -> Tensor:
+        """The same in operations that can be traced and exported, with autograd's own gradient."""
+        x = input.to(prediction[0].dtype).unflatten(1, (self.num_groups, -1))
+        var, mean = torch.var_mean(x, (2, 3, 4), correction=0)
+        mean, var, _ = self._combine(prediction, mean, var)
+        mean, var = (value[..., None, None, None] for value in (mean, var))
+        output = ((x - mean) * (var + self.eps).rsqrt()).flatten(1, 2)
+        if self.affine:
+            scale, shift = (p.to(x.dtype).view(-1, 1, 1) for p in (self.weight, self.bias))
+            output = torch.addcmul(shift, output, scale)
+        return output.to(input.dtype)
 
-    def _of_samples(self, mean: Tensor, var: Tensor) -> Pair:
-        """Statistics of each sample's groups, [N, groups], from those of its channels, [N * C]."""
-        return _grouped(mean.view(-1, self.num_channels), var.view(-1, self.num_channels), self)
+    def _of_groups(self, prediction: Pair) -> Pair:
+        """The prediction for groups, [1, groups], from that for channels [C]."""
+        mean, var = self._grouped(*prediction)
+        return mean[None], var[None]
 
-    def _of_groups(self, mean: Tensor, var: Tensor, samples: int) -> Pair:
-        """The prediction for groups, [1 or N, groups], from that for channels."""
-        if mean.dim() == 2 and len(mean) != samples:
-            mean, var = pooled_samples(mean, var)
-        return _grouped(mean.view(-1, self.num_channels), var.view(-1, self.num_channels), self)
-
-    def _of_channels(self, values: Tensor, samples: int) -> Tensor:
-        """[N, C] from [N or 1, groups or 1]."""
+    def _grouped(self, mean: Tensor, var: Tensor) -> Pair:
+        """Moments of the equal mixture of each group's channels, one group after another."""
         each = self.num_channels // self.num_groups
-        return values.expand(samples, self.num_groups).repeat_interleave(each, 1)
-
-
-def _grouped(mean: Tensor, var: Tensor, layer: nn.GroupNorm) -> Pair:
-    """[N, groups] from [N, C]: moments of the equal mixture of a group's channels."""
-    mean, var = (value.unflatten(1, (layer.num_groups, -1)).movedim(2, 0) for value in (mean, var))
-    return mixture(mean, var, mean.new_full((), 1.0 / len(mean)))
+        mean, var = (value.unflatten(0, (-1, each)).movedim(1, 0) for value in (mean, var))
+        return mixture(mean, var, mean.new_full((), 1.0 / each))

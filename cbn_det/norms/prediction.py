@@ -4,8 +4,8 @@ The prediction of Kalman Normalization in closed form. Activations are taken for
 independent, between channels and between positions, as the authors' sampling code draws them; its
 expectation is computed here instead of a sample. An :class:`Expression` is a small tree that says
 how a convolution's input is made of the outputs of norm layers: references and operations, no
-values. ``expression.moments(...)`` evaluates it to the mean and variance per channel, ``[C]`` or,
-where a norm works sample by sample, ``[N, C]``, differentiably.
+values. ``expression.moments(like)`` evaluates it to the mean and variance per channel, ``[C]``
+each, differentiably, with the parameters that the modules have then.
 
 What the rules leave out: padding (at the border fewer taps contribute), correlations, and what
 pooling does to the moments.
@@ -13,134 +13,58 @@ pooling does to the moments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .functional import mixture
-
-Pair = tuple[Tensor, Tensor]
-
-# in units of the statistics: below it a standard deviation counts as none
-_TINY = 1e-10
+from .propagation import Pair, activated, convolved
 
 
-class _Rectified(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor) -> Pair:
-        std = (var + _TINY).sqrt()
-        a = (mean / std).clamp(-30.0, 30.0)
-        below, above = torch.special.ndtr(a), torch.special.ndtr(-a)
-        density = torch.exp(-0.5 * a.square()) / math.sqrt(2.0 * math.pi)
-        first = mean * below + std * density
-        relative = below + a.square() * below * above + a * density * (above - below)
-        ctx.save_for_backward(first, below, above, density / std)
-        return first, var * (relative - density.square()).clamp(min=0.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> Pair:
-        first, below, above, slope = ctx.saved_tensors
-        d_mean = d_first * below + d_second * (2.0 * first * above)
-        d_var = d_first * (0.5 * slope) + d_second * (below - first * slope)
-        return d_mean, d_var
+class Unusable(Exception):
+    """A parameter that nothing can be predicted with as it is now; carries the reason."""
 
 
-def rectified(mean: Tensor, var: Tensor) -> Pair:
-    """Mean and variance of ``max(x, 0)`` of a Gaussian ``x``; any shape.
-
-    With ``a = mean / std``, ``Phi`` and ``phi`` the standard normal's distribution and density::
-
-        E[max(x, 0)]   = r = mean Phi + std phi
-        var[max(x, 0)] = s = var (Phi + a^2 Phi (1 - Phi) + a phi (1 - 2 Phi) - phi^2)
-
-    The second is ``E[max(x, 0)^2] - r^2`` rearranged so that nothing cancels where the mean exceeds
-    the standard deviation by far. Their derivatives are as short: ``dr/dmean = Phi``, ``dr/dvar =
-    phi / (2 std)``, ``ds/dmean = 2 r (1 - Phi)``, ``ds/dvar = Phi - r phi / std``.
-    """
-    return _Rectified.apply(mean, var)
-
-
-class _TapSums(torch.autograd.Function):
-    """Sums over a kernel's taps of the weight and of its square, [C_out, C_in / groups] each, with
-    a backward pass that goes over the weight once."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight)
-        taps = weight.to(dtype).flatten(2)
-        if taps.device.type == "cpu":  # sums of a few neighbours are slow, products are not
-            ones = taps.new_ones(taps.shape[2])
-            return taps @ ones, taps.square() @ ones
-        return taps.sum(2), taps.square().sum(2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        d_first, d_second = (d[..., None, None] for d in (d_first, d_second))
-        full = torch.addcmul(d_first, weight.to(d_first.dtype), d_second, value=2.0)
-        return full.to(weight.dtype), None
-
-
-def convolved(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Pair:
-    """Moments of a convolution's output away from borders, from those of its input.
-
-    ``m_j = sum_c m_c sum_ab W_jcab + b_j`` and ``v_j = sum_c v_c sum_ab W_jcab^2``, which hold for
-    every stride and dilation.
+class Held:
+    """A parameter, as the module that holds it has it at each use: what replaces it (pruning, FSDP,
+    an assignment) counts from then on.
 
     Args:
-        mean, var: [..., C_in].
-        weight: [C_out, C_in / groups, kh, kw].
-        bias: [C_out] or None.
-        groups: of the convolution.
-
-    Returns:
-        [..., C_out] each.
-    """
-    first, second = _TapSums.apply(weight, mean.dtype)
-    if groups == 1:
-        mean, var = F.linear(mean, first), F.linear(var, second)
-    else:
-        mean, var = (
-            torch.einsum(
-                "...gi,goi->...go",
-                value.unflatten(-1, (groups, -1)),
-                matrix.unflatten(0, (groups, -1)),
-            ).flatten(-2)
-            for value, matrix in ((mean, first), (var, second))
-        )
-    return (mean if bias is None else mean + bias.to(mean.dtype)), var
-
-
-def pooled_samples(mean: Tensor, var: Tensor) -> Pair:
-    """Moments of all samples together, [1, C], from each one's, [N, C]; [C] stays as it is."""
-    if mean.dim() == 1:
-        return mean, var
-    mean, var = mixture(mean, var, mean.new_full((1, 1), 1.0 / len(mean)))
-    return mean[None], var[None]
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """How an expression is to be evaluated.
-
-    Attributes:
-        like: a tensor of the device and dtype of the result.
-        authors: whether norm layers hand on the estimate of their input (the authors' code), or
-            the distribution N(beta, gamma^2) of their output.
-        handed: what layers handed on, by layer, where it is not what they handed on last.
+        parameter: as it was found.
+        module: that holds it; None where nobody knows, and then it stays as it was found.
+        name: under which the module holds it.
     """
 
-    like: Tensor
-    authors: bool
-    handed: dict[nn.Module, Pair] = field(default_factory=dict)
+    def __init__(self, parameter: Tensor, module: nn.Module | None, name: str = "") -> None:
+        self.module, self.name = module, name
+        self._parameter = parameter if module is None else None
+
+    def now(self) -> Tensor:
+        """The parameter.
+
+        Raises:
+            Unusable: the module computes it now, or it is distributed.
+        """
+        if self.module is None:
+            return self._parameter
+        value = self.module._parameters.get(self.name)
+        if value is None:
+            raise Unusable(f"the {self.name} is computed")
+        return _whole(value)
+
+    def describe(self, names: dict[int, str]) -> str:
+        if self.module is not None:
+            return names.get(id(self.module), "(outside this model)")
+        return names.get(id(self._parameter), "?").removesuffix(".weight")
+
+
+def _whole(value: Tensor) -> Tensor:
+    if type(value) is not nn.Parameter and hasattr(value, "device_mesh"):
+        raise Unusable("a parameter is sharded while it is needed")
+    return value
 
 
 class Expression:
@@ -152,26 +76,43 @@ class Expression:
         return self.parts()[0].width
 
     def parts(self) -> list[Expression]:
-        values = [getattr(self, f.name) for f in fields(self)]
-        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
-        return [value for value in flat if isinstance(value, Expression)]
+        return [value for value in self._values() if isinstance(value, Expression)]
 
     def walk(self) -> Iterator[Expression]:
         yield self
         for part in self.parts():
             yield from part.walk()
 
-    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
-        """The tensors that the moments are computed from; None for what a forward hands on."""
-        for value in (getattr(self, f.name) for f in fields(self)):
-            if isinstance(value, Tensor):
-                yield value
-        for part in self.parts():
-            yield from part.made_of(setting)
+    def held(self) -> Iterator[Held]:
+        """The parameters in it, those of norm layers aside that it knows as modules."""
+        for part in self.walk():
+            yield from (value for value in part._values() if isinstance(value, Held))
 
-    def moments(self, setting: Setting) -> Pair:
-        """Mean and variance of the activations here."""
-        return self.parts()[0].moments(setting)
+    def modules(self) -> Iterator[nn.Module]:
+        """Those in it."""
+        yield from (held.module for held in self.held() if held.module is not None)
+        for part in self.walk():
+            yield from (value for value in part._values() if isinstance(value, nn.Module))
+
+    def made_of(self) -> Iterator[Tensor]:
+        """The tensors that the moments are computed from."""
+        for value in self._values():
+            if isinstance(value, Held):
+                yield value.now()
+            elif isinstance(value, Expression):
+                yield from value.made_of()
+
+    def _values(self) -> Iterator[Any]:
+        for value in (getattr(self, f.name) for f in fields(self)):
+            yield from value if isinstance(value, tuple) else (value,)
+
+    def moments(self, like: Tensor) -> Pair:
+        """Mean and variance [C] of the activations here, of the dtype and device of ``like``.
+
+        Raises:
+            Unusable: a parameter is not to be had.
+        """
+        return self.parts()[0].moments(like)
 
     def describe(self, names: dict[int, str]) -> str:
         """As text; ``names`` are those of layers and parameters, by ``id``."""
@@ -179,8 +120,10 @@ class Expression:
 
 
 def _affine_pair(weight: Tensor | None, bias: Tensor | None, width: int, like: Tensor) -> Pair:
-    mean = like.new_zeros(width) if bias is None else bias.to(like.dtype)
-    return mean, like.new_ones(width) if weight is None else weight.to(like.dtype).square()
+    mean = like.new_zeros(width) if bias is None else _whole(bias).to(like.dtype)
+    if weight is None:
+        return mean, like.new_ones(width)
+    return mean, _whole(weight).to(like.dtype).square()
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
@@ -197,18 +140,11 @@ class Norm(Expression):
     def width(self) -> int:
         return self.layer.channels
 
-    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
-        if setting.authors:
-            yield None
+    def made_of(self) -> Iterator[Tensor]:
         yield from _present(self.layer.weight, self.layer.bias)
 
-    def moments(self, setting: Setting) -> Pair:
-        handed = None
-        if setting.authors:
-            handed = setting.handed.get(self.layer) or self.layer.hands_on()
-        if handed is not None:
-            return handed[0].to(setting.like.dtype), handed[1].to(setting.like.dtype)
-        return _affine_pair(self.layer.weight, self.layer.bias, self.width, setting.like)
+    def moments(self, like: Tensor) -> Pair:
+        return _affine_pair(self.layer.weight, self.layer.bias, self.width, like)
 
     def describe(self, names: dict[int, str]) -> str:
         return names.get(id(self.layer), "(outside this model)")
@@ -218,18 +154,18 @@ class Norm(Expression):
 class OtherNorm(Expression):
     """The output of another norm layer, seen by its affine parameters."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Held
+    bias: Held
 
     @property
     def width(self) -> int:
-        return len(self.weight)
+        return len(self.weight.now())
 
-    def moments(self, setting: Setting) -> Pair:
-        return _affine_pair(self.weight, self.bias, self.width, setting.like)
+    def moments(self, like: Tensor) -> Pair:
+        return _affine_pair(self.weight.now(), self.bias.now(), self.width, like)
 
     def describe(self, names: dict[int, str]) -> str:
-        return names.get(id(self.weight), "(outside this model)").removesuffix(".weight")
+        return self.weight.describe(names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,16 +180,14 @@ class FrozenNorm(Expression):
     def width(self) -> int:
         return len(self.layer.running_mean)
 
-    def made_of(self, setting: Setting) -> Iterator[Tensor | None]:
+    def made_of(self) -> Iterator[Tensor]:
         layer = self.layer
-        yield from _present(layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        yield from _present(layer.weight, layer.bias, layer.running_var)
 
-    def moments(self, setting: Setting) -> Pair:
-        dtype, layer = setting.like.dtype, self.layer
-        mean, var = layer.running_mean.to(dtype), layer.running_var.to(dtype)
-        if setting.authors:
-            return mean, var
-        mean, scale = _affine_pair(layer.weight, layer.bias, self.width, setting.like)
+    def moments(self, like: Tensor) -> Pair:
+        layer = self.layer
+        var = layer.running_var.to(like.dtype)
+        mean, scale = _affine_pair(layer.weight, layer.bias, self.width, like)
         return mean, scale * (var / (var + layer.eps))
 
     def describe(self, names: dict[int, str]) -> str:
@@ -265,36 +199,40 @@ class Conv(Expression):
     """A convolution; the one before a norm, or one that has no norm."""
 
     source: Expression
-    weight: Tensor
-    bias: Tensor | None
+    weight: Held
+    bias: Held | None
     groups: int
 
     @property
     def width(self) -> int | None:
-        fits = self.source.width == self.weight.shape[1] * self.groups
-        return len(self.weight) if fits else None
+        weight = self.weight.now()
+        return len(weight) if self.source.width == weight.shape[1] * self.groups else None
 
-    def moments(self, setting: Setting) -> Pair:
-        return self.through(*self.source.moments(setting))
+    def moments(self, like: Tensor) -> Pair:
+        return self.through(*self.source.moments(like))
 
     def through(self, mean: Tensor, var: Tensor) -> Pair:
         """Moments of the output from those of the input."""
-        return convolved(mean, var, self.weight, self.bias, self.groups)
+        bias = None if self.bias is None else self.bias.now()
+        return convolved(mean, var, self.weight.now(), bias, self.groups)
 
     def describe(self, names: dict[int, str]) -> str:
-        name = names.get(id(self.weight), "?").removesuffix(".weight")
-        return f"{name}({self.source.describe(names)})"
+        return f"{self.weight.describe(names)}({self.source.describe(names)})"
 
 
 @dataclass(frozen=True, eq=False)
-class Relu(Expression):
-    source: Expression
+class Activation(Expression):
+    """An activation function of :mod:`.activations`."""
 
-    def moments(self, setting: Setting) -> Pair:
-        return rectified(*self.source.moments(setting))
+    source: Expression
+    operation: str
+    options: tuple[Any, ...] = ()
+
+    def moments(self, like: Tensor) -> Pair:
+        return activated(*self.source.moments(like), self.operation, self.options)
 
     def describe(self, names: dict[int, str]) -> str:
-        return f"relu({self.source.describe(names)})"
+        return f"{self.operation.lower()}({self.source.describe(names)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,8 +242,8 @@ class Scaled(Expression):
     source: Expression
     factor: float
 
-    def moments(self, setting: Setting) -> Pair:
-        mean, var = self.source.moments(setting)
+    def moments(self, like: Tensor) -> Pair:
+        mean, var = self.source.moments(like)
         return mean * self.factor, var * self.factor**2
 
     def describe(self, names: dict[int, str]) -> str:
@@ -323,8 +261,8 @@ class Sum(Expression):
     def width(self) -> int | None:
         return self.left.width if self.left.width == self.right.width else None
 
-    def moments(self, setting: Setting) -> Pair:
-        left, right = self.left.moments(setting), self.right.moments(setting)
+    def moments(self, like: Tensor) -> Pair:
+        left, right = self.left.moments(like), self.right.moments(like)
         return left[0] + right[0], left[1] + right[1]
 
     def describe(self, names: dict[int, str]) -> str:
@@ -333,35 +271,28 @@ class Sum(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Affine(Expression):
-    """A product with, or a sum with, a parameter per channel, outside a norm layer (detectron2's
-    norms of several levels have theirs in common). The authors' reading leaves out the affine
-    parameters of norms, so these, too."""
+    """A product with, or a sum with, a parameter per channel or for all of them, outside a norm
+    layer (detectron2's norms of several levels have theirs in common)."""
 
     source: Expression
-    parameter: Tensor
+    parameter: Held
     multiplies: bool
 
     @property
     def width(self) -> int | None:
-        return self.source.width if self.source.width == self.parameter.numel() else None
+        return self.source.width if self.parameter.now().numel() in (1, self.source.width) else None
 
-    def moments(self, setting: Setting) -> Pair:
-        mean, var = self.source.moments(setting)
-        if setting.authors:
-            return mean, var
-        value = self.parameter.to(mean.dtype).flatten()
+    def moments(self, like: Tensor) -> Pair:
+        mean, var = self.source.moments(like)
+        value = self.parameter.now().to(mean.dtype).flatten()
         return (mean * value, var * value.square()) if self.multiplies else (mean + value, var)
 
 
 @dataclass(frozen=True, eq=False)
 class Pooled(Expression):
-    """RoIs cut out of images: moments are kept, those of several samples become one mixture
-    (whose RoI is of which image is not known here)."""
+    """RoIs cut out of images: moments are kept."""
 
     source: Expression
-
-    def moments(self, setting: Setting) -> Pair:
-        return pooled_samples(*self.source.moments(setting))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"roi({self.source.describe(names)})"
@@ -378,11 +309,10 @@ class Mixture(Expression):
         widths = {source.width for source in self.sources}
         return widths.pop() if len(widths) == 1 else None
 
-    def moments(self, setting: Setting) -> Pair:
-        pairs = [source.moments(setting) for source in self.sources]
-        means = torch.stack(torch.broadcast_tensors(*[mean for mean, _ in pairs]))
-        variances = torch.stack(torch.broadcast_tensors(*[var for _, var in pairs]))
-        return mixture(means, variances, means.new_full((), 1.0 / len(pairs)))
+    def moments(self, like: Tensor) -> Pair:
+        pairs = zip(*(source.moments(like) for source in self.sources), strict=True)
+        means, variances = (torch.stack(values) for values in pairs)
+        return mixture(means, variances, means.new_full((), 1.0 / len(means)))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"mixture({', '.join(source.describe(names) for source in self.sources)})"
@@ -399,12 +329,9 @@ class Concat(Expression):
         widths = [source.width for source in self.sources]
         return None if None in widths else sum(widths)
 
-    def moments(self, setting: Setting) -> Pair:
-        pairs = [source.moments(setting) for source in self.sources]
-        samples = max((mean.shape[:-1] for mean, _ in pairs), key=len)
-        mean, var = (
-            torch.cat([pair[k].expand(*samples, -1) for pair in pairs], -1) for k in (0, 1)
-        )
+    def moments(self, like: Tensor) -> Pair:
+        pairs = zip(*(source.moments(like) for source in self.sources), strict=True)
+        mean, var = (torch.cat(values) for values in pairs)
         return mean, var
 
     def describe(self, names: dict[int, str]) -> str:
@@ -421,7 +348,7 @@ class End(Expression):
     def width(self) -> None:
         return None
 
-    def moments(self, setting: Setting) -> Any:
+    def moments(self, like: Tensor) -> Any:
         raise RuntimeError(f"no prediction where a chain ends: {self.reason}")
 
     def describe(self, names: dict[int, str]) -> str:
@@ -432,29 +359,28 @@ class Constant:
     """Moments of an expression, kept while it is made of tensors that are not trained and have not
     changed: behind frozen parts."""
 
-    def __init__(self, made_of: list[Tensor], setting: Setting, pair: Pair) -> None:
+    def __init__(self, made_of: list[Tensor], like: Tensor, pair: Pair) -> None:
         self._made_of = made_of  # also keeps their ids from being given away
-        self._state = _state(made_of, setting)
+        self._state = _state(made_of, like)
         self.pair = pair
 
-    def holds(self, made_of: list[Tensor], setting: Setting) -> bool:
-        return self._state == _state(made_of, setting)
+    def holds(self, made_of: list[Tensor], like: Tensor) -> bool:
+        return self._state == _state(made_of, like)
 
 
-def _state(tensors: list[Tensor], setting: Setting) -> tuple[Any, ...]:
-    like = setting.like
+def _state(tensors: list[Tensor], like: Tensor) -> tuple[Any, ...]:
     return like.dtype, like.device, [(id(t), t.data_ptr(), t._version) for t in tensors]
 
 
-def constant_moments(source: Expression, setting: Setting, kept: Constant | None) -> Any:
+def constant_moments(source: Expression, like: Tensor, kept: Constant | None) -> Constant | None:
     """The :class:`Constant` of an expression, ``kept`` if it still holds; None where anything that
-    the moments are computed from is trained or changes from forward to forward."""
+    the moments are computed from is trained."""
     made_of = []
-    for tensor in source.made_of(setting):
-        if tensor is None or tensor.requires_grad or tensor.is_inference():
+    for tensor in source.made_of():
+        if tensor.requires_grad or tensor.is_inference():
             return None
         made_of.append(tensor)
-    if kept is not None and kept.holds(made_of, setting):
+    if kept is not None and kept.holds(made_of, like):
         return kept
     with torch.inference_mode(False), torch.no_grad():
-        return Constant(made_of, setting, source.moments(setting))
+        return Constant(made_of, like, source.moments(like))

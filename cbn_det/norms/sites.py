@@ -93,8 +93,7 @@ def _why_left(layer: nn.Module) -> str:
     inside = [name for name, _ in layer.named_children()]
     if inside:
         return f"does more than BatchNorm, it contains {', '.join(inside)}"
-    known = {*STATE, *getattr(layer, "training_state", ())}
-    more = sorted((layer._parameters.keys() | layer._buffers.keys()) - known)
+    more = sorted((layer._parameters.keys() | layer._buffers.keys()) - {*STATE})
     if more:
         return f"does more than BatchNorm, it has {', '.join(more)}"
     if layer.running_mean is None or layer.running_var is None:

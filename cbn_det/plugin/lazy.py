@@ -28,6 +28,7 @@ from torch import nn
 from ..norms import (
     DoubleForward,
     check_bindings,
+    find_chain_at_call,
     format_norm_table,
     norm_rows,
     resolve_burn_in,
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if args.eval_only:
             path = cfg.train.init_checkpoint
             AtomicCheckpointer(model).load_complete(path, f"train.init_checkpoint {path}")
+            find_chain_at_call(model)
             evaluate(cfg, model)
         else:
             train(cfg, model, resume=args.resume)
@@ -162,6 +164,7 @@ class NormHook(HookBase):
         self._model = model
         self._double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self._periods = [period for period in periods if period > 0]
+        find_chain_at_call(model)
 
     def after_step(self) -> None:
         with EventStorage():  # what heads log of the second pass is dropped

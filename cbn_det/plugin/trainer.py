@@ -22,6 +22,7 @@ from torch import nn
 from ..norms import (
     DoubleForward,
     check_bindings,
+    find_chain_at_call,
     format_norm_table,
     norm_rows,
     resolve_burn_in,
@@ -228,6 +229,13 @@ class Trainer(ResumableTrainer):
         return evaluate_precise(self.cfg, self.bare_model, iterations)
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """detectron2's; KN and GKN layers find what precedes them when it is called."""
+        model = super().build_model(cfg)
+        find_chain_at_call(model)
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
@@ -268,6 +276,7 @@ class Trainer(ResumableTrainer):
         names = cfg.DATASETS.TEST
         if not names:
             return {}
+        find_chain_at_call(model)
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name, folder) for name in names]
         results = super().test(cfg, model, evaluators)

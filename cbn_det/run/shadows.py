@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..norms import Estimate, Moments, SmallBatchNorm2d, build_norm, convert_norm, resolve_burn_in
-from ..norms.chain import Chained, mark
+from ..norms.chain import Chained
 from ..norms.functional import moments
+from ..norms.graph import mark
 from .errors import ConfigError
 
 #: what "BN" stands for among the shadows: BatchNorm, to the last bit
@@ -25,8 +26,7 @@ OnEstimate = Callable[["Site", str, SmallBatchNorm2d, Estimate], None]
 class Site:
     """A BatchNorm of the model and its shadows.
 
-    A Kalman norm finds it in the place of the BatchNorm's output, and is then told what the shadow
-    of its own kind at this site hands on.
+    A Kalman norm finds it in the place of the BatchNorm.
 
     Attributes:
         name: of the BatchNorm in the model.
@@ -34,11 +34,10 @@ class Site:
         shadows: by the norm they are asked for with.
     """
 
-    def __init__(self, name: str, host: nn.BatchNorm2d, owner: Shadows) -> None:
+    def __init__(self, name: str, host: nn.BatchNorm2d) -> None:
         self.name = name
         self.host = host
         self.shadows: dict[str, SmallBatchNorm2d] = {}
-        self._owner = owner
 
     @property
     def channels(self) -> int:
@@ -52,10 +51,6 @@ class Site:
     def bias(self) -> Tensor | None:
         return self.host.bias
 
-    def hands_on(self) -> tuple[Tensor, Tensor] | None:
-        norm = self._owner.at_work
-        return (self.host if norm is None else self.shadows[norm]).hands_on()
-
 
 class Shadows:
     """Layers of several norms beside every BatchNorm of a model: real layers, called with the input
@@ -64,10 +59,10 @@ class Shadows:
     They hold the BatchNorm's own weight and bias, are bound to the convolution that feeds it, and
     live through the same iterations, so that their statistics are what these norms would have
     estimated on this model's way. They are no part of the model: neither parameters nor buffers nor
-    gradients nor random numbers differ with them there. Kalman norms predict from the shadows of
-    their own kind; for the second pass of MBN hand :meth:`layers` to
-    :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by. Re-entrant activation
-    checkpoints, whose first forward looks like that second pass, are not supported.
+    gradients nor random numbers differ with them there. For the second pass of MBN hand
+    :meth:`layers` to :meth:`cbn_det.norms.DoubleForward.include`. PreciseBN passes them by.
+    Re-entrant activation checkpoints, whose first forward looks like that second pass, are not
+    supported.
 
     Args:
         model: in training mode, its BatchNorms ``nn.BatchNorm2d`` or norms of ours.
@@ -76,7 +71,6 @@ class Shadows:
 
     Attributes:
         sites: in the order of the model's modules.
-        at_work: the norm whose shadow is running; None while none is.
         asleep: whether no shadow is called, ``on_input`` alone.
         on_input: called with a site and the input of its BatchNorm, in training mode.
         on_estimate: called with site, norm, shadow and what the shadow has just estimated.
@@ -86,7 +80,6 @@ class Shadows:
     """
 
     def __init__(self, model: nn.Module, norms: Sequence[str], max_iter: int) -> None:
-        self.at_work: str | None = None
         self.asleep = False
         self._seen: tuple[Tensor, Moments] | None = None
         self.on_input: OnInput | None = None
@@ -121,7 +114,7 @@ class Shadows:
                 layer = build_norm(spec, row.channels, affine=host.affine)
                 self._attach(layer, host, model.get_submodule(row.conv) if row.conv else None)
                 resolve_burn_in(layer, max_iter)
-                site = self.sites.setdefault(row.name, Site(row.name, host, self))
+                site = self.sites.setdefault(row.name, Site(row.name, host))
                 site.shadows[norm] = layer
                 layer.estimate = partial(self._estimate, layer.estimate, site, norm, layer)
                 if type(layer).batch_moments is SmallBatchNorm2d.batch_moments:
@@ -154,12 +147,11 @@ class Shadows:
         # without gradient and unless somebody asks, this is the second pass of Double Forward
         asked = torch.is_grad_enabled() or self.on_estimate is not None
         try:
-            for norm, layer in site.shadows.items():
+            for layer in site.shadows.values():
                 if asked or layer.double_forward:
-                    self.at_work = norm
                     layer(y)
         finally:
-            self.at_work = self._seen = None
+            self._seen = None
 
     def _moments(self, y: Tensor) -> Moments:
         """Of one input, which many shadows ask for."""

@@ -32,7 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
-from ..norms import check_bindings
+from ..norms import check_bindings, find_chain_at_call
 from ..run.errors import ConfigError
 from .heads import BoxPredictor, MaskPredictor, box_head
 from .norm_layers import NormLayer, freeze, norm_builder
@@ -69,6 +69,7 @@ def build_model(cfg: CfgNode) -> GeneralizedRCNN:
         check_bindings(model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    find_chain_at_call(model)
     return model
 
 

@@ -31,7 +31,6 @@ NORMS = [
     "MBN(burn_in=0)",
     "MBN(burn_in=0, double_forward=False)",
     "KN",
-    "KN(recursion='authors')",
     "BRN",
     "BGN",
     "CBN(burn_in=0, window=8, compensation='none')",

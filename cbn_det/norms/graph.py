@@ -1,0 +1,324 @@
+"""What precedes a norm, read off the autograd graph of its input.
+
+:func:`follow` walks ``grad_fn`` from a norm's input and gives an
+:class:`~.prediction.Expression`. The rules:
+
+- the norm's own convolution, and convolutions without a norm on the way: moments go through their
+  weight, which must be a plain parameter that is trained;
+- activations of a Gaussian: :mod:`.propagation` has them; any other ends the chain;
+- sums of two branches (residual connections, FPN): moments add;
+- concatenation of channels: side by side;
+- a number that multiplies or divides: scaled moments;
+- max and average pooling, nearest and bilinear upsampling, dropout and drop path, clones and casts:
+  moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros and
+  one number above 1, for each sample its own. A mask that a non-re-entrant activation checkpoint
+  stores cannot be looked at, and ends the chain;
+- RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
+- KN and GKN layers are where predictions start from; other norm layers with trained affine
+  parameters likewise, as N(beta, gamma^2).
+
+Everything else ends the chain: inputs of the model, frozen and compiled parts (unless
+:func:`~.trace.find_chain` looks through them), segments of a re-entrant activation checkpoint,
+blocks of ``fully_shard``, multiplications of two activations or by other masks, unknown operations,
+and whatever these rules take for something it is not.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .binding import past_hooks
+from .prediction import (
+    Activation,
+    Affine,
+    Concat,
+    Conv,
+    End,
+    Expression,
+    FrozenNorm,
+    Held,
+    Mixture,
+    Norm,
+    OtherNorm,
+    Pooled,
+    Scaled,
+    Sum,
+    Unusable,
+)
+from .propagation import FUNCTIONS, OPTIONS
+
+_MARK = "cbn_det norm"
+_FROZEN_MARK = "cbn_det frozen norm"
+
+_KEEPS = {
+    "MaxPool2DWithIndices",
+    "AvgPool2D",
+    "UpsampleNearest2D",
+    "UpsampleBilinear2D",
+    "ToCopy",
+    "Clone",
+    "NativeDropout",
+    "_ScaleGradientBackward",  # of detectron2's cascade heads; forward it is the identity
+}
+_ACTIVATIONS = {"Relu", "LeakyRelu", *FUNCTIONS}
+#: norm layers with the edges (input, weight, bias, ...)
+_OTHER_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm"}
+_LONGEST = 500  # operations in a chain; one that joins and parts again and again has no end
+
+FROZEN_INPUT = "a model input, or frozen"
+NO_STATISTICS = "a frozen norm without statistics"
+COMPILED = "compiled before it could be followed"
+_ENDS = {
+    "CompiledFunctionBackward": COMPILED,
+    "RegisterPostBackwardFunctionBackward": "the border of a block of fully_shard",
+    "torch::autograd::AccumulateGrad": "a model input, or the border of a checkpointed segment",
+}
+
+
+class _ChainEnds(Exception):
+    """Carries the reason."""
+
+
+def mark(output: Tensor, layer: nn.Module, frozen: bool = False) -> None:
+    """Lets :func:`follow` recognise ``output`` as that of ``layer``, a norm."""
+    if output.grad_fn is not None:
+        output.grad_fn.metadata[_FROZEN_MARK if frozen else _MARK] = layer
+
+
+def follow(y: Tensor, channels: int) -> Expression:
+    """What makes the input ``y`` [N, channels, H, W] of a norm: its convolution, and what comes
+    before that as far as it can be told; an :class:`~.prediction.End` where it cannot."""
+    try:
+        return _Walk().from_norm(y, channels)
+    except (_ChainEnds, Unusable) as end:
+        return End(str(end))
+    except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        # other versions and other people's operations have graphs of other shapes
+        return End(f"a graph that the rules do not fit: {type(error).__name__}: {error}")
+
+
+def _operation(node: Any) -> str:
+    """``"Relu"`` of a ``ReluBackward0``; a Function written in Python, which may do anything, keeps
+    its ``Backward``."""
+    return re.sub(r"Backward\d+$", "", node.name())
+
+
+def _edges(node: Any) -> list[Any]:
+    return [past_hooks(*edge) for edge in node.next_functions]
+
+
+class _Walk:
+    """One walk through a graph."""
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._owners: dict[int, tuple[nn.Module, str]] | None = None
+
+    def from_norm(self, y: Tensor, channels: int) -> Expression:
+        if y.grad_fn is None:
+            raise _ChainEnds("its convolution is frozen")
+        node = past_hooks(y.grad_fn, y.output_nr)
+        while _operation(node) in ("ToCopy", "Clone") and _edges(node)[0] is not None:
+            node = _edges(node)[0]
+        if _operation(node) not in ("Convolution", "CompiledFunctionBackward"):
+            raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
+        found = self._expression(node)
+        if found.width != channels:
+            raise _ChainEnds("channels are regrouped on the way")
+        return found
+
+    def _expression(self, node: Any) -> Expression:
+        self._length += 1
+        if self._length > _LONGEST:
+            raise _ChainEnds(f"more than {_LONGEST} operations without a norm")
+        if node is None:
+            raise _ChainEnds(FROZEN_INPUT)
+        if _FROZEN_MARK in node.metadata:
+            layer = node.metadata[_FROZEN_MARK]
+            if _without_statistics(layer):
+                raise _ChainEnds(NO_STATISTICS)
+            return FrozenNorm(layer)
+        if _MARK in node.metadata:
+            return Norm(node.metadata[_MARK])
+        operation = _operation(node)
+        edges = _edges(node)
+        if operation in _KEEPS:
+            return self._expression(edges[0])
+        if operation in _ACTIVATIONS:
+            options = tuple(getattr(node, f"_saved_{key}") for key in OPTIONS.get(operation, ()))
+            return Activation(self._expression(edges[0]), operation, options)
+        if operation == "Add" and node._saved_alpha == 1:
+            return self._either(edges, False)
+        if operation == "Mul" and None not in edges:
+            return self._either(edges, True)
+        if operation in ("Mul", "Div"):
+            return self._multiplied(node)
+        if operation == "Convolution" and not node._saved_transposed:
+            return self._convolution(node, edges)
+        if operation in _OTHER_NORMS:
+            return self._other_norm(edges[1:3])
+        if operation == "_NormalizeBackward":  # of a norm of ours that predicts nothing
+            return self._other_norm([_without_correction(edge) for edge in edges[3:5]])
+        if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
+            return Concat(tuple(self._expression(edge) for edge in edges))
+        if "roi_align" in node.name().lower():
+            return Pooled(self._expression(edges[0]))
+        if operation == "IndexPut":
+            return Mixture(tuple(self._levels(node)))
+        raise _ChainEnds(_ENDS.get(operation, f"no rule for {operation}"))
+
+    def _convolution(self, node: Any, edges: list[Any]) -> Expression:
+        weight, bias = (self._parameter(edge) for edge in edges[1:3])
+        if weight is None or weight.dim() != 4:
+            raise _ChainEnds("a convolution whose weight is frozen or computed")
+        if bias is None and edges[2] is not None:
+            raise _ChainEnds("a convolution whose bias is computed")
+        source = self._expression(edges[0])
+        bias = None if bias is None else self._held(bias)
+        return Conv(source, self._held(weight), bias, node._saved_groups)
+
+    def _levels(self, node: Any) -> Iterator[Expression]:
+        """The feature levels whose RoIs were put into one tensor, one after another."""
+        before, *_, values = _edges(node)
+        if before is not None and _operation(before) == "IndexPut":
+            yield from self._levels(before)
+        elif before is not None:
+            raise _ChainEnds("no rule for IndexPut into activations")
+        yield self._expression(values)
+
+    def _either(self, edges: list[Any], multiplies: bool) -> Expression:
+        """A sum of branches, or a sum or product of one and a parameter per channel."""
+        left, right = edges
+        for edge, other in ((left, right), (right, left)):
+            parameter = self._parameter(edge, of_any_shape=True)
+            if parameter is not None:
+                return Affine(self._expression(other), self._held(parameter), multiplies)
+        if multiplies:
+            raise _ChainEnds("no rule for a product of activations")
+        for edge, other in ((left, right), (right, left)):
+            if _is_nothing(edge):
+                return self._expression(other)
+        return Sum(self._expression(left), self._expression(right))
+
+    def _multiplied(self, node: Any) -> Expression:
+        """A product with a number, or with a mask of mean 1."""
+        factor, source = _constant_factor(node)
+        samples = _samples(node)
+        if _is_mask(factor, samples):
+            return self._expression(source)
+        if source is not None and _operation(source) in ("Mul", "Div"):
+            if None in _edges(source):  # drop path in two steps: x / keep * mask
+                inner, before = _constant_factor(source)
+                if not _is_mask(inner, samples) and _is_mask(factor * inner, samples):
+                    return self._expression(before)
+        if factor.numel() == 1 and factor != 0:
+            return Scaled(self._expression(source), float(factor))
+        raise _ChainEnds("a product with a tensor that is no mask of dropout")
+
+    def _other_norm(self, edges: list[Any]) -> Expression:
+        weight, bias = (self._parameter(edge) for edge in edges)
+        if weight is None or bias is None:
+            raise _ChainEnds("a norm without trained affine parameters")
+        return OtherNorm(self._held(weight), self._held(bias))
+
+    @staticmethod
+    def _parameter(node: Any, of_any_shape: bool = False) -> Tensor | None:
+        """The parameter behind an edge, None if there is none; casts of autocast lie between."""
+        passed = ("ToCopy", "View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Expand")
+        while node is not None and _operation(node) in passed[: None if of_any_shape else 1]:
+            node = node.next_functions[0][0]
+        variable = getattr(node, "variable", None)
+        return variable if isinstance(variable, nn.Parameter) else None
+
+    def _held(self, parameter: Tensor) -> Held:
+        if self._owners is None:
+            self._owners = _parameters_at_work()
+        return Held(parameter, *self._owners.get(id(parameter), (None,)))
+
+
+def _parameters_at_work() -> dict[int, tuple[nn.Module, str]]:
+    """By their ids, which module holds a parameter, and under which name: of the modules whose
+    methods are running, and of all below them. (A graph tells parameters, and parameters don't tell
+    who holds them.)"""
+    found: dict[int, tuple[nn.Module, str]] = {}
+    seen: set[nn.Module] = set()
+    for running in running_modules():
+        for module in () if running in seen else running.modules():
+            seen.add(module)
+            for name, parameter in module._parameters.items():
+                found.setdefault(id(parameter), (module, name))
+    return found
+
+
+def running_modules() -> Iterator[nn.Module]:
+    """Those whose methods are running in this thread, the outermost last."""
+    frame = sys._getframe()
+    while frame is not None:
+        # of methods only: a frame that was asked keeps what its locals were then alive
+        if frame.f_code.co_varnames[:1] == ("self",):
+            running = frame.f_locals.get("self")
+            if isinstance(running, nn.Module):
+                yield running
+        frame = frame.f_back
+
+
+def _constant_factor(node: Any) -> tuple[Tensor, Any]:
+    """What has no gradient in a product or quotient, as a factor, and the edge of what has."""
+    divides = _operation(node) == "Div"
+    left, right = _edges(node)
+    if right is not None and (divides or left is not None):
+        raise _ChainEnds("no rule for a quotient or product of activations")
+    name = "other" if right is None else "self"
+    # a checkpoint would run its segment again to show it
+    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+        raise _ChainEnds("a product with a tensor in a checkpointed segment")
+    try:
+        factor = getattr(node, f"_saved_{name}")
+    except RuntimeError as error:
+        raise _ChainEnds("a product with a tensor that was changed since, or released") from error
+    return (1.0 / factor if divides else factor), left if right is None else right
+
+
+def _shape(node: Any) -> tuple[int, ...] | None:
+    """Of the output of an operation; None where this version of torch does not say."""
+    metadata = getattr(node, "_input_metadata", None)
+    return tuple(metadata[0].shape) if metadata else None
+
+
+def _samples(node: Any) -> int | None:
+    """How many the output of an operation has; None where nobody says, or it has none."""
+    return (_shape(node) or (None,))[0]
+
+
+def _is_nothing(node: Any) -> bool:
+    """Whether an edge is ``x.sum() * 0``, which keeps unused parameters in a graph."""
+    if node is None or _operation(node) != "Mul" or _shape(node) != () or None not in _edges(node):
+        return False
+    return not bool(_constant_factor(node)[0].any())
+
+
+def _is_mask(factor: Tensor, samples: int | None) -> bool:
+    """Whether it is one of dropout or drop path: of each sample its own, zeros and one number above
+    1. (Of a single sample that number may be all there is, and one sample may be all of them.)"""
+    if factor.dim() != 4 or len(factor) != (samples or len(factor)):
+        return False
+    kept = factor[factor != 0]
+    return len(kept) == 0 or bool(kept[0] > 1) and bool((kept == kept[0]).all())
+
+
+def _without_correction(node: Any) -> Any:
+    """The edge of a weight or bias, before an estimate's scale and shift were taken into it (Batch
+    Renormalization's, which on average change nothing)."""
+    if node is not None and _operation(node) in ("Add", "Mul"):
+        return node.next_functions[0][0]
+    return node
+
+
+def _without_statistics(norm: Any) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    return not bool(mean.any()) and bool((var == var[0]).all())

@@ -1,0 +1,213 @@
+"""Looking through a whole model for what precedes its KN and GKN layers, frozen parts and all.
+
+One forward in evaluation mode in which all parameters take part, so that what is frozen is followed
+like the rest, and what was compiled runs as it was written. The norms in it that normalise by
+running statistics and are not trained (detectron2's and torchvision's FrozenBatchNorm2d,
+``nn.BatchNorm2d`` in evaluation) are where predictions start from: they put out N(bias, weight^2),
+as far as their input is distributed as their statistics say. Those that never gathered any (mean 0
+and variance 1 everywhere, as in untrained models and in weights into which statistics were folded)
+do not know, and end the chain.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import in_backward
+from .chain import Chained, thread
+from .graph import mark
+
+
+def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Runs ``model(*args, **kwargs)`` once in evaluation mode, with gradients enabled, so that its
+    KN and GKN layers find what precedes them.
+
+    A training forward finds it by itself where nothing is frozen or compiled. Call this before
+    training where something is, and before a model with GKN is evaluated that was not trained in
+    this process; again after weights with other running statistics were loaded into frozen norms.
+    Random state, modes and what is trained are left as they were. Of a model that is sharded over
+    processes, all of them call it.
+
+    Args:
+        model: all of it, wrapped or compiled or not; layers in a part that is traced alone do not
+            know what comes before the part.
+        args, kwargs: a batch, as the model takes it in evaluation.
+    """
+    modules = list(model.modules())
+    modes = {module: module.training for module in modules}
+    layers = [module for module in modules if isinstance(module, Chained)]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    known = [(layer, layer._chain, layer._chain_unsure) for layer in layers]
+    for layer in layers:
+        layer.__dict__["_chain_unsure"] = True  # it looks, whatever is known
+    frozen = _norms_that_are_frozen(model)
+    previous, thread.tracing = thread.tracing, True
+    try:
+        model.eval()
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=list(devices)),
+            _without_cached_casts(),
+            _marked(frozen),
+            _with_gradients(model),
+            _compiled_parts_as_written(),
+        ):
+            # past the hooks of the whole, such as Double Forward's; FSDP's are needed
+            run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
+            run(*_plain(args), **_plain(kwargs))
+    finally:
+        thread.tracing = previous
+        for layer, chain, unsure in known:
+            if layer._chain is chain:  # it was not reached
+                layer.__dict__["_chain_unsure"] = unsure
+        for module, training in modes.items():
+            module.training = training
+
+
+# ---- at the first call -----------------------------------------------------------------------
+
+
+def find_chain_at_call(model: nn.Module) -> None:
+    """Calls :func:`find_chain` with the model's own first batch, when it is called with one: before
+    the first training forward where parts are frozen or compiled, and before a forward in
+    evaluation for whose GKN layers nothing is known. For trainers that call no batch their own."""
+    waiting = _before_call in model._forward_pre_hooks.values()
+    if not waiting and any(isinstance(m, Chained) for m in model.modules()):
+        model.register_forward_pre_hook(_before_call, with_kwargs=True)
+
+
+def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_backward():
+        return
+    if thread.tracing or model.training and not torch.is_grad_enabled():
+        return
+    layers = [m for m in model.modules() if isinstance(m, Chained)]
+    lost = any(m.predicts_in_evaluation and not m.training and m.chain is None for m in layers)
+    if not model.training:
+        if lost:
+            find_chain(model, *args, **kwargs)
+        return
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _before_call]:
+        del model._forward_pre_hooks[key]  # not by its handle, which copies don't have
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    unknown = any(m.predicts and (m.chain is None or m._chain_unsure) for m in layers)
+    if not (lost or unknown and _hides_something(model)):
+        return
+    try:
+        find_chain(model, *args, **kwargs)
+    except Exception as error:
+        warnings.warn(
+            f"no look through the frozen parts, or compiled ones, of this {type(model).__name__}:"
+            f" one forward in evaluation failed ({error}). KN and GKN layers behind them take the"
+            " statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of"
+            " your own.",
+            stacklevel=2,
+        )
+
+
+def _hides_something(model: nn.Module) -> bool:
+    """Whether parts of a model have no graph of single operations in a training forward."""
+    frozen = not all(p.requires_grad for p in model.parameters()) or _norms_that_are_frozen(model)
+    return bool(frozen) or any(map(_is_compiled, model.modules()))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(type(p) is not nn.Parameter for p in model.parameters())
+
+
+# ---- how a model runs meanwhile --------------------------------------------------------------
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled_in_place or hasattr(module, "_orig_mod")
+
+
+def _wraps(module: nn.Module) -> bool:
+    return isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+
+
+def _as_written(model: nn.Module) -> nn.Module:
+    """The model in what compiles it or spreads it over devices."""
+    while hasattr(model, "_orig_mod") or _wraps(model):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def _norms_that_are_frozen(model: nn.Module) -> set[nn.Module]:
+    """Those that normalise by running statistics and are not trained."""
+    averaged = not any(p.requires_grad for p in model.parameters())
+    return {m for m in model.modules() if _is_frozen_norm(m, averaged)}
+
+
+def _is_frozen_norm(module: nn.Module, averaged: bool) -> bool:
+    if isinstance(module, nn.BatchNorm2d):
+        # of a model of which nothing is trained, all layers would be
+        released = averaged or any(p.requires_grad for p in module.parameters())
+        own = isinstance(module, Chained)
+        return not (own or released or module.training or module.running_mean is None)
+    buffers = module._buffers
+    tensors = [buffers.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    return all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors)
+
+
+@contextmanager
+def _marked(norms: set[nn.Module]) -> Iterator[None]:
+    """Frozen norms' outputs can be recognised as theirs."""
+
+    def after(norm: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            mark(output, norm, frozen=True)
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(after).remove)
+        yield
+
+
+@contextmanager
+def _with_gradients(module: nn.Module) -> Iterator[None]:
+    """Of all parameters, of a model in parts or as a whole not trained."""
+    parameters = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Autocast keeps no casts of weights, which would be part of a graph of no use."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _compiled_parts_as_written() -> AbstractContextManager[Any]:
+    """From torch 2.6 on."""
+    available = hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if available else nullcontext()
+
+
+def _plain(value: Any) -> Any:
+    """The same with copies of inference tensors, which take no part in a graph."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
