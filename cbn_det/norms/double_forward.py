@@ -18,7 +18,6 @@ from .base import SmallBatchNorm2d, in_backward
 from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
 from .numbers import kept_numbers
-from .repeat import FrozenParts
 
 #: attributes that tell of a layer's latest forward, for diagnostics
 _OF_LATEST_FORWARD = ("_compared",)
@@ -50,11 +49,9 @@ class DoubleForward:
     (:func:`cbn_det.norms.norm_diagnostics`). Hooks on the modules run as in any forward.
 
     It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
-    that has something to refresh: predictors, losses, heads without such layers are left out. In
-    the last mini-batch's, frozen stages before the first trained layer give what they gave in the
-    first pass (:class:`~cbn_det.norms.repeat.FrozenParts`). There is no second pass at all where no
-    MBN layer asks for one: during burn-in, after they were frozen, with
-    ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
+    that has something to refresh: predictors, losses, heads without such layers are left out. There
+    is no second pass at all where no MBN layer asks for one: during burn-in, after they were
+    frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
     optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it,
     unless :meth:`forget` is called). A forward that raised is not run again: a loop may catch the
     error and go on.
@@ -82,7 +79,6 @@ class DoubleForward:
         self._running = False
         self._handled = id(None)  # of the exception that was handled when the forward began
         clock.install()
-        self._frozen = FrozenParts()
         self._proposals = proposals
         self._recording: _Forward | None = None
         self._hooks = _Hooks(self)
@@ -126,7 +122,6 @@ class DoubleForward:
         from a checkpoint as it would have, since inputs are in none."""
         self._drop_unfinished()
         self._forwards = []
-        self._frozen.forget()
 
     def _refresh(self) -> bool:
         layers = self._layers()
@@ -144,7 +139,6 @@ class DoubleForward:
             torch.no_grad(),
             torch.random.fork_rng(devices=gpus),
             _staging_anew(self.model, layers, wanting),
-            self._frozen.reused(),
         ):
             self._running = True
             try:
@@ -184,7 +178,6 @@ class DoubleForward:
         if layers:
             self._recording = _Forward.of(args, kwargs, layers)
             self._forwards.append(self._recording)
-            self._frozen.keep_from(model)
             self._recording.begin(self._proposals)
 
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -195,7 +188,6 @@ class DoubleForward:
             self._drop_unfinished()
             return
         self._recording.end()
-        self._frozen.keep_no_more()
         self._recording = None
 
     def _drop_unfinished(self) -> None:
@@ -203,7 +195,6 @@ class DoubleForward:
         if self._recording is not None:
             self._recording.end()
             self._forwards = [f for f in self._forwards if f is not self._recording]
-            self._frozen.forget()
             self._recording = None
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .repeat import is_compiled, replaced_forward
-
 
 @dataclass
 class RandomState:
@@ -73,7 +71,7 @@ class FirstProposals:
     def given(self) -> Iterator[None]:
         """Within it, the generator gives what was kept, where it can stand for a call."""
         kept = self._outputs[0] if len(self._outputs) == 1 else None
-        if kept is None or is_compiled(self._generator):
+        if kept is None or _is_compiled(self._generator):
             yield
             return
         output, random_state = kept
@@ -82,7 +80,7 @@ class FirstProposals:
             random_state.restore()
             return output
 
-        with replaced_forward(self._generator, forward):
+        with _replaced_forward(self._generator, forward):
             yield
 
     def _before(self, generator: nn.Module, args: Any) -> None:
@@ -103,3 +101,25 @@ def _without_graph(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_without_graph(item) for item in value)
     return value
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, ``forward`` is called in place of the module's own."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether the module does not call its ``forward`` each time it is called."""
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__module__.startswith("torch._dynamo")
+    )

@@ -164,7 +164,9 @@ class KN2d(Predicting, SmallBatchNorm2d):
         affine: bool = True,
         **factory: Any,
     ) -> None:
-        super().__init__(num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory)
+        super().__init__(
+            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+        )
         self._start_predicting(gain)
         self._input: Tensor | None = None  # during a forward
 
