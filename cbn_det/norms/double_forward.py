@@ -51,9 +51,9 @@ class DoubleForward:
     It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
     that has something to refresh: predictors, losses, heads without such layers are left out. There
     is no second pass at all where no MBN layer asks for one: during burn-in, after they were
-    frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told from the
-    optimiser's steps (the mini-batch then belongs to the next iteration, and is run again with it,
-    unless :meth:`forget` is called). A forward that raised is not run again: a loop may catch the
+    frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told
+    from the optimiser's steps (the mini-batch then belongs to the next iteration, and is run again
+    with it, unless :meth:`forget` is called). A forward that raised is not run again: a loop may catch the
     error and go on.
 
     Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
