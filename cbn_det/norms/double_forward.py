@@ -53,8 +53,8 @@ class DoubleForward:
     is no second pass at all where no MBN layer asks for one: during burn-in, after they were
     frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told
     from the optimiser's steps (the mini-batch then belongs to the next iteration, and is run again
-    with it, unless :meth:`forget` is called). A forward that raised is not run again: a loop may catch the
-    error and go on.
+    with it, unless :meth:`forget` is called). A forward that raised is not run again: a loop may
+    catch the error and go on.
 
     Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
     MBN would, in the second pass too, where ranks need not agree on where it ends: do not mix them.
