@@ -266,6 +266,14 @@ def _detrex(checkout: Path) -> None:
     detrex.config.get_config = lambda name: LazyConfig.load(str(checkout / "configs" / name))
 
 
+_SOLO = {
+    "MODEL.SOLOV2.NUM_GRIDS": [8, 6, 5, 4, 3],
+    "MODEL.SOLOV2.NUM_INSTANCE_CONVS": 1,
+    "MODEL.SOLOV2.INSTANCE_CHANNELS": 64,
+    "MODEL.SOLOV2.MASK_CHANNELS": 32,
+    "MODEL.SOLOV2.NUM_KERNELS": 64,
+    "MODEL.SOLOV2.NUM_MASKS": 64,
+}
 _VITDET = {
     "backbone.net.img_size": 128,
     "backbone.net.embed_dim": 32,
@@ -419,7 +427,7 @@ PROJECTS = {
             ),
             ("configs/CondInst/MS_R_50_1x.yaml", R18, BITMASKS),
             ("configs/CondInst/MS_R_50_BiFPN_1x.yaml", R18, BITMASKS),
-            ("configs/SOLOv2/R50_3x.yaml", R18 | WIDE, BITMASKS),
+            ("configs/SOLOv2/R50_3x.yaml", R18 | WIDE | _SOLO, BITMASKS),
         ),
     ),
     "vovnet-detectron2": Project(
@@ -560,6 +568,7 @@ PROJECTS = {
     ),
     "adaptive_teacher": Project(
         prepare=_old_detectron2,
+        convert="backbone",
         imports=(
             "adapteacher.modeling.meta_arch.rcnn",
             "adapteacher.modeling.meta_arch.vgg",
@@ -592,14 +601,6 @@ PROJECTS = {
                     },
                 ),
                 ("mnv2_fpn", {}),
-                (
-                    "hrnet_fpn",
-                    {
-                        "MODEL.FPN.IN_FEATURES": ["stage1", "stage2", "stage3", "stage4"],
-                        "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-                        "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256]],
-                    },
-                ),
             )
         ),
     ),

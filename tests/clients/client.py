@@ -1,6 +1,6 @@
 """One client through :mod:`smoke`: ``client.py NAME PATH [--norms CBN ...] [--configs TEXT ...]``.
 
-Exits with 1 where something came out wrong, 2 where the project could not be loaded.
+Exits with 1 where something came out wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from catalog import PROJECTS, cases_of
 from detectron2.utils.events import EventStorage
-from smoke import NORMS, Case, run
+from smoke import NORMS, Case, fails_with_batchnorm, run
 
 import cbn_det
 
@@ -58,7 +58,10 @@ def _tried(case: Case, norm: str) -> tuple[str, bool]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = (str(error).splitlines() or [""])[0]
             place = f"{Path(frame.filename).name}:{frame.lineno}"
-            return f"{before}{type(error).__name__} at {place}: {text}", True
+            text = f"{before}{type(error).__name__} at {place}: {text}"
+            with EventStorage():
+                as_batchnorm = fails_with_batchnorm(case)
+            return text + " (with BN, too)" * as_batchnorm, not as_batchnorm
 
 
 if __name__ == "__main__":

@@ -98,12 +98,12 @@ def test_running_statistics_are_those_of_what_was_shown(norm, recipe) -> None:
     if norm.startswith("BGN"):
         return  # BatchNorm's statistics are others
     plain = as_batchnorm(trained(norm))
-    recipe(plain, other_batches(SHOWN))
+    with inputs_of_norms(plain) as seen:
+        recipe(plain, other_batches(SHOWN))
+    its_error = worst_distance(plain, seen)  # of a running average that began at 0 and 1
     for ours, theirs in zip(norms_of(model), norms_of(plain), strict=True):
-        mean, var = (
-            getattr(theirs, key).double().numpy() for key in ("running_mean", "running_var")
-        )
-        assert distance(ours, mean, var) < 0.02
+        mean, var = (value.double().numpy() for value in (theirs.running_mean, theirs.running_var))
+        assert distance(ours, mean, var) < 0.02 + its_error
 
 
 @pytest.mark.parametrize("norm", ["CBN(burn_in=0)", "MBN(burn_in=0)"])

@@ -45,10 +45,12 @@ def test_its_recipe_gives_the_statistics_of_what_was_shown(norm) -> None:
         return  # BatchNorm's statistics are others
     plain = net("BN")
     plain.load_state_dict(model.state_dict())
-    before_evaluation(plain, optimizer, shown)
+    with inputs_of_norms(plain) as seen:
+        before_evaluation(plain, optimizer, shown)
+    its_error = worst_distance(plain, seen)  # of a running average
     for ours, theirs in zip(norms_of(model), norms_of(plain), strict=True):
         mean, var = (value.double().numpy() for value in (theirs.running_mean, theirs.running_var))
-        assert distance(ours, mean, var) < 0.02
+        assert distance(ours, mean, var) < 0.02 + its_error
 
 
 @pytest.mark.parametrize("norm", ["CBN(burn_in=0, ema='batch')", "MBN(burn_in=0)"])

@@ -53,8 +53,8 @@ def ours(model: nn.Module) -> list[SmallBatchNorm2d]:
 @pytest.mark.filterwarnings("ignore:ramp")
 def test_create_model_takes_our_class_as_its_norm_layer(kind) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("test_resnet", norm_layer=NORMS[kind], num_classes=3)
-    plain = timm.create_model("test_resnet", norm_layer=nn.BatchNorm2d, num_classes=3)
+    model = timm.create_model("resnet18", norm_layer=NORMS[kind], num_classes=3)
+    plain = timm.create_model("resnet18", norm_layer=nn.BatchNorm2d, num_classes=3)
     assert len(ours(model)) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
     assert model.state_dict().keys() == plain.state_dict().keys()
     trained_and_deployed(model)
