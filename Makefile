@@ -13,7 +13,7 @@ SOURCES := cbn_det tools tests setup.py
 DETECTRON2 ?= $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('setup.py')['DETECTRON2'])")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint detectron2 clean distclean
+.PHONY: help demo test stacks lint detectron2 clean distclean
 
 help: ## show this list
 	@echo "cbn_det: normalisation layers for detectors trained at 1-2 images per GPU"
@@ -27,6 +27,9 @@ demo: ## train and compare GN, BN and CBN at 2 images per GPU on CPU (about 10 m
 test: ## run all tests; without detectron2, those that need it are skipped and counted (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_JOBS)
 
+stacks: ## run the tests against Lightning, accelerate, fastai, schedulefree, timm, ultralytics (in .venv-stacks, made once in a minute)
+	@tools/run_stacks.sh -q
+
 lint: ## check formatting and code style
 	@$(RUN) -m black --check --quiet $(SOURCES) || { echo "lint: run black on: $(SOURCES)"; exit 1; }
 	@$(RUN) -m ruff check $(SOURCES)
@@ -39,5 +42,5 @@ clean: ## remove caches, build files and the demo's output
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(DEMO_OUTPUT)
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## also remove .venv and what was remembered about the python
-	rm -rf .venv .make
+distclean: clean ## also remove .venv, .venv-stacks and what was remembered about the python
+	rm -rf .venv .venv-stacks .make

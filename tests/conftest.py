@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NO_DETECTRON2 = "detectron2 is missing"
 NO_SHARED_DATA = "the example data is missing"
 NO_SUBMITIT = "submitit is missing"
+NO_LIBRARY = "no training library"  # tests/stacks: a file of tests for each
 
 
 def _why_no_detectron2() -> str | None:
@@ -51,6 +52,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(
                 f"*** {number} TESTS SKIPPED, {reason.upper()}: {remedy}. ***", red=True, bold=True
             )
+    missing = sorted(text.split(": ")[-1] for text in reasons if NO_LIBRARY in text)
+    if missing:
+        terminalreporter.write_line(
+            f"*** {len(missing)} FILES OF TESTS SKIPPED, NO {', '.join(missing).upper()}:"
+            " make stacks installs and runs them. ***",
+            red=True,
+            bold=True,
+        )
 
 
 @pytest.fixture(autouse=True)
