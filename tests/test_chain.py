@@ -79,6 +79,7 @@ RULES = {
     "average pool": (lambda m, a, b: F.avg_pool2d(a, 2), "a"),
     "up": (lambda m, a, b: up(a) + b, "a + b"),
     "up, bilinear": (lambda m, a, b: up(a, "bilinear") + b, "a + b"),
+    "padding": (lambda m, a, b: F.pad(F.relu(a), (0, 1, 0, 1)), "relu(a)"),
     "residual": (lambda m, a, b: F.relu(a + F.relu(b)), "relu(a + relu(b))"),
     "residual in place": (lambda m, a, b: F.relu_(a.add_(b)), "relu(a + b)"),
     "dropout": (lambda m, a, b: F.dropout(F.relu(a), 0.1), "relu(a)"),
@@ -144,6 +145,7 @@ ENDS = {
     "its own Function": (lambda m, a, b: Relu.apply(a), "no rule for ReluBackward"),
     "its own subgraph": (lambda m, a, b: endless(a, b), "operations"),
     "detached": (lambda m, a, b: a.detach(), "input, or frozen"),
+    "more channels": (lambda m, a, b: F.pad(a[:, :3], (0, 0, 0, 0, 0, 1)), "ConstantPadNd"),
     "shuffled": (lambda m, a, b: a.flip(1), "Flip"),
     "one branch unknown": (lambda m, a, b: a + torch.tanh(b), "Tanh"),
     "transposed": (

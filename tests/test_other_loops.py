@@ -381,6 +381,17 @@ def test_a_resumed_run_whose_optimiser_does_not_count_is_told_of():
     assert told[1].steps == 11 and not told[1].in_burn_in
 
 
+def test_a_place_that_is_told_beside_the_memory_is_the_memorys():
+    first = model_of("MBN(burn_in=6)")
+    train(first, sgd(first), range(10))
+    second = model_of("MBN(burn_in=6)")
+    load_memory_state_dict(second, memory_state_dict(first))
+    resolve_burn_in(second, 100, start_iter=10)
+    for model in (first, second):
+        model(images(10))
+    assert second[1].steps == first[1].steps == 10
+
+
 @pytest.mark.parametrize("order", ["weights first", "memory first"])
 def test_memory_that_is_loaded_with_its_weights_stays(order):
     """Lightning loads a callback's or module's own part before the weights."""

@@ -9,8 +9,8 @@
 - sums of two branches (residual connections, FPN): moments add;
 - concatenation of channels: side by side;
 - a number that multiplies or divides: scaled moments;
-- max and average pooling, nearest and bilinear upsampling, dropout and drop path, clones and casts:
-  moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros and
+- max and average pooling, nearest and bilinear upsampling, padding, dropout and drop path, clones
+  and casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros and
   one number above 1, for each sample its own. A mask that a non-re-entrant activation checkpoint
   stores cannot be looked at, and ends the chain;
 - RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
@@ -149,6 +149,8 @@ class _Walk:
         edges = _edges(node)
         if operation in _KEEPS:
             return self._expression(edges[0])
+        if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
+            return self._expression(edges[0])  # as a convolution's own padding: not looked at
         if operation in _ACTIVATIONS:
             options = tuple(getattr(node, f"_saved_{key}") for key in OPTIONS.get(operation, ()))
             return Activation(self._expression(edges[0]), operation, options)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import clock
 from .base import SmallBatchNorm2d
 from .schedule import Scheduled
 from .spec import name_of
@@ -35,7 +36,9 @@ def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = No
         if isinstance(layer, Scheduled):
             layer.resolve_burn_in(max_iter)
         if start_iter is not None:
-            layer.steps, layer._placed = start_iter, True
+            # an iteration that is pending is counted when it is committed
+            pending = layer._staged_forwards > 0 and layer._seen != clock.now()
+            layer.steps, layer._placed = max(start_iter - pending, 0), True
 
 
 def check_bindings(model: nn.Module) -> None:
