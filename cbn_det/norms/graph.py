@@ -10,9 +10,9 @@
 - concatenation of channels: side by side;
 - a number that multiplies or divides: scaled moments;
 - max and average pooling, nearest and bilinear upsampling, padding, dropout and drop path, clones
-  and casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros and
-  one number above 1, for each sample its own. A mask that a non-re-entrant activation checkpoint
-  stores cannot be looked at, and ends the chain;
+  and casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies:
+  zeros and one number above 1, for each sample its own. A mask that a non-re-entrant activation
+  checkpoint stores cannot be looked at, and ends the chain;
 - RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
