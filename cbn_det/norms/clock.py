@@ -47,7 +47,7 @@ def warn_once(text: str) -> None:
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if optimizer not in _optimizers:
         _optimizers.add(optimizer)
-        if optimizer.state:
+        if any(optimizer.state.values()):  # looking a parameter up leaves an empty entry
             _resumed.add(optimizer)
 
 
