@@ -396,7 +396,7 @@ def test_nothing_else_changes():
         others = [key for key in state if not key.startswith(of_mbn)]
         assert "forwards" in others and len(others) == len(state) - 4
         assert_same({k: after[k] for k in others}, {k: state[k] for k in others})
-        assert within.keys() == memory.keys() - set(ours) and len(within) == 5
+        assert within.keys() == memory.keys() - set(ours) and len(within) == 4
         for name, (buffers, remembered) in within.items():
             assert_same(buffers, {key: state[f"{name}.{key}"] for key in buffers})
             assert_same(remembered, memory[name])

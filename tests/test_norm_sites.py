@@ -301,10 +301,12 @@ def test_precise_bn_takes_heads_without_a_roi(zoo):
     from detectron2.utils.events import EventStorage
     from fvcore.nn.precise_bn import update_bn_stats
 
+    from cbn_det.norms import settle
     from cbn_det.run.precise_bn import recompute_statistics
 
     model = zoo.build("mask_rcnn", zoo.CBN)
     zoo.train(model, 2, lr=0.01)
+    settle(model)  # the last step carries running statistics along
     mask_head = {n: m for n, m in zoo.cbn_layers(model).items() if "mask_head" in n}
     assert len(mask_head) == 4
     kept = {n: m.running_var.clone() for n, m in mask_head.items()}

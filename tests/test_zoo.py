@@ -259,6 +259,7 @@ def test_after_deformable_convolutions(zoo, kind):
 
 def test_simple_feature_pyramid(zoo):
     """ViTDet's neck, where one norm follows a transposed convolution."""
+    pytest.importorskip("timm", reason="no training library: timm")  # its ViT imports it
     from detectron2.modeling import SimpleFeaturePyramid, ViT
 
     from cbn_det.norms import check_bindings, kn_chain

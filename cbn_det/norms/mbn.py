@@ -180,7 +180,7 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         return {"second_pass": torch.tensor(self._refreshed_entries / self._entries)}
 
     def memory_state_dict(self) -> dict[str, Any]:
-        passes = (self._entries, self._refreshed_entries, self._refreshed)
+        passes = [self._entries, self._refreshed_entries, self._refreshed]
         return {**super().memory_state_dict(), "second_passes": passes}
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
