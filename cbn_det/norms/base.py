@@ -68,6 +68,11 @@ def _exporting() -> bool:
     return torch.jit.is_tracing() or (is_exporting is not None and is_exporting())
 
 
+def _like(momentum: Tensor | float, buffer: Tensor) -> Tensor | float:
+    """A weight that ``buffer.lerp_`` takes."""
+    return momentum.to(buffer.dtype) if isinstance(momentum, Tensor) else momentum
+
+
 class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
@@ -419,12 +424,20 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         if self.ema == "pooled":
             mean, var, count = estimate.mean, estimate.var, batch.count / estimate.share
         # BatchNorm keeps the unbiased variance; a single value has none
-        var = var * (count / torch.as_tensor(count - 1.0, dtype=var.dtype).clamp(min=1.0))
+        if isinstance(count, Tensor):
+            var = var * (count / (count - 1.0).clamp(min=1.0))
+        else:
+            var = var * (count / max(count - 1.0, 1.0))
         old_mean, old_var = self.running_mean, self.running_var
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
-            var = var + (1.0 - momentum) * (mean - old_mean).square()
-        old_var.mul_(1.0 - momentum).add_((var * momentum).to(old_var.dtype))
-        old_mean.mul_(1.0 - momentum).add_((mean * momentum).to(old_mean.dtype))
+            between = (mean - old_mean).square()
+            if isinstance(momentum, Tensor):
+                var = var + (1.0 - momentum) * between
+            else:
+                var = var.add_(between, alpha=1.0 - momentum)
+        # torch's lerp is exact at both ends, so that a momentum of 1 keeps the batch itself
+        old_var.lerp_(var.to(old_var.dtype), _like(momentum, old_var))
+        old_mean.lerp_(mean.to(old_mean.dtype), _like(momentum, old_mean))
 
     # ---- memory ----
 
