@@ -106,6 +106,12 @@ class ConvBound:
             self.__dict__["_computed_weight"] = computed_weight(self.conv)
         return self.__dict__["_computed_weight"]
 
+    @property
+    def _weight_is_sharded(self) -> bool:
+        """Whether the convolution's weight is whole only while it runs (FSDP)."""
+        weight = None if self.conv is None else self.conv._parameters.get("weight")
+        return weight is not None and (type(weight.detach()) is not Tensor or weight.dim() != 4)
+
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
         """The call of the convolution that made ``y``; None for a forward that is not recorded,
         which needs none.
