@@ -45,7 +45,8 @@ def warn_once(text: str) -> None:
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if not optimizer.state:  # also where an empty one was loaded
+    # looking a parameter up leaves an empty entry; an empty state may also have been loaded
+    if not any(entry for entry in optimizer.state.values() if isinstance(entry, dict)):
         _optimizers[optimizer] = (0, _steps)
     elif optimizer not in _optimizers:
         _optimizers[optimizer] = (None, _steps)
