@@ -264,6 +264,7 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         if not (self._in_second_pass or in_backward()):
             if torch.is_grad_enabled() or in_custom_function():
                 self._drop_memory_of_other_weights()
+            self._see_weight(input)
             self._advance()
         self._recomputing = self._recomputes()
         conv_input = self._take_conv_input()
@@ -329,7 +330,6 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
             self._clock_moved, self._watched = True, None
             if not self._placed:
                 self._find_place()
-            self.__dict__["_computed_weight"] = None  # it was before the step
             # not in a caller's inference mode: its tensors could not be written to later
             with torch.inference_mode(False), torch.no_grad():
                 self.commit()

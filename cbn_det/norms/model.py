@@ -110,6 +110,7 @@ def settle(model: nn.Module) -> None:
     would do first, and does where the weight that this needs is sharded until then."""
     for layer in _layers(model).values():
         if not (layer.needs_conv and layer._weight_is_sharded):
+            layer._see_weight(None)
             layer._advance()
 
 
