@@ -22,6 +22,7 @@ from cbn_det.norms import (
     memory_state_dict,
     norm_diagnostics,
     resolve_burn_in,
+    settle,
     tick,
 )
 
@@ -206,6 +207,80 @@ def test_a_reentrant_checkpoint_is_part_of_training(spec):
     torch.testing.assert_close(got, expected)
     got.sum().backward()
     assert other[1]._staged_forwards == plain[1]._staged_forwards == 1
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("spec", [*REMEMBERING, "KN"])
+def test_a_reentrant_checkpoint_without_gradient_recomputes_statistics(spec):
+    """Nothing is repeated then. Against the same forwards without the checkpoint."""
+    plain = model_of(spec)
+    train(plain, sgd(plain), range(8))
+    other = copy.deepcopy(plain)
+    before = plain[1].running_mean.clone()
+    show(plain)
+    with torch.no_grad():
+        for x in SHOWN:
+            Checkpointed(other)(x)
+    assert not torch.allclose(before, plain[1].running_mean, rtol=1e-2)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(other[1], name), getattr(plain[1], name))
+
+
+@pytest.mark.parametrize("spec", ["MBN(burn_in=2)", "BRN(burn_in=2, ramp=0)"])
+def test_a_reentrant_checkpoint_repeats_the_forward_after_a_reset(spec):
+    """The gradients are those of what the first pass put out."""
+    plain = model_of(spec)
+    train(plain, sgd(plain), range(8))
+    plain[1].reset_running_stats()
+    other = copy.deepcopy(plain)
+    gradients = []
+    for model in (plain, other):
+        model.zero_grad()
+        run = Checkpointed(model) if model is other else model
+        (run(images(9).requires_grad_()) - 1.0).square().mean().backward()
+        gradients.append(model[0].weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_running_statistics_follow_a_parametrised_weight():
+    """Of one mini-batch, against its moments with the weight after the step."""
+    model = model_of("CBN(burn_in=1, momentum=1.0, positions=None)")
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    x, norm = images(0), model[1]
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    def off():
+        y = model[0](x)
+        return torch.cat(
+            [
+                norm.running_mean - y.mean((0, 2, 3)),
+                norm.running_var - y.var((0, 2, 3)),
+            ]
+        ).norm()
+
+    before = off()
+    norm.momentum = 0.0  # the next forward takes them along, and adds nothing
+    model(x)
+    assert off() < 0.1 * before
+    norm.momentum = 1.0
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = off()
+    settle(model)
+    assert off() < 0.1 * before
 
 
 def digits_net():
@@ -438,6 +513,119 @@ def test_weights_that_are_swapped_and_come_back_keep_their_memory(spec):
     model.load_state_dict(own)
     torch.testing.assert_close(model.train()(images(50)), reference(images(50)))
     assert model[1].steps == reference[1].steps
+
+
+def test_statistics_recomputed_for_swapped_weights_leave_memory_alone():
+    """As BatchNorm's are for a moving average, between two iterations."""
+    model = model_of("MBN(burn_in=2)")
+    optimizer = sgd(model)
+    train(model, optimizer, range(8))
+    reference = copy.deepcopy(model)
+    own = copy.deepcopy(model.state_dict())
+    model.load_state_dict({key: value * 0.9 for key, value in own.items()})
+    update_bn(model)
+    settle(model)
+    model.load_state_dict(own)
+    update_bn(model)  # memory is its weights', whatever their running statistics are now
+    torch.testing.assert_close(model(images(50)), reference(images(50)))
+    assert model[1].steps == reference[1].steps
+
+
+def test_an_iteration_is_committed_with_its_own_weights():
+    """Not with those that were swapped in before the next one."""
+    model = model_of("CBN(burn_in=2)")
+    train(model, sgd(model), range(8))
+    reference = copy.deepcopy(model)
+    own = copy.deepcopy(model.state_dict())
+    others = {key: value * 0.9 for key, value in own.items()}
+    model.load_state_dict(others)
+    settle(model)
+    torch.testing.assert_close(model[1].running_mean, others["1.running_mean"])
+    model.load_state_dict(own)
+    for m in (model, reference):
+        settle(m)
+    assert not torch.equal(reference[1].running_mean, own["1.running_mean"])
+    torch.testing.assert_close(model.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_an_optimiser_that_is_put_back_to_its_start_begins_at_the_beginning(kind):
+    """As Lightning's search for a learning rate does."""
+    model = model_of("MBN(burn_in=6, double_forward=False)")
+    optimizer = sgd(model) if kind == "SGD" else torch.optim.Adam(model.parameters())
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(10))
+    for part, state in zip((model, optimizer), start, strict=True):
+        part.load_state_dict(state)
+    train(model, optimizer, range(3))
+    model(images(3))
+    assert model[1].steps == 3
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_the_best_weights_read_back_do_not_begin_the_schedule_anew(kind):
+    """The optimiser goes on; a new one begins at the beginning, be the old one there or not."""
+    model = model_of("MBN(burn_in=6, double_forward=False)")
+    start = copy.deepcopy(model.state_dict())
+
+    def new_optimizer():
+        return sgd(model) if kind == "SGD" else torch.optim.Adam(model.parameters())
+
+    optimizers = [new_optimizer()]
+    train(model, optimizers[0], range(10))
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizers[0], range(10, 13))
+    model.load_state_dict(best)
+    train(model, optimizers[0], range(13, 15))
+    model(images(15))
+    assert model[1].steps == 15 and len(model[1]._window) == 1
+    for count in range(2, 6):
+        model.load_state_dict(start)
+        optimizers.append(new_optimizer())
+        train(model, optimizers[-1], range(count))
+        model(images(15))
+        assert model[1].steps == count
+
+
+def test_memory_of_a_version_that_did_not_count_second_passes():
+    model = model_of("MBN(burn_in=2)")
+    train(model, sgd(model), range(5))
+    saved = memory_state_dict(model)
+    del saved["1"]["second_passes"]
+    other = copy.deepcopy(model)
+    load_memory_state_dict(other, saved)
+    torch.testing.assert_close(other(images(9)), model(images(9)))
+
+
+@pytest.mark.parametrize("spec", REMEMBERING)
+def test_weights_of_a_sharded_model_are_loaded_and_settled(spec, tmp_path, monkeypatch):
+    """FSDP2: they are whole in forwards only. A rank may load alone: others are not waited for."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("needs FSDP2")
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        plain = model_of(spec)
+        sharded = fsdp.fully_shard(copy.deepcopy(plain), mesh=mesh)
+        for model in (plain, sharded):
+            optimizer = sgd(model)
+            train(model, optimizer, range(6))
+            settle(model)
+            own = copy.deepcopy(model.state_dict())
+            swapped = {key: value * 0.9 for key, value in own.items()}
+            with monkeypatch.context() as patch:
+                patch.delattr(distributed, "all_reduce")
+                model.load_state_dict(swapped)
+                model.load_state_dict(own)
+            train(model, optimizer, range(6, 8))
+        torch.testing.assert_close(sharded(images(9)), plain(images(9)))
+        assert sharded[1].steps == plain[1].steps == 8
+    finally:
+        distributed.destroy_process_group()
 
 
 # ---- a second pass that nobody runs ----------------------------------------------------------

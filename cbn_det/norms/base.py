@@ -50,16 +50,24 @@ def is_number(value: Any) -> bool:
 
 
 def in_custom_function() -> bool:
-    """Whether the forward of a ``torch.autograd.Function`` is running in this thread: gradients are
-    off in it, and it may be a re-entrant activation checkpoint, which repeats what it calls."""
+    """Whether the forward of a ``torch.autograd.Function`` is running in this thread that will have
+    a backward pass: gradients are off in it, and it may be a re-entrant activation checkpoint,
+    which repeats what it calls. One that is called without gradient repeats nothing."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+            ctx = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(ctx, FunctionCtx) and ctx.next_functions:
                 return True
         frame = frame.f_back
     return False
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(some, others, strict=True)
+    )
 
 
 def _exporting() -> bool:
@@ -149,7 +157,7 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         self._clock_moved = False  # as far as this layer has seen
         self._placed = False  # whether ``steps`` is known to be the place in the schedule
         self._memory_loaded = False  # since the latest training forward
-        self._memory_is_of: list[Tensor] | None = None  # weights, where others were loaded since
+        self._memory_is_of: list[Tensor] | None = None  # weights, where those of now are others
         self._watched: Tensor | None = None  # a weight of some forwards ago
         self._unrecorded = 0  # no-grad forwards that a recomputation may still record
         self._window: Window | None = None
@@ -171,7 +179,8 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         It is one without gradient, unless it is the first pass of a re-entrant activation
         checkpoint; or, with gradient, every one from ``reset_running_stats()`` or a momentum of
         None or 1 that was another before (``StochasticWeightAveraging`` and ``bn_update`` average
-        anew in these ways) to the next optimiser step.
+        anew in these ways) to the next optimiser step, unless the first ones after the reset are
+        without.
         """
         return self._recomputing
 
@@ -183,8 +192,9 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         self._used_momentum = self.momentum
         anew = self.momentum in (1.0, None) and self.momentum != self._own_momentum
         anew = anew or self._reset_at == clock.now()
-        if not torch.is_grad_enabled():
-            return anew or not in_custom_function()
+        if not (torch.is_grad_enabled() or in_custom_function()):
+            self._reset_at = None  # those with gradient that follow are training again
+            return True
         self._recalibrating = self._recalibrating or anew
         return self._recalibrating
 
@@ -257,7 +267,9 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         self._check_input_dim(input)
         # a recomputation is of the iteration of its forward, whatever has stepped since
         if not (self._in_second_pass or in_backward()):
-            self._look_at_loaded_weights()
+            if torch.is_grad_enabled() or in_custom_function():
+                self._drop_memory_of_other_weights()
+            self._see_weight(input)
             self._advance()
         self._recomputing = self._recomputes()
         conv_input = self._take_conv_input()
@@ -309,8 +321,9 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         return input * 1.0
 
     def _advance(self) -> None:
-        """Commits what was staged, once an optimiser has stepped since."""
-        if self._seen == clock.now():
+        """Commits what was staged, once an optimiser has stepped since. Not meanwhile that other
+        weights are there."""
+        if self._seen == clock.now() or self._memory_is_of is not None:
             return
         self._seen = clock.now()
         self._own_momentum = self._used_momentum  # an iteration was trained with it
@@ -344,24 +357,20 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
             " save memory_state_dict(model) and load it."
         )
 
-    def _look_at_loaded_weights(self) -> None:
-        """Drops what is remembered of other weights than those of now."""
+    def _drop_memory_of_other_weights(self) -> None:
+        """Drops what is remembered of other weights than those that training goes on with."""
         self._memory_loaded = False
-        if self._memory_is_of is None:
-            return
-        before, self._memory_is_of = self._memory_is_of, None
-        now = self._weights()
-        same = len(now) == len(before) and all(
-            a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(now, before, strict=True)
-        )
-        if not same:
+        if self._memory_is_of is not None:
+            self._memory_is_of = None
             self.forget()
             self.steps, self._placed = 0, False
 
     def _weights(self) -> list[Tensor]:
-        """What tells this layer's weights from others. Its convolution's is loaded before."""
+        """What tells this layer's weights from others, of sharded ones this rank's part. Its
+        convolution's is loaded before."""
         own = (self.weight, self.bias, self.running_mean, self.running_var)
-        return [tensor.detach() for tensor in own if tensor is not None]
+        present = [tensor.detach() for tensor in own if tensor is not None]
+        return [t.to_local() if hasattr(t, "to_local") else t for t in present]
 
     def _watch_clock(self) -> None:
         """Warns where weights change and no iteration is counted. Looks at the weights in few
@@ -466,6 +475,8 @@ class SmallBatchNorm2d(ConvBound, Unscriptable, nn.BatchNorm2d):
         if remembers and not self._memory_loaded and self._memory_is_of is None:
             self._memory_is_of = [weight.clone() for weight in self._weights()]
         super()._load_from_state_dict(*args, **kwargs)
+        if self._memory_is_of is not None and _equal(self._weights(), self._memory_is_of):
+            self._memory_is_of = None  # they are back
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""

@@ -106,6 +106,12 @@ class ConvBound:
             self.__dict__["_computed_weight"] = computed_weight(self.conv)
         return self.__dict__["_computed_weight"]
 
+    @property
+    def _weight_is_sharded(self) -> bool:
+        """Whether the convolution's weight is whole only while it runs (FSDP)."""
+        weight = None if self.conv is None else self.conv._parameters.get("weight")
+        return weight is not None and (type(weight.detach()) is not Tensor or weight.dim() != 4)
+
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
         """The call of the convolution that made ``y``; None for a forward that is not recorded,
         which needs none.
@@ -139,12 +145,25 @@ class ConvBound:
             self._check_numbers(call, y, (by_graph, plain))
         return call
 
+    def _see_weight(self, y: Tensor | None) -> None:
+        """Forgets a computed weight of before an optimiser step. The present one is that of the
+        call that made ``y``, where its graph shows it."""
+        self.__dict__["_computed_weight"] = None
+        if y is None or self.conv is None or "weight" in self.conv._parameters:
+            return
+        node = operation_of(y)
+        if node is not None and mismatch(self.conv, node) is None:
+            self._take_weight(node)
+
+    def _take_weight(self, node: Any) -> None:
+        weight = saved(node, "weight")
+        # autocast's copy has lost the small changes that statistics are carried over by
+        if weight is not None and weight.dtype == statistics_dtype(weight):
+            self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
+
     def _call_by(self, node: Any) -> ConvCall | None:
         if "weight" not in self.conv._parameters:
-            weight = saved(node, "weight")
-            # autocast's copy has lost the small changes that statistics are carried over by
-            if weight is not None and weight.dtype == statistics_dtype(weight):
-                self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
+            self._take_weight(node)
         return call_by(node, self.conv.kernel_size)
 
     def _call_seen(self, y: Tensor, conv_input: Tensor | None) -> ConvCall:

@@ -25,8 +25,8 @@ from torch.optim.optimizer import (
 
 _steps = 0
 _installed = False
-_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()  # that were seen to step
-_resumed: weakref.WeakSet[Any] = weakref.WeakSet()  # of those, had stepped before they were seen
+#: how many steps each optimiser has taken (None: others before it was seen), and when the latest
+_optimizers: weakref.WeakKeyDictionary[Any, tuple[int | None, int]] = weakref.WeakKeyDictionary()
 _warned: set[str] = set()
 
 
@@ -45,16 +45,19 @@ def warn_once(text: str) -> None:
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if optimizer not in _optimizers:
-        _optimizers.add(optimizer)
-        if any(optimizer.state.values()):  # looking a parameter up leaves an empty entry
-            _resumed.add(optimizer)
+    # looking a parameter up leaves an empty entry; an empty state may also have been loaded
+    if not any(entry for entry in optimizer.state.values() if isinstance(entry, dict)):
+        _optimizers[optimizer] = (0, _steps)
+    elif optimizer not in _optimizers:
+        _optimizers[optimizer] = (None, _steps)
 
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is None or not found_inf:
         tick()
+        taken, _ = _optimizers[optimizer]
+        _optimizers[optimizer] = (None if taken is None else taken + 1, _steps)
 
 
 def install() -> None:
@@ -72,14 +75,12 @@ def now() -> int:
 
 
 def steps_of(parameter: nn.Parameter) -> int | None:
-    """How many steps the optimiser of a parameter has taken, those before its state was saved and
-    loaded again included. 0 where it keeps no count (SGD) and its first step was seen here; None
-    where it keeps none and had stepped before."""
-    for optimizer in _optimizers:
-        state = optimizer.state.get(parameter)
-        if state:
-            steps = state.get("step")
-            if steps is not None:
-                return int(steps)
-            return None if optimizer in _resumed else 0
-    return 0
+    """How many steps the optimiser of a parameter, the latest of several, has taken, those before
+    its state was saved and loaded again included. 0 where it keeps no state; None where it keeps no
+    count (SGD) and had stepped before it was seen."""
+    known = [optimizer for optimizer in _optimizers if optimizer.state.get(parameter)]
+    if not known:
+        return 0
+    latest = max(known, key=lambda optimizer: _optimizers[optimizer][1])
+    steps = latest.state[parameter].get("step")
+    return _optimizers[latest][0] if steps is None else int(steps)

@@ -185,7 +185,8 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
         super().load_memory_state_dict(state)
-        self._entries, self._refreshed_entries, self._refreshed = state["second_passes"]
+        passes = state.get("second_passes", (0, 0, False))  # version 0.1 did not count
+        self._entries, self._refreshed_entries, self._refreshed = passes
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.remembers and not self.recomputing_statistics:

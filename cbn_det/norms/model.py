@@ -110,9 +110,11 @@ def _gathers_statistics(module: nn.Module) -> bool:
 
 def settle(model: nn.Module) -> None:
     """Takes the finished iteration into memory and running statistics, as the next training forward
-    would do first."""
+    would do first, and does where the weight that this needs is sharded until then."""
     for layer in _layers(model).values():
-        layer._advance()
+        if not (layer.needs_conv and layer._weight_is_sharded):
+            layer._see_weight(None)
+            layer._advance()
 
 
 @contextmanager
