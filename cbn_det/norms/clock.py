@@ -56,7 +56,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is None or not found_inf:
         tick()
-        taken, _ = _optimizers[optimizer]
+        taken, _ = _optimizers.get(optimizer, (None, 0))  # built within its first step
         _optimizers[optimizer] = (None if taken is None else taken + 1, _steps)
 
 
