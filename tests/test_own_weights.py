@@ -25,6 +25,7 @@ CHANGES = {
         r"roi_heads\.box_head\S+",
         "MODEL.ROI_BOX_HEAD",
     ),
+    "a mask head": (("MODEL.MASK_ON", "True"), r"roi_heads\.mask_\S+", "MODEL.MASK_ON"),
 }
 
 

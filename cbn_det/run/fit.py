@@ -10,6 +10,13 @@ from .errors import ConfigError
 # what a file may have or lack and still be the model's: a counter that nothing is computed from,
 # and what the config sets
 _INDIFFERENT = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
+_MASK_PREDICTOR = re.compile(r"(^|\.)mask_(head\.)?predictor\.")  # detectron2's, torchvision's
+
+
+def key_of_absent(tensors: Iterable[str]) -> str:
+    """The config key that decides whether a model has these tensors, where one decides it of a
+    whole head; "" otherwise."""
+    return "MODEL.MASK_ON" if any(map(_MASK_PREDICTOR.search, tensors)) else ""
 
 
 def check_complete(
@@ -44,7 +51,7 @@ def check_complete(
     else:
         what = f"{first} is not in the {'file' if missing else 'model'}"
     more = f", and {len(wrong) - 1} more tensors do not fit" if len(wrong) > 1 else ""
-    key = key_for(first, first in shapes)
+    key = key_of_absent([*missing, *surplus]) or key_for(first, first in shapes)
     raise ConfigError(
         f"{where} is of another model: {what}{more}. The config must describe the network that was"
         f" trained{f'; look at {key}' if key else ''}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..run.errors import ConfigError
-from ..run.fit import check_complete
+from ..run.fit import check_complete, key_of_absent
 
 _BODY = "backbone.body."
 # a counter that FrozenBatchNorm2d has not; nothing is computed from it
@@ -59,9 +59,10 @@ def load_weights(
     _check(state, wanted, where)
     left = [key for key in wanted if key not in state and not key.endswith(_COUNTER)]
     if complete and left:
+        look_at = key_of_absent(left) or _key_for(left[0], other_shape=False)
         raise ConfigError(
             f"{where}: {len(left)} tensors of the model are not in the file, the first {left[0]}:"
-            " train it first"
+            f" train it first{f', or look at {look_at}' if look_at else ''}"
         )
     model.load_state_dict(state, strict=False)
     loaded = sum(not key.endswith(_COUNTER) for key in state)
