@@ -159,7 +159,7 @@ def test_a_run_broken_off_between_mini_batches_resumes_exactly(
     assert _same(our_memory, memory)
     # one optimiser step is one iteration: four were committed when the fifth began
     assert {state["steps"] for state in memory.values()} == {4}
-    staged = {name: state["staged_forwards"] for name, state in memory.items()}
+    staged = {name: state["forwards"] for name, state in memory.items()}
     assert set(staged.values()) == {2}, "both mini-batches, and both refreshed where that is due"
 
 

@@ -254,11 +254,11 @@ def test_a_layer_step_trains_and_does_all_of_a_norms_work():
     before = conv.weight.clone()
     for _ in range(steps):
         work.step()
-    assert len(norm._window) == 2 and not torch.equal(conv.weight, before)
+    assert len(norm.memory) == 2 and not torch.equal(conv.weight, before)
     work = layer_workload("MBN(window=3)", (2, 4, 6, 5), 8, 3, "cpu")
     _end_burn_in(work.model)
     staged = []
-    work.model[1].register_forward_pre_hook(lambda m, _: staged.append(m._in_second_pass))
+    work.model[1].register_forward_pre_hook(lambda m, _: staged.append(m._unchanged))
     work.step()
     assert staged == [False, True]  # Double Forward is part of the step
     assert isinstance(layer_workload("GN", (1, 4, 3, 3), 64, 1, "cpu").model[1], torch.nn.GroupNorm)
@@ -389,7 +389,7 @@ def test_an_iteration_trains_and_its_batches_come_again(inputs, tmp_path, engine
 
         def note(model, args):
             images.append(pixels(args[0]))
-            second.append(layers[0]._in_second_pass)
+            second.append(layers[0]._unchanged)
 
         work.model.register_forward_pre_hook(note)
         weight = next(p for p in work.model.parameters() if p.requires_grad and p.dim() == 4)

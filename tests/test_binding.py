@@ -68,7 +68,7 @@ def test_sequential():
     model = nn.Sequential(conv(), cbn(), nn.ReLU(), conv(4), cbn())
     assert model[1].conv is model[0] and model[4].conv is model[3]
     train(model)
-    assert "patch" in model[1]._window
+    assert "patch" in model[1].memory.stacked
 
 
 def test_wrapper_with_a_norm_of_its_own():
@@ -93,7 +93,7 @@ def test_torchvision_resnet():
     assert {row.name: row.conv for row in rows}["layer2.0.downsample.1"] == "layer2.0.downsample.0"
     check_bindings(model)
     train(model, 2, forward=lambda x: model(nn.functional.interpolate(x, size=(32, 32))))
-    assert all("patch" in m._staged for m in model.modules() if hasattr(m, "compensation"))
+    assert all("patch" in m.memory.pending for m in model.modules() if hasattr(m, "compensation"))
     table = format_norm_table(rows)
     assert "20 layers" in table and "layer1.0.bn1" in table and "of layer1.0.conv1" in table
 
@@ -151,7 +151,7 @@ def test_parametrised_weights_are_compensated(weight_norm):
         expected = paper(model[0](x), model[0], model[1].weight, model[1].bias)
         model[1]._take_conv_input()
         torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
-        assert "gradient" in model[1]._staged
+        assert "gradient" in model[1].memory.pending
         paper.push(x, model[0])
         optimizer.zero_grad()
         out.pow(3).mean().backward()
@@ -171,8 +171,8 @@ def test_several_norms_of_one_convolution():
             for k, norm in enumerate(levels)
         ),
     )
-    assert all(len(norm._window) == 2 for norm in levels)
-    assert all("patch" in norm._window for norm in levels)
+    assert all(len(norm.memory) == 2 for norm in levels)
+    assert all("patch" in norm.memory.stacked for norm in levels)
 
 
 # ---- refused ---------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_convolution_whose_module_was_not_called():
         for m, out in zip((model, other), pair, strict=True):
             out.pow(3).mean().backward()
             torch.optim.SGD(m.parameters(), lr=0.1).step()
-            assert "patch" in m[1]._staged
+            assert "patch" in m[1].memory.pending
     y = other[0](input=images()).detach().requires_grad_()
     with pytest.raises(RuntimeError, match="did not see the input"):
         other[1](y)
@@ -293,9 +293,9 @@ def test_memory_does_not_keep_the_graph_or_activations():
     model = nn.Sequential(conv(), cbn(spec=SPEC[:-1] + ", positions=16)"))
     train(model, 5)
     norm = model[1]
-    remembered = (*norm._window._stacked.values(), *norm._kept.values())
-    staged = norm._staged.values()
-    assert len(norm._kept) == 2 and {"left", "right"} < norm._staged.keys()
+    remembered = (*norm._window._stacked.values(), *norm.memory.kept.values())
+    staged = norm.memory.pending.values()
+    assert len(norm.memory.kept) == 2 and {"left", "right"} < norm.memory.pending.keys()
     for tensor in (*remembered, *staged):
         assert not tensor.requires_grad and tensor.grad_fn is None
     assert all(tensor.numel() < 3 * 4 * 3 * 9 + 1 for tensor in remembered)

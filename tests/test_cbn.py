@@ -240,7 +240,7 @@ def test_burn_in_counts_optimiser_steps_and_the_window_fills_from_one():
     for t in range(6):
         for part in range(2):  # accumulation: two forwards an iteration
             model(images(model[0], 2 * t + part))
-        entries.append(len(norm._window))
+        entries.append(len(norm.memory))
         tick()
     assert entries == [0, 0, 0, 1, 2, 2] and norm.steps == 5
 
@@ -494,13 +494,13 @@ def test_crops_move_on_with_the_iterations_and_draw_no_random_numbers():
     estimates = []
     for _ in range(4):
         model(x)
-        staged = model[1]._staged
+        staged = model[1].memory.pending
         estimates.append((staged["left"] @ staged["right"]).flatten(0, 1))
         tick()
     assert torch.equal(torch.get_rng_state(), before)
     pairs = [(0, 1), (1, 2), (0, 2)]  # of the same input at the same weight
     assert not any(torch.equal(estimates[a], estimates[b]) for a, b in pairs)
-    torch.testing.assert_close(model[1]._kept["gradient"], sum(estimates[:3]) / 3)
+    torch.testing.assert_close(model[1].memory.kept["gradient"], sum(estimates[:3]) / 3)
     assert torch.equal(model[1]._window["patch"][0], model[1]._window["patch"][1])
 
 
@@ -531,7 +531,7 @@ def test_the_average_has_less_noise_than_one_estimate_and_follows_the_weight():
     single, average = [], []
     for t in range(60):
         model(images(conv, t, size=(24, 24)))
-        estimate = (norm._staged["left"] @ norm._staged["right"]).flatten(0, 1)
+        estimate = (norm.memory.pending["left"] @ norm.memory.pending["right"]).flatten(0, 1)
         weight = conv.weight.detach().clone().requires_grad_()
         many = conv._conv_forward(images(conv, 999, n=40, size=(24, 24)), weight, None)
         (truth,) = torch.autograd.grad(many.var((0, 2, 3), unbiased=False).sum(), weight)
@@ -540,13 +540,13 @@ def test_the_average_has_less_noise_than_one_estimate_and_follows_the_weight():
         if t >= 20:
             scale = truth.norm()
             single.append(float((estimate - truth.flatten(1)).norm() / scale))
-            average.append(float((norm._kept["gradient"] - truth.flatten(1)).norm() / scale))
+            average.append(float((norm.memory.kept["gradient"] - truth.flatten(1)).norm() / scale))
         perturb(conv, 0.002, t)
     assert np.mean(average) < 0.5 * np.mean(single)
 
 
 def memory_of(norm):
-    rows = [norm._kept] + ([norm._window._stacked] if norm._window else [])
+    rows = [norm.memory.kept] + ([norm._window._stacked] if norm._window else [])
     return sum(tensor.nbytes for row in rows for tensor in row.values())
 
 
@@ -560,7 +560,7 @@ def test_memory_beside_that_of_the_authors_layer(window):
         for t in range(window + 1):
             model(images(conv, t, size=(12, 12), dtype=torch.float32))
             tick()
-        assert len(model[1]._window) == window - 1
+        assert len(model[1].memory) == window - 1
         found[positions] = memory_of(model[1])
     theirs = (window - 1) * (3 * 4 * conv.weight.numel() + 2 * 4 * 64)
     assert found[None] <= theirs / 3 * 1.03
@@ -639,7 +639,7 @@ def test_forwards_of_one_iteration_are_pooled_with_their_derivative(kind):
     weight = conv.weight.detach().clone().requires_grad_()
     y = conv._conv_forward(torch.cat(xs), weight, None)
     (truth,) = torch.autograd.grad(y.var((0, 2, 3), unbiased=False).sum(), weight)
-    staged = norm._staged
+    staged = norm.memory.pending
     gradient = (staged["left"] @ staged["right"]).flatten(0, 1)
     torch.testing.assert_close(gradient, truth.flatten(1), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(staged["anchor_var"], (truth * weight).sum((1, 2, 3)).detach())
@@ -653,7 +653,7 @@ def test_further_forwards_of_an_iteration_take_fewer_positions():
     rows = []
     for t in range(16):
         model(images(conv, t, size=(24, 24)))
-        rows.append(model[1]._staged["right"].shape[1])
+        rows.append(model[1].memory.pending["right"].shape[1])
     assert 50 < rows[0] < 90 and rows[-1] < 5 * rows[0]
 
 
@@ -668,7 +668,7 @@ def test_the_averaged_derivative_survives_a_forward_that_overflowed():
         out = model(x)
         tick()
         perturb(conv, 0.01, t)
-    assert out.isfinite().all() and model[1]._kept["gradient"].isfinite().all()
+    assert out.isfinite().all() and model[1].memory.kept["gradient"].isfinite().all()
 
 
 KINDS = {
@@ -703,7 +703,7 @@ def test_memory_of_another_kind_is_refused(saved, loading, staged):
     else:
         with pytest.raises(ValueError, match="another kind than that of compensation="):
             model[1].load_memory_state_dict(state)
-        assert len(model[1]._window) == 0 and not model[1]._kept and not model[1]._staged
+        assert len(model[1].memory) == 0 and not model[1].memory.kept and not model[1].memory.pending
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -718,7 +718,7 @@ def test_memory_that_has_the_bias_in_it_is_refused(loading, staged):
         return
     with pytest.raises(ValueError, match="no derivatives by the weight"):
         model[1].load_memory_state_dict(state)
-    assert len(model[1]._window) == 0 and not model[1]._staged
+    assert len(model[1].memory) == 0 and not model[1].memory.pending
     frozen = CONVS["bias"]()
     frozen.weight.requires_grad_(False)
     saved = with_memory(frozen, staged, **KINDS[loading])
@@ -746,7 +746,7 @@ def test_behind_a_frozen_convolution_memory_tells_whether_the_bias_is_in_it(kind
         for part in ({}, {"staged": {}}, {"window": not_remembered}):
             with pytest.raises(ValueError, match=message):
                 model[1].load_memory_state_dict({**state, **part})
-        assert len(model[1]._window) == 0 and not model[1]._staged
+        assert len(model[1].memory) == 0 and not model[1].memory.pending
         del state["adds_bias"]  # a checkpoint from before it was saved
         model[1].load_memory_state_dict(state)
     # a layer that is bound later cannot tell, and is not refused what is its own
@@ -847,7 +847,7 @@ def test_a_frozen_convolution_is_averaged_as_it_is():
     xs = [images(conv, t) for t in range(3)]
     for x in xs:
         out = model(x)
-        assert "gradient" not in model[1]._staged
+        assert "gradient" not in model[1].memory.pending
         tick()
         with torch.no_grad():
             conv.bias += 3.0
@@ -867,7 +867,7 @@ def test_requires_grad_toggled_in_mid_run(positions):
         conv.weight.requires_grad_(not 4 <= t < 8)
         out = model(images(conv, t))
         assert out.isfinite().all()
-        sizes.append(len(norm._window))
+        sizes.append(len(norm.memory))
         tick()
         if conv.weight.requires_grad:
             perturb(conv, 0.05, t)

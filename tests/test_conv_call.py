@@ -55,7 +55,7 @@ def check_window(model, conv_of, spec=EXACT, lr=0.5, size=9, forward=None):
         optimizer.zero_grad()
         out.pow(3).mean().backward()
         optimizer.step()
-    assert "patch" in model[1]._window
+    assert "patch" in model[1].memory.stacked
 
 
 def tick():
@@ -123,8 +123,8 @@ def test_derivatives_are_autograds_where_the_forward_pads(kind):
     ):
         (of_mean,) = torch.autograd.grad(mean, weight, retain_graph=True)
         (of_var,) = torch.autograd.grad(var, weight, retain_graph=True)
-        torch.testing.assert_close(norm._staged["patch"][0], of_mean[k].flatten())
-        torch.testing.assert_close(norm._staged["gradient"][k], of_var[k].flatten())
+        torch.testing.assert_close(norm.memory.pending["patch"][0], of_mean[k].flatten())
+        torch.testing.assert_close(norm.memory.pending["gradient"][k], of_var[k].flatten())
 
 
 @pytest.mark.parametrize("kind", ["same", "same, stride", "same, fits", "pad, then convolve"])

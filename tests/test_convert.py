@@ -179,7 +179,7 @@ def test_every_layer_is_bound_and_the_first_forward_agrees() -> None:
         ("3.bn2", "3.conv2"),
     ]
     train(model, images())
-    assert all("patch" in m._window for m in ours(model).values())
+    assert all("patch" in m.memory.stacked for m in ours(model).values())
 
 
 class Levels(nn.Module):
@@ -228,7 +228,7 @@ def test_what_a_whole_model_shows_beyond_registration(model: type, convs: list[s
     built = model()
     assert [row.conv for row in convert_norm(built, CBN).converted] == convs
     train(built, images())
-    assert all("patch" in m._window for m in ours(built).values())
+    assert all("patch" in m.memory.stacked for m in ours(built).values())
 
 
 def test_a_norm_of_ours_to_another() -> None:
@@ -464,7 +464,7 @@ def test_torchvision_resnet(name: str, layers: int) -> None:
     assert convs["layer2.0.downsample.1"] == "layer2.0.downsample.0" and convs["bn1"] == "conv1"
     assert not report.left
     train(model.train(), x, steps=1, lr=1e-4)
-    assert all("patch" in m._staged for m in ours(model).values())
+    assert all("patch" in m.memory.pending for m in ours(model).values())
 
 
 def test_torchvision_detector() -> None:
@@ -484,7 +484,7 @@ def test_torchvision_detector() -> None:
     assert "roi_heads.box_head.0.1" in {row.name for row in report.converted}
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     sum(model.train()(x, [target, target]).values()).backward()
-    assert all("patch" in m._staged for m in ours(model).values())
+    assert all("patch" in m.memory.pending for m in ours(model).values())
 
 
 def test_a_frozen_torchvision_backbone() -> None:

@@ -109,7 +109,7 @@ def test_statistics_are_those_of_the_first_rois_under_the_new_weights():
         y = F.batch_norm(y, mean, var, norm.weight, norm.bias, eps=norm.eps)
         rois = F.relu(y).permute(0, 2, 3, 1).reshape(-1, 4)[model.rois[0]]
         expected = other.head[0](rois[:, :, None, None]).mean((0, 2, 3))
-    torch.testing.assert_close(model.head[1]._staged["mean"], expected)
+    torch.testing.assert_close(model.head[1].memory.pending["mean"], expected)
 
 
 @pytest.mark.parametrize("options", [{"norm": MBN}, {"proposing": 2}])

@@ -291,15 +291,15 @@ def test_training_equals_the_equations_over_steps(parts):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
         for norm, reference in zip(mbns(model), paper.norms, strict=True):
             mean, var = reference.entries[0]
-            torch.testing.assert_close(norm._staged["mean"], mean, rtol=1e-8, atol=1e-10)
-            torch.testing.assert_close(norm._staged["var"], var, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(norm.memory.pending["mean"], mean, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(norm.memory.pending["var"], var, rtol=1e-8, atol=1e-10)
             mean, var = reference.combine(reference.entries)
             torch.testing.assert_close(norm.running_mean, mean, rtol=1e-8, atol=1e-10)
             torch.testing.assert_close(norm.running_var, var, rtol=1e-8, atol=1e-10)
             assert norm.num_batches_tracked == parts * (t + 1)
-            assert norm._staged_forwards == parts
+            assert norm.memory.forwards == parts
     # the entry differs from what the first pass saw, or all this would show nothing
-    assert not torch.equal(mbns(model)[0]._staged["mean"], model[0](images(0)).mean((0, 2, 3)))
+    assert not torch.equal(mbns(model)[0].memory.pending["mean"], model[0](images(0)).mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -410,7 +410,7 @@ def test_nothing_else_changes():
                 )
                 assert same == (name == "middle"), "which sees the input alone"
     assert calls == [True, False] * 4
-    assert not any(m._in_second_pass for m in model.modules() if hasattr(m, "_in_second_pass"))
+    assert not any(m._unchanged for m in model.modules() if hasattr(m, "_unchanged"))
 
 
 def test_what_layers_tell_of_their_latest_forward_is_of_the_first_pass():
@@ -501,16 +501,16 @@ def test_frozen_layers_are_left_alone():
         optimizer.step()
         double_forward.refresh()
     model[1].eval()
-    before = copy.deepcopy((model[1].state_dict(), model[1]._staged))
-    first = model[4]._staged
+    before = copy.deepcopy((model[1].state_dict(), model[1].memory.pending))
+    first = model[4].memory.pending
     loss_of(model(images(5))).backward()
     optimizer.step()
     assert double_forward.refresh() is True
     assert_same(
-        (model[1].state_dict()["running_mean"], model[1]._staged),
+        (model[1].state_dict()["running_mean"], model[1].memory.pending),
         (before[0]["running_mean"], before[1]),
     )
-    assert not torch.equal(model[4]._staged["mean"], first["mean"])
+    assert not torch.equal(model[4].memory.pending["mean"], first["mean"])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -589,10 +589,10 @@ def test_layers_that_one_of_the_passes_does_not_reach():
         model.takes_head = first
         loss_of(model(images(t))).backward()
         optimizer.step()
-        staged = dict(model.head[1]._staged)
+        staged = dict(model.head[1].memory.pending)
         model.takes_head = second
         assert double_forward.refresh() is True
-        return staged, model.head[1]._staged
+        return staged, model.head[1].memory.pending
 
     iterate(0, True, True)
     for second in (False, True):
@@ -632,7 +632,7 @@ def test_casts_of_the_weights_before_the_step_are_not_used():
     loss_of(out.float()).backward()
     sgd(other).step()
     again.refresh()
-    assert_same(model[1]._staged, other[1]._staged)
+    assert_same(model[1].memory.pending, other[1].memory.pending)
 
 
 @pytest.mark.parametrize("refreshes", [True, False])
@@ -807,10 +807,10 @@ def test_forwards_without_gradient_before_an_iteration_do_not_count(checkpointed
         outs = [model(images(10 * t + k).requires_grad_()) for k in range(2)]
         sum(map(loss_of, outs)).backward()  # both are recomputed after both have run
         optimizer.step()
-        assert [norm._staged_forwards for norm in mbns(model)] == [2, 2]
+        assert [norm.memory.forwards for norm in mbns(model)] == [2, 2]
         model.tails.clear()
         assert double_forward.refresh() is True and not model.tails
-        assert [norm._staged_forwards for norm in mbns(model)] == [2, 2]
+        assert [norm.memory.forwards for norm in mbns(model)] == [2, 2]
 
 
 def test_a_generator_with_layers_is_told_after_a_forward_without_gradient():

@@ -216,11 +216,11 @@ def test_precise_bn_only_reads_what_is_remembered(zoo, name):
         torch.testing.assert_close(layer.running_var, values.var(1, correction=0), **close)
         now = layer.memory_state_dict()
         assert now["steps"] == memory[key]["steps"]
-        assert now["staged_forwards"] == memory[key]["staged_forwards"]
+        assert now["forwards"] == memory[key]["forwards"]
         _assert_same(now["window"]["stacked"], memory[key]["window"]["stacked"])
     assert {m.momentum for m in layers.values()} == {0.1}
     zoo.train(model, 1)  # the buffers that fvcore put in place are trained on
-    assert {len(m._window) for m in layers.values()} == {3}
+    assert {len(m.memory) for m in layers.values()} == {3}
 
 
 def _assert_same(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:
@@ -386,7 +386,7 @@ def test_five_levels_keep_their_statistics_apart(zoo, name, kind):
     for norms in lists:
         assert [layer.steps for layer in norms] == [1] * 5
         if kind == "CBN":
-            assert [len(layer._window) for layer in norms] == [1] * 5
+            assert [len(layer.memory) for layer in norms] == [1] * 5
     assert all(p.grad.count_nonzero() > 0 for norms in lists for p in (norms.weight, norms.bias))
 
 
@@ -428,7 +428,7 @@ def _train_heads(zoo, head, other, sizes):
             sum(x.square().sum() for x in (*logits, *deltas)).sqrt().backward()
         torch.testing.assert_close(*([p.grad for p in h.parameters()] for h in heads))
         layers = [list(zoo.our_layers(h).values()) for h in heads]
-        torch.testing.assert_close(*([layer._staged for layer in own] for own in layers))
+        torch.testing.assert_close(*([layer.memory.pending for layer in own] for own in layers))
         for optimizer in optimizers:
             optimizer.step()
 
@@ -557,7 +557,7 @@ def test_accumulated_forwards_are_one_iteration(zoo):
         entries = []
         for seed, objects in ((2 * step, 2), (2 * step + 1, 0)):
             sum(zoo.losses(model, zoo.random_inputs(seed, objects=objects)).values()).backward()
-            entries.append({len(m._window) for m in zoo.cbn_layers(model).values()})
+            entries.append({len(m.memory) for m in zoo.cbn_layers(model).values()})
         assert entries == [{step}, {step}]
         optimizer.step()
 
@@ -610,7 +610,7 @@ def test_burn_in_is_batchnorm(zoo):
     theirs = dict(batchnorm.named_buffers())
     for key, value in model.named_buffers():
         torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5, msg=key)
-    assert all(len(layer._window) == 0 for layer in zoo.cbn_layers(model).values())
+    assert all(len(layer.memory) == 0 for layer in zoo.cbn_layers(model).values())
 
 
 @pytest.mark.parametrize("kind", ["CBN", "KN", "GKN", "MBN", "BGN", "BRN"])
@@ -748,8 +748,8 @@ def test_bfloat16_autocast(zoo):
         optimizer.step()
         assert all(term.isfinite() for term in terms.values())
     layers = zoo.cbn_layers(model)
-    assert {len(m._window) for m in layers.values()} == {1}
-    rows = [row for m in layers.values() for row in (m._window._stacked, m._kept, m._staged)]
+    assert {len(m.memory) for m in layers.values()} == {1}
+    rows = [row for m in layers.values() for row in (m._window._stacked, m.memory.kept, m.memory.pending)]
     assert {value.dtype for row in rows for value in row.values()} == {torch.float32}
     assert {m.running_var.dtype for m in layers.values()} == {torch.float32}
     seen = []
@@ -794,7 +794,7 @@ def test_bfloat16_autocast_with_the_other_norms(zoo, turn):
         if not isinstance(layer, nn.BatchNorm2d):
             assert layer.chain.describe({}) == layers[name].chain.describe({}), name
             continue
-        state = {**layer.state_dict(), **layer._staged, **layer._held}
+        state = {**layer.state_dict(), **layer.memory.pending, **layer.memory.held}
         del state["num_batches_tracked"]
         assert {value.dtype for value in state.values()} == {torch.float32}, name
         if re.search(r"stem|res[23]", name):  # further on, rounding errors have added up

@@ -151,8 +151,8 @@ def test_recomputed_statistics_are_of_what_was_shown(spec, recipe):
         assert off(ours[1])[0] < off(plain[1])[0] + 0.01
         assert off(ours[1])[1] < max(off(plain[1])[1], 0.05)
     if memory is not None and memory.pushed > 1:  # the last iteration is committed meanwhile
-        assert ours[1]._window.pushed == memory.pushed + 1
-    assert ours[1]._staged == {}
+        assert ours[1].memory.pushed == memory.pushed + 1
+    assert ours[1].memory.pending == {}
 
 
 @pytest.mark.parametrize("spec", REMEMBERING)
@@ -206,7 +206,7 @@ def test_a_reentrant_checkpoint_is_part_of_training(spec):
     got = checkpoint(other, x, use_reentrant=True)
     torch.testing.assert_close(got, expected)
     got.sum().backward()
-    assert other[1]._staged_forwards == plain[1]._staged_forwards == 1
+    assert other[1].memory.forwards == plain[1].memory.forwards == 1
 
 
 class Checkpointed(nn.Module):
@@ -360,7 +360,7 @@ def test_tick_counts_what_no_optimiser_of_torch_does():
         by_hand(told)
         tick()
     torch.testing.assert_close(told(images(9)), seen(images(9)))
-    assert told[1].steps == 8 and len(told[1]._window) == 3
+    assert told[1].steps == 8 and len(told[1].memory) == 3
 
 
 @pytest.mark.parametrize("positions", [64, 8, None])
@@ -371,7 +371,7 @@ def test_what_an_iteration_stages_is_bounded(positions):
     norm, sizes = model[1], []
     for seed in range(200):
         model(images(seed % 4))
-        sizes.append(sum(t.numel() for t in norm._staged.values()))
+        sizes.append(sum(t.numel() for t in norm.memory.pending.values()))
     assert max(sizes[100:]) < 1.1 * max(sizes[:100])
     assert max(sizes) < 8 * 64 * (8 + 27) + model[0].weight.numel() + 100
 
@@ -389,10 +389,10 @@ def test_a_long_accumulation_keeps_the_derivative():
             patch.setattr(cbn, "_MOST_FACTORS", most)
             for seed in range(30):
                 model(images(seed))
-            assert ("dense" in model[1]._staged) == (most == 1)
+            assert ("dense" in model[1].memory.pending) == (most == 1)
         tick()
         model(images(99))
-        kept.append(model[1]._kept["gradient"])
+        kept.append(model[1].memory.kept["gradient"])
     torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-5)
 
 
@@ -578,7 +578,7 @@ def test_the_best_weights_read_back_do_not_begin_the_schedule_anew(kind):
     model.load_state_dict(best)
     train(model, optimizers[0], range(13, 15))
     model(images(15))
-    assert model[1].steps == 15 and len(model[1]._window) == 1
+    assert model[1].steps == 15 and len(model[1].memory) == 1
     for count in range(2, 6):
         model.load_state_dict(start)
         optimizers.append(new_optimizer())
@@ -685,7 +685,7 @@ def test_a_layer_in_training_mode_is_not_exported():
         with pytest.raises(RuntimeError, match=r"CBN2d in training mode.*model\.eval\(\)"):
             export()
     after = memory_state_dict(model)
-    assert after["1"]["staged_forwards"] == before["1"]["staged_forwards"]
+    assert after["1"]["forwards"] == before["1"]["forwards"]
     exported = torch.export.export(copy.deepcopy(model).eval(), (images(0),)).module()
     torch.testing.assert_close(exported(images(1)), model.eval()(images(1)))
 

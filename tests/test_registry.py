@@ -174,7 +174,7 @@ def test_a_model_outlives_unregister(registered):
     for _ in range(2):
         conv_norm(torch.randn(2, 3, 6, 6)).square().mean().backward()
         optimizer.step()
-    assert len(conv_norm[1]._window) == 1
+    assert len(conv_norm[1].memory) == 1
 
 
 # ---- names and what they give --------------------------------------------------------------------

@@ -63,15 +63,15 @@ def full_second_pass(model, forwards):
     kept = {(m, k): b.clone() for m in model.modules() for k, b in m._buffers.items()}
     now = torch.get_rng_state()
     for layer in layers:
-        layer._in_second_pass = True
-        layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, lambda: None
+        layer._unchanged = True
+        layer.memory.pending, layer.memory.forwards, layer._after_refresh = {}, 0, lambda: None
     with torch.no_grad():
         for x, state in forwards:
             torch.set_rng_state(state)
             model(x)
     torch.set_rng_state(now)
     for layer in layers:
-        layer._in_second_pass, layer._after_refresh = False, None
+        layer._unchanged, layer._after_refresh = False, None
     for (module, key), value in kept.items():
         if module not in layers or key == "num_batches_tracked":
             module._buffers[key].copy_(value)

@@ -192,12 +192,12 @@ def _check_at_work(layers: dict[str, Any], fed: dict[str, nn.Parameter]) -> None
         if kind != "GKN":
             assert layer.steps == 1, name
         if kind in ("CBN", "MBN"):
-            assert len(layer._window) == 1, name
+            assert len(layer.memory) == 1, name
         elif kind == "BGN":
             of_groups = layer.running_mean.unflatten(0, (4, -1))
             assert torch.equal(of_groups, of_groups[:, :1].expand_as(of_groups)), name
         elif kind == "BRN":
-            assert layer.diagnostics and layer._held, name
+            assert layer.diagnostics and layer.memory.held, name
         elif re.fullmatch(_FIRST_OF_A_CHAIN, name):
             assert not hasattr(layer.chain, "weight"), name
         else:  # KN and GKN
@@ -253,7 +253,7 @@ def test_after_deformable_convolutions(zoo, kind):
         behind = model.backbone.bottom_up.res3[0].conv3
         assert behind.norm.chain.weight.now() is behind.weight
     else:
-        assert deformable.conv is None and len(deformable._window) == 1
+        assert deformable.conv is None and len(deformable.memory) == 1
     assert len(zoo.evaluate(model)) == 1
 
 
@@ -291,7 +291,7 @@ def test_simple_feature_pyramid(zoo):
             optimizer.step()
         assert all(m.weight.grad.isfinite().all() for m in layers.values())
         if kind in ("CBN", "MBN"):
-            assert all(len(m._window) == 1 for m in layers.values())
+            assert all(len(m.memory) == 1 for m in layers.values())
         elif kind in ("KN", "GKN"):
             follows = {row.name: row.follows for row in kn_chain(model)}
             assert follows["simfp_2.1"] == "- (no rule for Convolution)"  # a transposed one

@@ -20,13 +20,14 @@ from .conv_call import (
     ConvCall,
     call_by,
     computed_weight,
-    in_backward,
     mismatch,
     operation_of,
     past_hooks,
     saved,
 )
-from .functional import ConvGeometry, statistics_dtype
+from .conv_statistics import ConvGeometry
+from .functional import statistics_dtype
+from .recalibration import in_backward
 
 __all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
 
@@ -105,6 +106,12 @@ class ConvBound:
         if self.__dict__.get("_computed_weight") is None:
             self.__dict__["_computed_weight"] = computed_weight(self.conv)
         return self.__dict__["_computed_weight"]
+
+    @property
+    def weight_is_at_hand(self) -> bool:
+        """Whether the convolution's weight is a parameter of its own, whole at any time."""
+        weight = self.conv._parameters.get("weight")
+        return weight is not None and not self._weight_is_sharded
 
     @property
     def _weight_is_sharded(self) -> bool:

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Estimate, SmallBatchNorm2d, is_number
+from .base import Estimate, is_number
 from .functional import Moments
-from .schedule import Scheduled
+from .remembering import RememberingNorm2d
 from .spec import register_norm
 
 
 @register_norm("BRN")
-class BRN2d(Scheduled, SmallBatchNorm2d):
+class BRN2d(RememberingNorm2d):
     """Batch Renormalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
 
     The running statistics take part in training, so forwards without gradient in training mode,
@@ -81,7 +81,7 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
             raise ValueError(f"d_max={d_max!r}: expected a number, 0 or more")
         self.r_max = r_max
         self.d_max = d_max
-        self._set_times(burn_in=burn_in, ramp=ramp)
+        self._start_memory(1, burn_in=burn_in, ramp=ramp)
         self._compared: tuple[Tensor, ...] = ()  # r and d before and after, for diagnostics
 
     def options(self) -> dict[str, Any]:
@@ -118,26 +118,31 @@ class BRN2d(Scheduled, SmallBatchNorm2d):
         )
         return 1.0 + progress * (self.r_max - 1.0), progress * self.d_max
 
-    def estimate(self, batch: Moments) -> Estimate:
+    @property
+    def is_batchnorm(self) -> bool:
         if self.recomputing_statistics:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return True
         self._require_times()
-        r_max, d_max = self.limits()
-        if r_max == 1.0 and d_max == 0.0:
+        return self.limits() == (1.0, 0.0)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        return False  # it would take in statistics that are not finite
+
+    def estimate(self, batch: Moments) -> Estimate:
+        if self.is_batchnorm:
             return Estimate(batch.mean, batch.var, 1.0)
-        if not self._held:
-            self._held = {"mean": self.running_mean.clone(), "var": self.running_var.clone()}
-        mean, var = (self._held[key].to(batch.mean.dtype) for key in ("mean", "var"))
-        sigma = (var + self.eps).sqrt()
-        ratio = (batch.var + self.eps).sqrt() / sigma
-        distance = (batch.mean - mean) / sigma
+        held, dtype = self.memory.held, batch.mean.dtype
+        if not held:
+            held["mean"] = self.running_mean.to(dtype, copy=True)
+            held["invstd"] = (self.running_var.to(dtype) + self.eps).rsqrt_()
+        r_max, d_max = self.limits()
+        ratio = (batch.var + self.eps).sqrt_().mul_(held["invstd"])
+        distance = (batch.mean - held["mean"]).mul_(held["invstd"])
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift)
 
-    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
-        before = self.running_mean.clone(), self.running_var.clone()
-        super()._update_running(batch, estimate)
-        finite = torch.isfinite(batch.mean) & torch.isfinite(batch.var)
-        for buffer, old in zip((self.running_mean, self.running_var), before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
+    def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
+        finite = torch.isfinite(batch.mean + batch.var)
+        mean = torch.where(finite, batch.mean, self.running_mean)
+        return Moments(mean, torch.where(finite, batch.var, self.running_var), batch.count)

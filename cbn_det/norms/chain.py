@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
-from .base import in_backward
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
 from .prediction import Constant, Conv, End, Expression, FrozenNorm, Norm, OtherNorm
+from .recalibration import in_backward
 
 # ---- replaced modules ------------------------------------------------------------------------
 

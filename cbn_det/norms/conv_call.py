@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import ConvGeometry, statistics_dtype
+from .conv_statistics import ConvGeometry
+from .functional import statistics_dtype
 
 # Of nodes whose inside is not to be seen.
 _CLOSED = ("CompiledFunction", "CheckpointFunction")
@@ -73,12 +74,6 @@ class ConvCall:
         if error > _LARGEST_DEVIATION**2 * spread + rounding**2 * size:
             return False
         return True if spread > 0 else None
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread (activation checkpointing
-    recomputes forwards there)."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def past_hooks(node: Any, output: int) -> Any:

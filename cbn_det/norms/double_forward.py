@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
-from .base import SmallBatchNorm2d, in_backward
+from .base import SmallBatchNorm2d
 from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
 from .numbers import kept_numbers
+from .recalibration import in_backward
+from .remembering import RememberingNorm2d
 
 #: attributes that tell of a layer's latest forward, for diagnostics
 _OF_LATEST_FORWARD = ("_compared",)
@@ -74,7 +76,7 @@ class DoubleForward:
     def __init__(self, model: nn.Module, proposals: nn.Module | None = None) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._forwards: list[_Forward] = []
-        self._others: list[SmallBatchNorm2d] = []
+        self._others: list[RememberingNorm2d] = []
         self._recorded_at = clock.now()
         self._running = False
         self._handled = id(None)  # of the exception that was handled when the forward began
@@ -93,7 +95,7 @@ class DoubleForward:
             handle.remove()
         self.forget()
 
-    def include(self, layers: Iterable[SmallBatchNorm2d]) -> None:
+    def include(self, layers: Iterable[RememberingNorm2d]) -> None:
         """Refreshes these layers too, which are no part of the model but are called with what its
         layers are called with. They replace those of an earlier call."""
         self._others = list(layers)
@@ -124,11 +126,10 @@ class DoubleForward:
         self._forwards = []
 
     def _refresh(self) -> bool:
-        layers = self._layers()
         wanting = [
             m
-            for m in layers
-            if m.double_forward and m.training and m._staged and m._seen == self._recorded_at
+            for m in self._layers()
+            if m.training and m.memory.pending and m.memory.seen == self._recorded_at
         ]
         if not (self._forwards and wanting and self.model.training):
             return False
@@ -138,7 +139,7 @@ class DoubleForward:
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=gpus),
-            _staging_anew(self.model, layers, wanting),
+            _staging_anew(self.model, wanting),
         ):
             self._running = True
             try:
@@ -158,9 +159,10 @@ class DoubleForward:
         if self._hooks.owner is None:
             self._hooks.owner = self
 
-    def _layers(self) -> list[SmallBatchNorm2d]:
-        own = [m for m in self.model.modules() if isinstance(m, SmallBatchNorm2d)]
-        return own + self._others
+    def _layers(self) -> list[RememberingNorm2d]:
+        """Those that ask for a second pass."""
+        modules = (*self.model.modules(), *self._others)
+        return [m for m in modules if isinstance(m, RememberingNorm2d) and m.double_forward]
 
     def _record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._running or in_backward():
@@ -174,7 +176,7 @@ class DoubleForward:
             self.forget()
             self._recorded_at = clock.now()
         self._handled = id(sys.exc_info()[1])
-        layers = [m for m in self._layers() if m.double_forward and m.training]
+        layers = [m for m in self._layers() if m.training]
         if layers:
             self._recording = _Forward.of(args, kwargs, layers)
             self._forwards.append(self._recording)
@@ -233,13 +235,13 @@ class _Forward:
     kwargs: dict[str, Any]
     random_state: RandomState
     autocast: dict[str, Any]
-    calls: dict[SmallBatchNorm2d, int]
-    before: dict[SmallBatchNorm2d, tuple[int, int]]
+    calls: dict[RememberingNorm2d, int]
+    before: dict[RememberingNorm2d, tuple[int, int]]
     proposals: FirstProposals | None = None
 
     @staticmethod
     def of(
-        args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[SmallBatchNorm2d]
+        args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[RememberingNorm2d]
     ) -> _Forward:
         device = layers[0].running_mean.device
         return _Forward(
@@ -280,11 +282,11 @@ class _Forward:
             model(*self.args, **self.kwargs)
 
 
-def _counts(layer: SmallBatchNorm2d) -> tuple[int, int]:
+def _counts(layer: RememberingNorm2d) -> tuple[int, int]:
     """Forwards of this iteration that the layer has staged; and those without gradient since, which
     it will stage if a backward pass recomputes them (not those of PreciseBN, say)."""
-    now = layer._seen == clock.now()
-    return (layer._staged_forwards, layer._unrecorded) if now else (0, 0)
+    memory = layer.memory
+    return (0, 0) if memory.stepped else (memory.forwards, memory.unrecorded)
 
 
 class _NothingLeft(BaseException):
@@ -296,7 +298,7 @@ class _End:
     """Context of one mini-batch's second pass, which it ends as soon as each layer has been called
     as often as in the first pass; with no layers, the pass runs to its own end."""
 
-    def __init__(self, calls: dict[SmallBatchNorm2d, int]) -> None:
+    def __init__(self, calls: dict[RememberingNorm2d, int]) -> None:
         self._left = dict(calls)
 
     def __enter__(self) -> None:
@@ -308,7 +310,7 @@ class _End:
             layer._after_refresh = _pass
         return kind is _NothingLeft
 
-    def _called(self, layer: SmallBatchNorm2d) -> None:
+    def _called(self, layer: RememberingNorm2d) -> None:
         self._left[layer] -= 1
         if max(self._left.values()) <= 0:
             raise _NothingLeft
@@ -317,7 +319,7 @@ class _End:
 def _pass() -> None: ...
 
 
-def _ends(forwards: list[_Forward], wanting: list[SmallBatchNorm2d]) -> list[_End]:
+def _ends(forwards: list[_Forward], wanting: list[RememberingNorm2d]) -> list[_End]:
     """Where the second pass of each forward ends.
 
     A forward that did not call one of the layers is repeated as a whole, since the layer may be
@@ -325,7 +327,7 @@ def _ends(forwards: list[_Forward], wanting: list[SmallBatchNorm2d]) -> list[_En
     not what was counted.
     """
     counted = {layer: sum(f.calls.get(layer, 0) for f in forwards) for layer in wanting}
-    known = all(count == layer._staged_forwards for layer, count in counted.items())
+    known = all(count == layer.memory.forwards for layer, count in counted.items())
     ends = []
     for forward in forwards:
         calls = {layer: forward.calls.get(layer, 0) for layer in wanting}
@@ -334,30 +336,31 @@ def _ends(forwards: list[_Forward], wanting: list[SmallBatchNorm2d]) -> list[_En
 
 
 @contextmanager
-def _staging_anew(
-    model: nn.Module, layers: list[SmallBatchNorm2d], wanting: list[SmallBatchNorm2d]
-) -> Iterator[None]:
-    """Lets the layers ``wanting`` stage anew what they staged, and nothing else change."""
+def _staging_anew(model: nn.Module, wanting: list[RememberingNorm2d]) -> Iterator[None]:
+    """Lets the layers ``wanting`` make their pending entries anew, and nothing else change."""
     buffers = [(m, b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     norms = [m for m in model.modules() if isinstance(m, (SmallBatchNorm2d, Chained))]
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
-    staged = {layer: (layer._staged, layer._staged_forwards) for layer in wanting}
+    layers = {m for m in (*norms, *wanting) if isinstance(m, SmallBatchNorm2d)}
+    pending = {layer: layer.memory.begin_again() for layer in wanting}
     for layer in layers:
-        layer._in_second_pass = True
+        layer._unchanged = True
     for layer in wanting:
-        layer._staged, layer._staged_forwards, layer._after_refresh = {}, 0, _pass
+        layer._after_refresh = _pass
     refreshed: set[nn.Module] = set()
     try:
         with kept_numbers(model):
             yield
-        refreshed = {layer for layer in wanting if layer._staged}
+        refreshed = {layer for layer in wanting if layer.memory.pending}
         for layer in refreshed:
-            layer._refreshed = True
+            layer.memory.refreshed = True
     finally:
         for layer in layers:
-            layer._in_second_pass, layer._after_refresh = False, None
-        for layer in staged.keys() - refreshed:  # not reached (no RoI), or the model raised
-            layer._staged, layer._staged_forwards = staged[layer]
+            layer._unchanged = False
+        for layer in wanting:
+            layer._after_refresh = None
+        for layer in pending.keys() - refreshed:  # not reached (no RoI), or the model raised
+            layer.memory.restore(pending[layer])
         for owner, buffer, value in buffers:
             if owner not in refreshed:
                 buffer.copy_(value)

@@ -209,7 +209,10 @@ class KN2d(Predicting, SmallBatchNorm2d):
             return Estimate(batch.mean, batch.var, 1.0)
         return Estimate(*self._combine(prediction, batch.mean, batch.var))
 
-    def _update_running(self, batch: Moments, estimate: Estimate) -> None:
-        if self.ema == "batch":
-            batch = Moments(estimate.mean, estimate.var, batch.count)
-        super()._update_running(batch, estimate)
+    @property
+    def is_batchnorm(self) -> bool:
+        return self.gain == 0 or self.recomputing_statistics
+
+    def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
+        count = batch.count if self.ema == "batch" else batch.count / estimate.share
+        return Moments(estimate.mean, estimate.var, count)

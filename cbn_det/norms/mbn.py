@@ -22,24 +22,25 @@ within), and the defaults.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import clock
-from .base import Estimate, SmallBatchNorm2d, is_number
-from .conv_call import ConvCall
-from .functional import Moments, mixture
-from .schedule import Scheduled
+from .base import Estimate, is_number
+from .functional import Moments, mixed_in, mixture
+from .memory import push
+from .remembering import RememberingNorm2d
 from .spec import register_norm
-from .window import Window
 
 _ENTRIES_BEFORE_WARNING = 8
 
 
 @register_norm("MBN")
-class MBN2d(Scheduled, SmallBatchNorm2d):
+class MBN2d(RememberingNorm2d):
     """Memorized BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation
     arithmetic.
 
@@ -84,19 +85,13 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         super().__init__(
             num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
         )
-        if type(window) is not int or window < 1:
-            raise ValueError(
-                f"window={window!r}: expected an int, 1 or more (it counts the current iteration)"
-            )
         if not (is_number(decay) and 0.0 < decay <= 1.0):
             raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1")
         if not isinstance(double_forward, bool):
             raise ValueError(f"double_forward={double_forward!r}: expected True or False")
-        self.window = window
         self.decay = decay
         self.double_forward = double_forward
-        self._set_times(burn_in=burn_in)
-        self._window = Window(window - 1) if window > 1 else None
+        self._start_memory(window, burn_in=burn_in)
         self._entries = 0  # iterations remembered so far
         self._refreshed_entries = 0  # of these, those with a second pass
 
@@ -114,52 +109,45 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         """eta_0."""
         return 1.0 / sum(self.decay**age for age in range(self.window))
 
-    @property
-    def remembers(self) -> bool:
-        """Whether the present iteration will be remembered: there is a window, and burn-in is
-        over."""
-        return self._window is not None and not self.in_burn_in
-
     def estimate(self, batch: Moments) -> Estimate:
-        if not self._memory_takes_part():
+        if not self._memory_takes_part:
             return Estimate(batch.mean, batch.var, 1.0)
-        return Estimate(*self._combined(batch.mean, batch.var))
+        share = self._newest_share
+        return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
 
-    def _combined(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance [C] of the newest entry, given, and of those remembered before it; and
-        the newest one's weight eta_0 [C]."""
-        older_mean, older_var = self._window["mean"], self._window["var"]
-        # a step that overflowed and was skipped by a GradScaler leaves its forward behind
-        valid = torch.isfinite(older_mean) & torch.isfinite(older_var)
-        older_mean = torch.where(valid, older_mean, 0.0)
-        older_var = torch.where(valid, older_var, 0.0)
-        weights = valid * self.decay ** (1.0 + self._window.ages()).to(mean.dtype).unsqueeze(1)
-        weights = torch.cat([torch.ones_like(mean)[None], weights])
-        weights = weights / weights.sum(0)
-        means, variances = torch.cat([mean[None], older_mean]), torch.cat([var[None], older_var])
-        return *mixture(means, variances, weights), weights[0]
+    @property
+    def _newest_share(self) -> float:
+        """eta_0, while the window fills."""
+        return 1.0 / sum(self.decay**age for age in range(1 + len(self.memory)))
 
-    def stage(self, batch: Moments, y: Tensor, call: ConvCall | None) -> None:
-        if not self.remembers:
-            return
+    def stage(self, batch: Moments, y: Tensor) -> None:
+        memory = self.memory
         mean, var = batch.mean, batch.var
-        if self._staged:  # every forward of an iteration counts the same
-            share = 1.0 / (self._staged_forwards + 1)
-            means = torch.stack([self._staged["mean"], mean])
-            variances = torch.stack([self._staged["var"], var])
-            mean, var = mixture(means, variances, mean.new_tensor([[1.0 - share], [share]]))
-        self._staged = {"mean": mean, "var": var}
-        if len(self._window):
-            mean, var, _ = self._combined(mean, var)
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
+        if memory.pending:  # every forward of an iteration counts the same
+            share = 1.0 / (memory.forwards + 1)
+            mean, var = mixed_in(mean, var, *memory.pending.values(), share)
+        memory.pending = {"mean": mean, "var": var}
+        if memory.older is not None:
+            mean, var = mixed_in(mean, var, *memory.older, self._newest_share)
+        torch._foreach_copy_([self.running_mean, self.running_var], [mean, var])
 
-    def commit(self) -> None:
-        if self._staged:
-            self._window.push(self._staged)
-            self._entries += 1
-            self._refreshed_entries += self._refreshed
-            self._watch_second_pass()
+    @classmethod
+    def commit(cls, layers: list[MBN2d]) -> None:
+        if not layers[0].memory.pending:
+            return  # nothing has changed
+        rows = push(layers, ("mean", "var"))
+        memory = layers[0].memory
+        weights = _weights(len(memory), memory.slot, layers[0].decay, rows.dtype, rows.device)
+        widths = [layer.num_features for layer in layers]
+        parts = (value.split(widths) for value in mixture(rows[0], rows[1], weights))
+        for layer, *older in zip(layers, *parts, strict=True):
+            layer.memory.older = tuple(older)
+            layer._entries += 1
+            layer._refreshed_entries += layer.memory.refreshed
+            layer._watch_second_pass()
+
+    def group_for_commit(self) -> Hashable:
+        return *super().group_for_commit(), self.decay
 
     def _watch_second_pass(self) -> None:
         if self.double_forward and self._entries >= _ENTRIES_BEFORE_WARNING:
@@ -180,16 +168,27 @@ class MBN2d(Scheduled, SmallBatchNorm2d):
         return {"second_pass": torch.tensor(self._refreshed_entries / self._entries)}
 
     def memory_state_dict(self) -> dict[str, Any]:
-        passes = [self._entries, self._refreshed_entries, self._refreshed]
+        passes = [self._entries, self._refreshed_entries]
         return {**super().memory_state_dict(), "second_passes": passes}
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
         super().load_memory_state_dict(state)
-        passes = state.get("second_passes", (0, 0, False))  # version 0.1 did not count
-        self._entries, self._refreshed_entries, self._refreshed = passes
+        self._entries, self._refreshed_entries = state["second_passes"]
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
-        if self.remembers and not self.recomputing_statistics:
-            self.num_batches_tracked += 1  # stage() writes the statistics
-        else:
+        if self.is_batchnorm:
             super()._update_running(batch, estimate)
+        else:
+            self.num_batches_tracked.add_(1)  # stage() writes the statistics
+
+
+@lru_cache(maxsize=256)
+def _weights(
+    entries: int, slot: int, decay: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[entries, 1]: of the entries of a ring, whose next free slot is given; they sum to 1."""
+    newest_first = [decay**age for age in range(entries)]
+    ages = [(slot - 1 - at) % entries for at in range(entries)]
+    weights = [newest_first[age] / sum(newest_first) for age in ages]
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype).unsqueeze(1).to(device)

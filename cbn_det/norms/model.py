@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import clock
 from .base import SmallBatchNorm2d
-from .schedule import Scheduled
+from .binding import ConvBound
+from .remembering import RememberingNorm2d
 from .spec import name_of
 
 
-def _layers(model: nn.Module) -> dict[str, SmallBatchNorm2d]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, SmallBatchNorm2d)}
+def _remembering(model: nn.Module) -> dict[str, RememberingNorm2d]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, RememberingNorm2d)}
 
 
 def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = None) -> None:
@@ -32,13 +32,10 @@ def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = No
         start_iter: optimiser steps that were taken before, where training goes on without what the
             norms remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
     """
-    for layer in _layers(model).values():
-        if isinstance(layer, Scheduled):
-            layer.resolve_burn_in(max_iter)
+    for layer in _remembering(model).values():
+        layer.resolve_burn_in(max_iter)
         if start_iter is not None:
-            # an iteration that is pending is counted when it is committed
-            pending = layer._staged_forwards > 0 and layer._seen != clock.now()
-            layer.steps, layer._placed = max(start_iter - pending, 0), True
+            layer.place(start_iter)
 
 
 def check_bindings(model: nn.Module) -> None:
@@ -47,9 +44,8 @@ def check_bindings(model: nn.Module) -> None:
     Raises:
         ValueError: names the layers and the remedy.
     """
-    unbound = [
-        n for n, m in _layers(model).items() if m.training and m.needs_conv and m.conv is None
-    ]
+    bound = [(n, m) for n, m in model.named_modules() if isinstance(m, ConvBound) and m.training]
+    unbound = [n for n, m in bound if m.needs_conv and m.conv is None]
     if unbound:
         name = type(model.get_submodule(unbound[0])).__name__.removesuffix("2d")
         raise ValueError(
@@ -111,10 +107,8 @@ def _gathers_statistics(module: nn.Module) -> bool:
 def settle(model: nn.Module) -> None:
     """Takes the finished iteration into memory and running statistics, as the next training forward
     would do first, and does where the weight that this needs is sharded until then."""
-    for layer in _layers(model).values():
-        if not (layer.needs_conv and layer._weight_is_sharded):
-            layer._see_weight(None)
-            layer._advance()
+    for layer in _remembering(model).values():
+        layer.settle()
 
 
 @contextmanager
@@ -122,20 +116,20 @@ def reading_memory(model: nn.Module) -> Iterator[None]:
     """Within it, forwards in training mode normalise as the next iteration's would, with what is
     remembered, and leave the norms as they are: for measurements, under ``torch.no_grad()``."""
     settle(model)
-    layers = list(_layers(model).values())
+    layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
     for layer in layers:
-        layer._in_second_pass = True
+        layer._unchanged = True
     try:
         yield
     finally:
         for layer in layers:
-            layer._in_second_pass = False
+            layer._unchanged = False
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:
     """What the norms of a model remember between iterations (windows, step counts): plain tensors,
     numbers and dicts, for a checkpoint. ``state_dict()`` stays BatchNorm's."""
-    return {name: layer.memory_state_dict() for name, layer in _layers(model).items()}
+    return {name: layer.memory_state_dict() for name, layer in _remembering(model).items()}
 
 
 def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
@@ -144,7 +138,7 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     Raises:
         ValueError: the layers are not the same; names the first that differs.
     """
-    layers = _layers(model)
+    layers = _remembering(model)
     different = sorted(layers.keys() ^ state.keys())
     if different:
         raise ValueError(
@@ -162,8 +156,8 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     """What the norms report of their latest forward: ``{"norm/clamped": ...}`` is the average over
     layers, ``"norm/clamped_worst"`` the largest.
 
-    For CBN: ``clamped`` and ``dropped``, the shares of (entry, channel) pairs whose compensated
-    variance was negative, or that did not count; ``compensation_mean``, the size of the
+    For CBN: ``clamped``, the share of (entry, channel) pairs whose compensated variance was
+    negative; ``compensation_mean``, the size of the
     compensation in standard deviations; ``compensation_var``, relative to the variance. For BRN:
     ``r_at_limit`` and ``d_at_limit``, the shares of channels whose correction is cut off. Empty
     before burn-in ends. For MBN: ``second_pass``, the share of remembered iterations that Double

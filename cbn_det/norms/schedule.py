@@ -16,7 +16,6 @@ class Scheduled:
     ``burn_in_steps``, None until they are known.
     """
 
-    counts_iterations = True
     timed: tuple[str, ...] = ("burn_in",)
     steps: int
 
@@ -29,15 +28,6 @@ class Scheduled:
         """Whether burn-in is not over in the present iteration. It is not before its length is
         known, as in statistics that are computed anew without a schedule."""
         return self.burn_in_steps is None or self.steps < self.burn_in_steps
-
-    def _memory_takes_part(self) -> bool:
-        """Whether earlier iterations take part in the statistics of the present forward."""
-        if self._window is None or self.recomputing_statistics:
-            return False
-        self._require_times()
-        if self._window and self.in_burn_in:  # the schedule was made longer since
-            self.forget()
-        return bool(self._window)
 
     def _set_times(self, **times: int | float) -> None:
         """Takes the values of the options ``timed``.

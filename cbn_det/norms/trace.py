@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import in_backward
 from .chain import Chained, thread
 from .graph import mark
+from .recalibration import in_backward
 
 
 def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:

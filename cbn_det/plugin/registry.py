@@ -31,7 +31,7 @@ from ..norms import (
     parse_spec,
     try_norm,
 )
-from ..norms.base import in_backward
+from ..norms.recalibration import in_backward
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,135 @@
+"""How remembered statistics are carried over to the present weight of a convolution.
+
+The mean by the mean input patch of the entry's own iteration, the variance by one of the two
+derivatives below.
+
+A layer's pending entry gets what a derivative needs in :meth:`stage`; with the commit of several
+layers, :meth:`changes` says how much the variances of all their entries have changed since.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .conv_call import ConvCall
+from .conv_statistics import choose_crops, sampled_variance_gradient, variance_gradient
+from .functional import Moments
+
+#: The averaged derivative is estimated once in so many iterations, on so many times the positions.
+EVERY = 8
+
+#: Weight of one iteration's positions in the averaged derivative; 0.3 was noisier.
+_MOMENTUM = 0.1
+
+
+def products_with_patches(patches: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """``<E[p], w>``: [E, groups, d] and [C, d] -> [E, C]. What it is when an entry is made is the
+    entry's anchor; likewise below."""
+    products = patches.transpose(0, 1) @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return products.transpose(0, 1).flatten(1)
+
+
+def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
+    """``<d var / dw, w>`` for every channel: [E, C, d] and [C, d] -> [E, C]."""
+    # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
+    return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
+
+
+class Derivative(Protocol):
+    """Of the variance by the weight."""
+
+    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
+        """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
+        one, with its anchor; and the row's ``change`` [C]."""
+
+    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
+        """[E, C]: first-order changes of the variance of every entry, of the layers side by side,
+        since it was made; ``row`` are the entries' ``change``."""
+
+
+def _anchored(gradient: Tensor, layer: Any) -> dict[str, Tensor]:
+    weight = layer.flat_weight(gradient.dtype)
+    return {"gradient": gradient, "gradient_anchor": products_with(gradient[None], weight)[0]}
+
+
+class OwnDerivative:
+    """The paper's rule to the letter: each entry has the derivative of its own mini-batch, at all
+    positions. ``change`` is its anchor."""
+
+    #: of the pending entry, what is remembered with it
+    stacked = ("patch", "gradient")
+
+    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
+        shape = layer.weight_shape
+        gradient = variance_gradient(call.x, y, batch.mean, call.geometry, shape)
+        return _anchored(gradient, layer)
+
+    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
+        entry["change"] = entry.pop("gradient_anchor")
+
+    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
+        products = [
+            products_with(
+                layer.memory.stacked["gradient"][: len(row)], layer.flat_weight(row.dtype)
+            )
+            for layer in layers
+        ]
+        return (torch.cat(products, 1) - row).nan_to_num_(0.0, 0.0, 0.0)
+
+
+class AveragedDerivative:
+    """All entries have the same derivative, an exponential average ``G`` over iterations of
+    estimates on few positions. It is followed step by step, with the derivative of that time::
+
+        dvar_{t-tau -> t} = sum of < G_s, W_{s+1} - W_s > over s = t-tau ... t-1
+
+    In expectation the derivative of one mini-batch's variance is that of any other's, and the
+    deviation of one's own from the average is noise of the size of the sampling error, times the
+    small weight change. So one tensor of the weight's size is kept in place of one an entry, and
+    longer windows cost nothing. ``change`` is the sum.
+
+    Args:
+        positions: of one layer in one iteration, on average.
+    """
+
+    stacked = ("patch",)
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+
+    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
+        shape = layer.weight_shape
+        if "gradient" in layer.memory.kept and layer.steps % EVERY:
+            return {}
+        # fewer for each further forward of an iteration: all of them count the same
+        positions = max(1, self.positions * EVERY // (layer.memory.forwards + 1))
+        crops = choose_crops(tuple(y.shape), positions, layer.steps)
+        gradient = sampled_variance_gradient(
+            call.x, y, batch.mean, patch, call.geometry, shape, crops
+        )
+        return _anchored(gradient, layer)
+
+    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
+        kept = layer.memory.kept
+        estimate, anchor = (entry.pop(k, None) for k in ("gradient", "gradient_anchor"))
+        if "gradient" not in kept:
+            kept.update(gradient=estimate, anchor=anchor, none=torch.zeros_like(anchor))
+        elif estimate is not None:
+            newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
+            kept["gradient"].lerp_(estimate, newest)
+            kept["anchor"] = kept["anchor"].lerp(anchor, newest)
+        entry["change"] = kept["none"]
+
+    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
+        kept = [layer.memory.kept for layer in layers]
+        now = [
+            products_with(k["gradient"][None], layer.flat_weight(row.dtype))
+            for k, layer in zip(kept, layers, strict=True)
+        ]
+        steps = torch.cat(now, 1) - torch.cat([k["anchor"] for k in kept])
+        for k, product in zip(kept, now, strict=True):
+            k["anchor"] = product[0]
+        return row.add_(steps.nan_to_num_(0.0, 0.0, 0.0))

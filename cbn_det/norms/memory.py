@@ -1,0 +1,261 @@
+"""What a norm remembers from iteration to iteration.
+
+One optimiser step is one iteration. Every training forward adds its statistics to the *pending*
+entry; the first training forward after ``optimizer.step()`` commits it, that of all layers at once.
+With gradient accumulation, N forwards make one entry; forwards under ``no_grad`` are not recorded;
+an activation checkpoint that runs a forward twice is recorded once. Within an iteration memory is
+read-only.
+
+Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it alone
+and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import clock
+
+
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn(tensor)`` as ``Module._apply`` calls it, but never below float32: ``model.half()`` is
+    about weights, and statistics do not survive it."""
+    result = fn(tensor)
+    if result.dtype.is_floating_point and result.dtype.itemsize < 4:
+        return tensor.to(result.device)
+    return result
+
+
+class Memory:
+    """Of one layer: its place in the schedule, the pending entry, and a ring of the last entries.
+
+    An entry is a dict of tensors. Its values a channel, the method's ``row``, are kept together,
+    ``rows`` [len(row), capacity, C], as a part of a tensor that several layers share
+    (:func:`rows_of`); larger ones stacked, ``stacked[key]`` [capacity, ...]. The order within the
+    ring is not that of time.
+
+    Args:
+        capacity: entries beside the pending one; 0: nothing but the iterations is counted.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.steps = 0  # iterations that the layer took part in
+        self.seen = clock.now()  # the clock in the present iteration
+        self.placed = False  # whether ``steps`` is known to be the place in the schedule
+        self.unrecorded = 0  # no-grad forwards that a recomputation may still record
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all entries, and the pending one."""
+        self.pending: dict[str, Tensor] = {}
+        self.forwards = 0  # that the pending entry is made of
+        self.refreshed = False  # whether Double Forward's second pass has made it anew
+        self.held: dict[str, Tensor] = {}  # constant within an iteration
+        self.forget_entries()
+
+    def forget_entries(self) -> None:
+        self.rows: Tensor | None = None
+        self.stacked: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}  # beside the entries, changed with each commit
+        self.pushed = 0
+        #: mean and variance [C] of all entries together, for the present iteration
+        self.older: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return min(self.pushed, self.capacity)
+
+    @property
+    def slot(self) -> int:
+        """Where in the ring the next entry goes."""
+        return self.pushed % max(self.capacity, 1)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimiser has stepped since the present iteration began."""
+        return self.seen != clock.now()
+
+    def begin_iteration(self) -> bool:
+        """Takes note of the clock; returns whether the iteration that ended recorded anything."""
+        self.seen = clock.now()
+        self.unrecorded = 0
+        self.held = {}
+        if not self.forwards:
+            return False
+        self.steps += 1
+        return True
+
+    def drop_pending(self) -> None:
+        self.pending, self.forwards, self.refreshed = {}, 0, False
+
+    def begin_again(self) -> tuple[dict[str, Tensor], int]:
+        """Takes the pending entry away, for :meth:`restore`; a new one may be made."""
+        taken = self.pending, self.forwards
+        self.pending, self.forwards = {}, 0
+        return taken
+
+    def restore(self, taken: tuple[dict[str, Tensor], int]) -> None:
+        self.pending, self.forwards = taken
+
+    def records(self, with_grad: bool, repeated: bool) -> bool:
+        """Whether a forward will be recorded; ``repeated``: it recomputes an earlier one."""
+        return with_grad and (not repeated or self.unrecorded > 0)
+
+    def count(self, with_grad: bool, repeated: bool) -> bool:
+        """The same, of a forward that has run: it counts."""
+        if not with_grad:
+            self.unrecorded += 1
+            return False
+        if not repeated:
+            self.unrecorded = 0
+        elif self.unrecorded:
+            self.unrecorded -= 1
+        else:
+            return False  # recorded when it ran for the first time
+        return True
+
+    # ---- round trip ----
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        rows = {} if self.rows is None else {"rows": self.rows}
+        older = {} if self.older is None else dict(zip(("mean", "var"), self.older, strict=True))
+        return {
+            "pending": self.pending,
+            "held": self.held,
+            "stacked": self.stacked,
+            "kept": self.kept,
+            "rows": rows,
+            "older": older,
+        }
+
+    def _take(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        for name in ("pending", "held", "stacked", "kept"):
+            setattr(self, name, dict(tensors[name]))
+        self.rows = tensors["rows"].get("rows")
+        older = tensors["older"]
+        self.older = (older["mean"], older["var"]) if older else None
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._take(
+            {
+                name: {key: moved(value, fn) for key, value in values.items()}
+                for name, values in self._tensors().items()
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "capacity": self.capacity,
+            "steps": self.steps,
+            "pushed": self.pushed,
+            "forwards": self.forwards,
+            "refreshed": self.refreshed,
+            # whether an optimiser has stepped since: the pending entry is then to be committed
+            "stepped": self.stepped,
+            **{
+                name: {key: value.clone() for key, value in values.items()}
+                for name, values in self._tensors().items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restores what :meth:`state_dict` returned for a memory of the same capacity."""
+        names = self._tensors()
+        self._take(
+            {
+                name: {key: value.to(device, copy=True) for key, value in state[name].items()}
+                for name in names
+            }
+        )
+        for name in ("steps", "pushed", "forwards", "refreshed"):
+            setattr(self, name, state[name])
+        self.placed = True
+        self.seen = clock.now() - int(state["stepped"])
+        self.unrecorded = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "seen": int(self.stepped)}
+        if self.rows is not None:  # a part of what other layers have a part of
+            state["rows"] = self.rows.clone()
+        if self.older is not None:
+            state["older"] = tuple(value.clone() for value in self.older)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.seen = clock.now() - state["seen"]
+
+
+def rows_of(layers: list[Any], count: int) -> Tensor:
+    """[count, entries, sum of channels]: the rows of several layers, which have the same number of
+    entries, side by side."""
+    return _side_by_side(layers, count)[:, : len(layers[0].memory)]
+
+
+def _side_by_side(layers: list[Any], count: int) -> Tensor:
+    """[count, capacity, sum of channels]: a tensor that each layer has a part of from now on."""
+    memories, widths = [n.memory for n in layers], [n.num_features for n in layers]
+    first = memories[0]
+    whole = None if first.rows is None else first.rows._base
+    if whole is not None and whole.shape[2] == sum(widths):
+        parts = whole.split(widths, 2)
+        if all(_same(m.rows, part) for m, part in zip(memories, parts, strict=True)):
+            return whole
+    if first.rows is None:
+        any_value = next(iter(first.pending.values()))
+        whole = any_value.new_zeros(count, first.capacity, sum(widths))
+    else:
+        whole = torch.cat([memory.rows for memory in memories], 2)
+    for memory, part in zip(memories, whole.split(widths, 2), strict=True):
+        memory.rows = part
+    return whole
+
+
+def _same(view: Tensor, part: Tensor) -> bool:
+    return (
+        view._base is part._base
+        and view.shape == part.shape
+        and view.storage_offset() == part.storage_offset()
+    )
+
+
+def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
+    """Makes the pending entries of several layers, all with the same slot free, their newest ones.
+
+    In a channel whose row is not finite (a step that overflowed and was skipped by a GradScaler
+    leaves its forward behind) the entry before it is taken once more; where there is none, the
+    running statistics.
+
+    Args:
+        layers: norms with a memory.
+        row: keys of the values a channel, mean and variance first.
+
+    Returns:
+        :func:`rows_of` the layers.
+    """
+    memories = [layer.memory for layer in layers]
+    first = memories[0]
+    new = torch.cat([memory.pending[key] for key in row for memory in memories])
+    new = new.view(len(row), -1)
+    rows = _side_by_side(layers, len(row))
+    if first.pushed:
+        before = rows[:, (first.pushed - 1) % first.capacity]
+    else:
+        before = torch.zeros_like(new)
+        for i, name in enumerate(("running_mean", "running_var")):
+            before[i] = torch.cat([getattr(layer, name) for layer in layers])
+    rows[:, first.slot] = torch.where(torch.isfinite(new).all(0), new, before)
+    for key in first.pending.keys() - set(row):
+        for memory in memories:
+            if key not in memory.stacked:
+                value = memory.pending[key]
+                memory.stacked[key] = value.new_zeros(memory.capacity, *value.shape)
+        slots = [memory.stacked[key][memory.slot] for memory in memories]
+        torch._foreach_copy_(slots, [memory.pending[key] for memory in memories])
+    for memory in memories:
+        memory.pushed += 1
+    return rows[:, : len(first)]
