@@ -703,7 +703,9 @@ def test_memory_of_another_kind_is_refused(saved, loading, staged):
     else:
         with pytest.raises(ValueError, match="another kind than that of compensation="):
             model[1].load_memory_state_dict(state)
-        assert len(model[1].memory) == 0 and not model[1].memory.kept and not model[1].memory.pending
+        assert (
+            len(model[1].memory) == 0 and not model[1].memory.kept and not model[1].memory.pending
+        )
 
 
 @pytest.mark.parametrize("staged", [False, True])

@@ -299,7 +299,9 @@ def test_training_equals_the_equations_over_steps(parts):
             assert norm.num_batches_tracked == parts * (t + 1)
             assert norm.memory.forwards == parts
     # the entry differs from what the first pass saw, or all this would show nothing
-    assert not torch.equal(mbns(model)[0].memory.pending["mean"], model[0](images(0)).mean((0, 2, 3)))
+    assert not torch.equal(
+        mbns(model)[0].memory.pending["mean"], model[0](images(0)).mean((0, 2, 3))
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -599,7 +599,9 @@ def test_autocast(spec):
         assert variances(norm).dtype == torch.float32
         pending = norm.memory.pending if hasattr(norm, "memory") else {}
         for key, value in pending.items():
-            assert value.dtype == other.memory.pending[key].dtype  # the statistics' float32, that is
+            assert (
+                value.dtype == other.memory.pending[key].dtype
+            )  # the statistics' float32, that is
             assert value.dtype == torch.float32, key
         torch.testing.assert_close(variances(norm), variances(other), rtol=0.05, atol=0.05)
 

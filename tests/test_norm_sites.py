@@ -749,7 +749,11 @@ def test_bfloat16_autocast(zoo):
         assert all(term.isfinite() for term in terms.values())
     layers = zoo.cbn_layers(model)
     assert {len(m.memory) for m in layers.values()} == {1}
-    rows = [row for m in layers.values() for row in (m._window._stacked, m.memory.kept, m.memory.pending)]
+    rows = [
+        row
+        for m in layers.values()
+        for row in (m._window._stacked, m.memory.kept, m.memory.pending)
+    ]
     assert {value.dtype for row in rows for value in row.values()} == {torch.float32}
     assert {m.running_var.dtype for m in layers.values()} == {torch.float32}
     seen = []

@@ -145,4 +145,6 @@ class BRN2d(RememberingNorm2d):
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         finite = torch.isfinite(batch.mean + batch.var)
         mean = torch.where(finite, batch.mean, self.running_mean)
-        return Moments(mean, torch.where(finite, batch.var, self.running_var), batch.count)
+        unbiased = batch.count / max(batch.count - 1, 1)
+        var = torch.where(finite, batch.var, self.running_var / unbiased)
+        return Moments(mean, var, batch.count)
