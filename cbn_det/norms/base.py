@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from . import clock
-from .functional import Moments, moments, normalize
+from .functional import Moments, moments, normalize, without_autocast
 from .recalibration import Recalibration, in_backward
 from .traced import Unscriptable, call_in_graph
 
@@ -56,13 +55,6 @@ class Forward(NamedTuple):
 def is_number(value: Any) -> bool:
     """Whether an option's value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast would run the matrix products of a compensation in 16 bits."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _exporting() -> bool:
@@ -161,6 +153,12 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
         raise NotImplementedError
 
+    @property
+    def averages_batch(self) -> bool:
+        """Whether the running statistics average :func:`~.functional.moments` of mini-batches, in
+        the present forward, and :meth:`batch_moments` and :meth:`averaged` are left as they are."""
+        return False
+
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         """What the running statistics average. By default: the mini-batch's own moments."""
         return batch
@@ -204,7 +202,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             self._record(None, input, how)
             return output
         with without_autocast(input.device):
-            batch = self.batch_moments(input)
+            moving = moves and self.averages_batch and self._is_plain(input)
+            batch = self._moments_and_running(input) if moving else self.batch_moments(input)
             estimate = self.estimate(batch)
             weight, bias = self._affine(estimate)
             output = normalize(
@@ -218,7 +217,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
                 estimate.groups,
             )
             with torch.no_grad():
-                if moves:
+                if moves and not moving:
                     self._update_running(batch, estimate)
                 self._record(None if self.is_batchnorm else batch, input, how)
         return output
@@ -260,6 +259,16 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             difference = torch.sub(mean, before, out=before)
             var.addcmul_(difference, difference, value=(1.0 - momentum) / momentum)
         return output
+
+    def _moments_and_running(self, input: Tensor) -> Moments:
+        """Moments, with which the running statistics have moved, in one kernel."""
+        self.num_batches_tracked.add_(1)
+        momentum, mean, var = self.momentum, self.running_mean.data, self.running_var.data
+        batch = moments(input, (mean, var), momentum)
+        if self.ema == "pooled" and momentum < 1.0:  # `mean` has moved: what is left of the way
+            left = batch.mean - mean
+            var.addcmul_(left, left, value=momentum / (1.0 - momentum))
+        return batch
 
     def _affine(self, estimate: Estimate) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias, with the estimate's scale and shift taken into them."""
@@ -306,8 +315,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         if isinstance(momentum, Tensor):
             momentum = momentum.to(old_var.dtype)
         # torch's lerp is exact at both ends, so that a momentum of 1 keeps the batch itself
-        old_var.lerp_(var.to(old_var.dtype), momentum)
-        old_mean.lerp_(mean.to(old_mean.dtype), momentum)
+        new = [mean.to(old_mean.dtype), var.to(old_var.dtype)]
+        torch._foreach_lerp_([old_mean, old_var], new, momentum)
 
     # ---- life of the module ----
 

@@ -136,6 +136,10 @@ class CBN2d(ConvBound, RememberingNorm2d):
         return 1.0 / self.window
 
     @property
+    def averages_batch(self) -> bool:
+        return True
+
+    @property
     def needs_conv(self) -> bool:
         return self.compensation != "none" and self.window > 1
 
@@ -337,6 +341,6 @@ def _carry_running_statistics(layers: list[CBN2d], mean: Tensor, var: Tensor) ->
     widths = [layer.num_features for layer in layers]
     means, variances = [n.running_mean for n in layers], [n.running_var for n in layers]
     dtype = means[0].dtype
-    torch._foreach_add_(means, mean.to(dtype).split(widths))
-    torch._foreach_add_(variances, var.to(dtype).split(widths))
+    steps = [*mean.to(dtype).split(widths), *var.to(dtype).split(widths)]
+    torch._foreach_add_([*means, *variances], steps)
     torch._foreach_clamp_min_(variances, 0.0)

@@ -129,7 +129,7 @@ class AveragedDerivative:
             products_with(k["gradient"][None], layer.flat_weight(row.dtype))
             for k, layer in zip(kept, layers, strict=True)
         ]
-        steps = torch.cat(now, 1) - torch.cat([k["anchor"] for k in kept])
+        steps = torch._foreach_sub(now, [k["anchor"] for k in kept])
         for k, product in zip(kept, now, strict=True):
             k["anchor"] = product[0]
-        return row.add_(steps.nan_to_num_(0.0, 0.0, 0.0))
+        return row.add_(torch.cat(steps, 1))

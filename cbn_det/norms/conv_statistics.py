@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import statistics_dtype
+from .functional import statistics_dtype, without_autocast
 
 
 @dataclass(frozen=True)
@@ -191,17 +191,16 @@ def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> 
     if geometry.kernel == (1, 1) and not any(geometry.pad):
         sh, sw = geometry.stride
         return x[:, :, ::sh, ::sw].mean((0, 2, 3), dtype=dtype).view(geometry.groups, -1)
-    images = len(x)
-    if images >= _MANY_MAPS:  # their sum takes fewer and longer rows
-        x = x.sum(0, keepdim=True, dtype=dtype)
+    if len(x) >= _MANY_MAPS:  # their sum takes fewer and longer rows
+        x = x.mean(0, keepdim=True, dtype=dtype)
     rows, columns = (
         _seen(x.shape[2 + i], out_size[i], *axis, dtype, x.device)
         for i, axis in enumerate(
             zip(geometry.kernel, geometry.stride, geometry.dilation, (top, left), strict=True)
         )
     )
-    total = (rows @ (x.to(dtype) @ columns.T)).sum(0)  # [C_in, kh, kw]
-    return total.reshape(geometry.groups, -1).div_(images)
+    mean = (rows @ (x.to(dtype) @ columns.T)).mean(0)  # [C_in, kh, kw]
+    return mean.reshape(geometry.groups, -1)
 
 
 _MANY_MAPS = 8
@@ -257,7 +256,7 @@ def variance_gradient(
     dtype = torch.bfloat16 if y.dtype == torch.bfloat16 else statistics_dtype(y)
     # in low precision 1/M is spread over operand and result, or it underflows
     divisor = count if dtype == mean.dtype else count**0.5
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         gradient = torch.nn.grad.conv2d_weight(
             x.to(dtype),
             weight_shape,

@@ -7,6 +7,7 @@ activations. On CUDA the kernels are those of ``nn.SyncBatchNorm``; nothing wait
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,23 +45,44 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def moments(x: Tensor) -> Moments:
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would run the matrix products of a compensation in 16 bits."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def moments(
+    x: Tensor, running: tuple[Tensor, Tensor] | None = None, momentum: float = 0.0
+) -> Moments:
     """Mean and biased variance over N, H, W of a non-empty ``x`` [N, C, H, W], without gradient.
 
     The variance is accumulated about the mean, because ``mean(x * x) - mean(x) ** 2`` loses all
     digits once the mean exceeds the standard deviation by three orders of magnitude.
+
+    Args:
+        x: the activations; of more than one value a channel where ``running`` is given.
+        running: mean and variance [C] that are moved towards them by BatchNorm's rule.
+        momentum: of that rule.
     """
     x = x.detach()
     count = x.numel() // x.shape[1]
     kind = x.device.type
     if kind not in _FUSED:
         x = x.to(statistics_dtype(x))
-    if kind == "cpu" and x.numel() >= _LARGE and x.is_contiguous():
+    large = x.numel() >= _LARGE and x.is_contiguous()
+    if kind in _FUSED or (kind == "cpu" and not large):
+        old_mean, old_var = running or (None, None)
+        mean, var = torch.batch_norm_update_stats(x, old_mean, old_var, momentum)
+        return Moments(mean, var, count)
+    if kind == "cpu":
         mean, var = _moments_on_cpu(x, count)
-    elif kind == "cpu" or kind in _FUSED:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    if running is not None:
+        unbiased = var * (count / (count - 1.0))
+        torch._foreach_lerp_(list(running), [mean, unbiased], momentum)
     return Moments(mean, var, count)
 
 
@@ -174,9 +196,10 @@ class _Normalize(torch.autograd.Function):
         grad = grad.contiguous(memory_format=layout)
         backward = _fused_backward if ctx.fused else _plain_backward
         dx, sum_gx, sum_g = backward(ctx, grad, x, mean, var, invstd, w)
-        scale = invstd if w is None else w * invstd
-        d_mean = -scale * sum_g if ctx.needs_input_grad[1] else None
-        d_var = -0.5 * scale * invstd * sum_gx if ctx.needs_input_grad[2] else None
+        d_mean = d_var = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            scale = invstd if w is None else w * invstd
+            d_mean, d_var = -scale * sum_g, -0.5 * scale * invstd * sum_gx
         weight_dtype, bias_dtype = ctx.affine_dtypes
         d_weight = sum_gx.to(weight_dtype) if ctx.needs_input_grad[3] else None
         d_bias = sum_g.to(bias_dtype) if ctx.needs_input_grad[4] else None
@@ -195,8 +218,10 @@ def _fused_backward(
     )
     if not ctx.needs_input_grad[0]:
         return None, sum_gx, sum_g
-    if isinstance(ctx.share, Tensor) or ctx.share != 1.0:
+    if isinstance(ctx.share, Tensor):
         sum_dy, sum_dy_xmu = sum_dy * ctx.share, sum_dy_xmu * ctx.share
+    elif ctx.share != 1.0:
+        torch._foreach_mul_([sum_dy, sum_dy_xmu], ctx.share)
     count = _as_tensor(x.numel() // x.shape[1], x.device)
     dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, w, sum_dy, sum_dy_xmu, count)
     return dx, sum_gx, sum_g
@@ -213,34 +238,56 @@ def _plain_backward(
 ) -> Gradients:
     """The same with BatchNorm's own kernels."""
     share, groups, wanted = ctx.share, ctx.groups, ctx.needs_input_grad[0]
-    is_batchnorm = groups is None and not isinstance(share, Tensor) and share == 1.0
+    share_is_one = not isinstance(share, Tensor) and share == 1.0
+    is_batchnorm = share_is_one and groups is None
     w = torch.ones_like(mean) if w is None else w
     # BatchNorm's backward kernel with our statistics: the gradient for share 1 and no groups, and
     # the sums that every other gradient below is made of, in fused passes
-    in_one = wanted and (is_batchnorm or x.dtype != mean.dtype)
+    in_one = wanted and (is_batchnorm or (x.dtype != mean.dtype and groups is None))
     dx, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
         grad, x, w, None, None, mean, invstd, True, ctx.eps, [in_one, True, True]
     )
     if not wanted or is_batchnorm:
         return dx, sum_gx, sum_g
+    if share_is_one and x.is_contiguous():
+        return _backward_of_groups(grad, x, mean, invstd, w, groups, ctx.eps), sum_gx, sum_g
     # the projection terms are affine in x_hat, so they are a batch norm of their own, whose kernel
     # is fused and computes in float32 also for 16-bit x
-    scale = w * invstd
-    if groups is None:
-        if in_one:  # 16 bits: exchange the kernel's terms for ours
-            share = share - 1.0
-        factor = scale * share if isinstance(share, Tensor) else scale.mul(share)
+    scale, per = w * invstd, -x.shape[1] / x.numel()
+    if groups is None:  # 16 bits: exchange the kernel's terms for ours
+        factor = scale * ((share - 1.0 if in_one else share) * per)
         gain, offset = factor * sum_gx, factor * sum_g
     else:
-        gain, offset = (group_mean(w * total, groups) * share for total in (sum_gx, sum_g))
-        if in_one:
-            gain, offset = gain - w * sum_gx, offset - w * sum_g
-        gain, offset = gain * invstd, offset * invstd
-    per = -x.shape[1] / x.numel()
-    terms = F.batch_norm(x, mean, var, gain.mul_(per), offset.mul_(per), eps=ctx.eps)
+        factor = invstd * (share * per)
+        gain, offset = (factor * group_mean(w * total, groups) for total in (sum_gx, sum_g))
+    terms = F.batch_norm(x, mean, var, gain, offset, eps=ctx.eps)
     if in_one:
         return dx.add_(terms), sum_gx, sum_g
+    if x.dtype != mean.dtype:
+        return terms.add_(grad * scale.view(1, -1, 1, 1)), sum_gx, sum_g
     return terms.addcmul_(grad, scale.view(1, -1, 1, 1)), sum_gx, sum_g
+
+
+def _backward_of_groups(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, w: Tensor, groups: int, eps: float
+) -> Tensor:
+    """BatchNorm's gradient by a contiguous ``x`` whose groups are channels of more rows."""
+    grad = (grad * w.view(1, -1, 1, 1)).to(x.dtype)
+    rows = (len(x), groups, -1, x.shape[3])
+    size = len(mean) // groups
+    statistics = (value[::size].contiguous() for value in (mean, invstd))
+    dx, _, _ = torch.ops.aten.native_batch_norm_backward(
+        grad.view(rows),
+        x.view(rows),
+        None,
+        None,
+        None,
+        *statistics,
+        True,
+        eps,
+        [True, False, False],
+    )
+    return dx.view_as(x)
 
 
 def _is_nhwc(x: Tensor) -> bool:

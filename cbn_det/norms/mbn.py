@@ -92,6 +92,8 @@ class MBN2d(RememberingNorm2d):
         self.decay = decay
         self.double_forward = double_forward
         self._start_memory(window, burn_in=burn_in)
+        # mean and variance of the latest forward and all entries, until it is staged
+        self._combined: tuple[Tensor, Tensor] | None = None
         self._entries = 0  # iterations remembered so far
         self._refreshed_entries = 0  # of these, those with a second pass
 
@@ -109,11 +111,17 @@ class MBN2d(RememberingNorm2d):
         """eta_0."""
         return 1.0 / sum(self.decay**age for age in range(self.window))
 
+    @property
+    def averages_batch(self) -> bool:
+        return self.is_batchnorm
+
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
             return Estimate(batch.mean, batch.var, 1.0)
         share = self._newest_share
-        return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
+        estimate = Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
+        self._combined = estimate.mean, estimate.var
+        return estimate
 
     @property
     def _newest_share(self) -> float:
@@ -123,13 +131,14 @@ class MBN2d(RememberingNorm2d):
     def stage(self, batch: Moments, y: Tensor) -> None:
         memory = self.memory
         mean, var = batch.mean, batch.var
+        combined, self._combined = self._combined or (mean, var), None
         if memory.pending:  # every forward of an iteration counts the same
             share = 1.0 / (memory.forwards + 1)
-            mean, var = mixed_in(mean, var, *memory.pending.values(), share)
+            mean, var = combined = mixed_in(mean, var, *memory.pending.values(), share)
+            if memory.older is not None:
+                combined = mixed_in(mean, var, *memory.older, self._newest_share)
         memory.pending = {"mean": mean, "var": var}
-        if memory.older is not None:
-            mean, var = mixed_in(mean, var, *memory.older, self._newest_share)
-        torch._foreach_copy_([self.running_mean, self.running_var], [mean, var])
+        torch._foreach_copy_([self.running_mean, self.running_var], list(combined))
 
     @classmethod
     def commit(cls, layers: list[MBN2d]) -> None:

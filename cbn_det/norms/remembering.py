@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import clock
-from .base import Forward, SmallBatchNorm2d, without_autocast
-from .functional import Moments
+from .base import Forward, SmallBatchNorm2d
+from .functional import Moments, without_autocast
 from .memory import Memory
 from .recalibration import trains
 from .schedule import Scheduled
