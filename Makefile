@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 export PYTHON
 
 RUN := tools/run_python.sh
-SOURCES := cbn_det tools tests setup.py
+SOURCES := cbn_det benchmarks tools tests setup.py
 DETECTRON2 ?= $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('setup.py')['DETECTRON2'])")
 
 .DEFAULT_GOAL := help

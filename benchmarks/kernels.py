@@ -1,0 +1,234 @@
+"""How many kernels a norm launches, and what that costs where nothing else does.
+
+A training step of a detector on a GPU is bound by its host thread, which takes 5 to 10 microseconds
+a launch. So a norm costs there what it launches, not what it computes; seconds on a CPU with large
+maps, where launches are free, do not show it. Three tables:
+
+  layer      operations that a norm dispatches a layer and iteration more than BatchNorm does:
+             forward, backward and optimiser step of two convolutions with their norms, averaged
+             over 8 iterations in burn-in and 8 after it, with full windows
+  iteration  operations in a whole training iteration of Faster R-CNN R50-FPN with the 4conv1fc
+             head, 2 images, norm in FPN and head or everywhere (needs detectron2)
+  dispatch   seconds of a step of 8 convolutions 64->64 with their norms on 1x64x4x4, where
+             launching is all there is to do: ratio to BatchNorm, one process a norm, one thread,
+             in turns; processor time on a CPU
+
+Operations are those that torch dispatches, views left out. They are counted, not measured: the
+numbers are exact, the same on every machine, and hardly depend on the size of images (--image-size
+shows it). Two kinds count on any device and launch nothing: empty and _unsafe_view. A norm may take
+another branch on CUDA than on a CPU: the counts are of the device that the table names.
+
+examples:
+  python benchmarks/kernels.py layer
+  python benchmarks/kernels.py layer --norms CBN "CBN(positions=None)" --operations
+  python benchmarks/kernels.py iteration --norms CBN KN --places everywhere --out iteration.csv
+  python benchmarks/kernels.py dispatch --norms CBN BRN --repetitions 100
+
+  # on a GPU, where layer and iteration also time a step, by CUDA events
+  python benchmarks/kernels.py layer --device cuda
+
+  # the quick-start detector's whole iteration, norm everywhere, against BatchNorm
+  python tools/benchmark.py iteration --norms BN CBN KN MBN BGN BRN
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from counting import (  # noqa: E402
+    ITERATIONS,
+    count_steps,
+    layer_counts,
+    layer_step,
+    over_batchnorm,
+    set_schedule,
+)
+from detector import PLACES, detector_step  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from cbn_det import __version__  # noqa: E402
+from cbn_det.run.errors import one_line  # noqa: E402
+from cbn_det.run.measure import machine  # noqa: E402
+from cbn_det.study.benchmark import Worker, WorkerFailed, take_turns  # noqa: E402
+from cbn_det.study.ratios import FEWEST, paired_ratio  # noqa: E402
+
+REFERENCE = "BN"
+NORMS = (
+    *("GN", "BGN", "BRN", "MBN(double_forward=False)", "MBN", "CBN", "CBN(positions=None)"),
+    *("KN", "GKN"),
+)
+_WORKER = Path(__file__).with_name("dispatch_worker.py")
+_TIMED_STEPS = 50
+
+Row = dict[str, Any]
+
+
+def layer_table(norms: Sequence[str], device: str, show_operations: bool) -> list[Row]:
+    """A row a norm, BatchNorm's last digits left out: all is over BatchNorm."""
+    reference = layer_counts(REFERENCE, device=device)
+    rows = []
+    for norm in norms:
+        counts = layer_counts(norm, device=device)
+        early = layer_counts(norm, in_burn_in=True, device=device)
+        row = {
+            "norm": norm,
+            "a layer over BN": over_batchnorm(counts, reference),
+            "in burn-in": over_batchnorm(early, reference),
+        }
+        if device == "cuda":
+            row["ms"] = milliseconds(layer_step(norm, device=device))
+        rows.append(row)
+        if show_operations:
+            print(f"\n{norm}: of a layer and iteration over BN\n{_operations(counts, reference)}")
+    return rows
+
+
+def _operations(counts: Counter[str], reference: Counter[str]) -> str:
+    names = {name: counts[name] - reference[name] for name in counts | reference}
+    rows = [(name, n / (2 * ITERATIONS)) for name, n in names.items() if n]
+    return tabulate(sorted(rows, key=lambda row: -row[1]))
+
+
+def iteration_table(
+    norms: Sequence[str], places: Sequence[str], device: str, size: int
+) -> list[Row]:
+    rows = []
+    for place in places:
+        reference = None
+        for norm in (REFERENCE, *norms):
+            _say(f"{place}: {norm}")
+            model, step = detector_step(norm, place, device=device, size=size)
+            for _ in range(set_schedule(model)):
+                step()
+            count = count_steps(step, 2).total() / 2
+            reference = reference or count
+            row = {"place": place, "norm": norm, "operations": count, "ratio": count / reference}
+            if device == "cuda":
+                row["ms"] = milliseconds(step)
+            rows.append(row)
+    return rows
+
+
+def dispatch_table(norms: Sequence[str], device: str, repetitions: int, steps: int) -> list[Row]:
+    """
+    Raises:
+        WorkerFailed: a norm that cannot be built or run.
+    """
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for norm in (REFERENCE, *norms):
+                command = [sys.executable, "-W", "ignore", str(_WORKER), norm, device]
+                workers.append(Worker(norm, command, Path(folder) / f"{len(workers)}.log", 1))
+            for worker in workers:
+                worker.ask(f"run {worker.answer()['warm_up'] + 10}")
+            taken = take_turns(workers, steps, repetitions, seconds=600.0)
+        finally:
+            for worker in workers:
+                worker.end()
+    # a busy machine disturbs the time of the process less; a GPU's it does not hold
+    clock = "cpu" if device == "cpu" else "wall"
+    times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
+    rows = []
+    for norm, seconds in times.items():
+        ratio = paired_ratio(seconds, times[REFERENCE])
+        middle = sorted(seconds)[len(seconds) // 2]
+        ends = {"low": ratio.low, "high": ratio.high}
+        rows.append({"norm": norm, "ms": middle * 1e3, "ratio": ratio.median, **ends})
+    return rows
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    """Of a step on the GPU, by CUDA events around many."""
+    for _ in range(10):
+        step()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_TIMED_STEPS):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _TIMED_STEPS
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(path: Path, rows: list[Row], facts: Row) -> None:
+    """The rows as CSV, each with what it was made on.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--norms", nargs="+", default=NORMS, metavar="NORM", help="default: all, beside BN")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    add("--out", type=Path, metavar="FILE.csv", help="also write the table there")
+    tables = parser.add_subparsers(dest="table", required=True)
+    layer = tables.add_parser("layer", parents=[common], help="operations of a layer over BN")
+    layer.add_argument("--operations", action="store_true", help="also list them by name")
+    iteration = tables.add_parser("iteration", parents=[common], help="of a detector's iteration")
+    iteration.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    iteration.add_argument(
+        "--image-size", type=int, default=64, metavar="PIXELS", help="default 64"
+    )
+    dispatch = tables.add_parser("dispatch", parents=[common], help="time where launching is all")
+    dispatch.add_argument(
+        "--repetitions", type=int, default=30, metavar="N", help="turns of each norm (default 30)"
+    )
+    dispatch.add_argument("--steps", type=int, default=20, help="in a turn (default 20)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    norms = [norm for norm in args.norms if norm != REFERENCE]
+    if args.table == "dispatch" and args.repetitions < FEWEST:
+        parser.error(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
+    torch.set_num_threads(1)
+    try:
+        if args.table == "layer":
+            rows = layer_table(norms, args.device, args.operations)
+        elif args.table == "iteration":
+            rows = iteration_table(norms, args.places, args.device, args.image_size)
+        else:
+            rows = dispatch_table(norms, args.device, args.repetitions, args.steps)
+    except (ImportError, ValueError, WorkerFailed) as error:
+        parser.error(one_line(error))
+    where = machine(on_gpu=args.device == "cuda")
+    facts = {
+        "machine": where["gpu"] or where["cpu"],
+        "torch": torch.__version__,
+        "cbn_det": __version__,
+    }
+    print(tabulate(rows, headers="keys", floatfmt=".5g"))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if args.out:
+        write(args.out, rows, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How many operations a norm dispatches: exact counts, and what counts as one."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import kernels  # noqa: E402
+from counting import (  # noqa: E402
+    DispatchCounter,
+    count_steps,
+    layer_counts,
+    over_batchnorm,
+    pairs,
+    training_step,
+)
+from detector import detector_step  # noqa: E402
+
+# operations a layer and iteration over BatchNorm: (full windows, in burn-in), at most
+MOST = {
+    "GN": (-2, -2),
+    "BGN": (43, 43),
+    "BRN": (54, 35),
+    "MBN(double_forward=False)": (96, 20),
+    "MBN": (183.5, 20),
+    "CBN": (158, 20),
+    "CBN(positions=None)": (137, 20),
+    "KN": (78, 78),
+    "GKN": (85.5, 85.5),
+}
+
+
+@pytest.fixture(scope="module")
+def batchnorm() -> Counter[str]:
+    return layer_counts("BN")
+
+
+@pytest.mark.parametrize("norm", MOST)
+def test_a_norm_dispatches_no_more_than_this(norm: str, batchnorm: Counter[str]) -> None:
+    full, early = MOST[norm]
+    assert over_batchnorm(layer_counts(norm), batchnorm) <= full
+    assert over_batchnorm(layer_counts(norm, in_burn_in=True), batchnorm) <= early
+
+
+def test_what_counts_as_an_operation() -> None:
+    x = torch.ones(2, 3)
+    with DispatchCounter() as counter:
+        x.detach().view(6)[1:].split(2)  # views
+        x.t().add_(1.0)  # writes to one
+        torch._foreach_mul_([x, x[0]], 2.0)  # returns nothing; x[0] is a view
+        x.sum().item()  # the second is a host read
+    assert counter.counts == {
+        "aten.add_.Tensor": 1,
+        "aten._foreach_mul_.Scalar": 1,
+        "aten.sum.default": 1,
+        "aten._local_scalar_dense.default": 1,
+    }
+
+
+def test_backward_and_step_are_counted() -> None:
+    """A convolution and a BatchNorm, by hand."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2))
+    step = training_step(model, (2, 2, 3, 3), "cpu")
+    step()  # the optimiser's buffers
+    counts = count_steps(step, 3)
+    once = ("convolution.default", "convolution_backward.default", "native_batch_norm.default")
+    for name in (*once, "native_batch_norm_backward.default"):
+        assert counts[f"aten.{name}"] == 3
+    assert counts["aten._foreach_add_.List"] == 6  # momentum and weights
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+def test_counts_are_those_of_the_meta_device_and_of_other_sizes(norm: str) -> None:
+    def counts(device: str, size: int) -> Counter[str]:
+        step = training_step(pairs(norm, 2, 32, device), (2, 32, size, size), device)
+        step()
+        return count_steps(step, 1)
+
+    usual = counts("cpu", 8)
+    assert counts("cpu", 16) == usual
+    assert counts("meta", 8).total() == usual.total()
+
+
+@pytest.mark.detectron2
+def test_a_detectors_steps_are_alike_and_have_the_norm_where_they_say() -> None:
+    model, step = detector_step("BN", "fpn_and_head", rois=4)
+    named = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    # laterals and outputs of four levels, and four convolutions of the head
+    assert len(named) == 12
+    assert all(name.startswith(("backbone.fpn_", "roi_heads.box_head.")) for name in named)
+    step()
+    counts = count_steps(step, 1)
+    assert counts["aten.native_batch_norm_backward.default"] == 12
+    assert count_steps(step, 1) == counts
+
+
+def test_the_command_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "layer.csv"
+    assert kernels.main(["layer", "--norms", "BGN", "--operations", "--out", str(path)]) == 0
+    with open(path, encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["norm"] == "BGN" and float(row["a layer over BN"]) <= MOST["BGN"][0]
+    assert row["torch"] == torch.__version__
+    assert "aten.rsqrt.default" in capsys.readouterr().out
+
+
+def test_an_unknown_norm_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        kernels.main(["layer", "--norms", "CBM"])
+    assert "unknown norm 'CBM'" in capsys.readouterr().err
