@@ -358,7 +358,12 @@ PROJECTS = {
         cases=tuple(
             (
                 f"configs/Cityscapes-SemanticSegmentation/{name}_R_103_os16_mg124_poly_90k_bs16.yaml",
-                NARROW | {"MODEL.RESNETS.DEPTH": 50, "INPUT.CROP.SIZE": (96, 96)},
+                NARROW
+                | {
+                    "MODEL.RESNETS.DEPTH": 50,
+                    "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": 64,  # of v3, as many as CONVS_DIM
+                    "INPUT.CROP.SIZE": (96, 96),
+                },
                 labelled_maps,
             )
             for name in ("deeplab_v3", "deeplab_v3_plus")
