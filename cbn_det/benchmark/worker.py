@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..norms import SmallBatchNorm2d
+from ..norms import SmallBatchNorm2d, resolve_burn_in
 from ..run.errors import one_line
 from ..run.measure import machine, peak_memory_mb
 
@@ -93,8 +93,7 @@ def _facts(work: Workload) -> dict[str, Any]:
 def _end_burn_in(model: nn.Module) -> int:
     """Sets norms past their burn-in; returns the steps until everything they remember is there."""
     layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
-    for layer in layers:
-        layer.steps = _PAST_ANY_SCHEDULE
+    resolve_burn_in(model, 1, start_iter=_PAST_ANY_SCHEDULE)
     return max((getattr(layer, "window", 0) for layer in layers), default=0)
 
 

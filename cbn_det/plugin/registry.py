@@ -31,6 +31,7 @@ from ..norms import (
     parse_spec,
     try_norm,
 )
+from ..norms.binding import ConvBound
 from ..norms.recalibration import in_backward
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
     for index, norm in enumerate(child):
         if not isinstance(norm, SmallBatchNorm2d):
             continue
-        conv = norm.conv
+        conv = norm.conv if isinstance(norm, ConvBound) else None
         options = {key: value for key, value in norm.options().items() if key != "affine"}
         cycle = NormOfLevels(
             length=levels, bn_class=partial(type(norm), **options), num_features=norm.num_features
@@ -222,7 +223,7 @@ def _unshare_retinanet_norms(parent: nn.Module, name: str, child: nn.Module | No
         if _from_the_first_level not in parent._forward_pre_hooks.values():
             parent.register_forward_pre_hook(_from_the_first_level)
         for layer in cycle:
-            if layer.needs_conv and conv is not None:
+            if conv is not None and layer.needs_conv:
                 layer.bind(conv)
     logger.info(f"{type(parent).__name__}.{name}: statistics of {levels} levels are kept apart")
 
