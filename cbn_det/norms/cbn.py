@@ -44,7 +44,7 @@ from .compensation import AveragedDerivative, OwnDerivative, products_with_patch
 from .conv_call import ConvCall
 from .conv_statistics import mean_patch
 from .functional import Moments, mixed_in, mixture
-from .memory import push, rows_of
+from .memory import push, rows_of, unknown_like
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -60,7 +60,6 @@ _NO_DERIVATIVES = (
     "the saved memory has no derivatives by the weight of the convolution, as that of"
     " compensation='none'"
 )
-_WITH_DERIVATIVES = ("mean", "var", "anchor", "change")
 
 
 @register_norm("CBN")
@@ -151,6 +150,7 @@ class CBN2d(ConvBound, RememberingNorm2d):
         if not self._compared:
             return {}
         mean_change, change, var = self._compared
+        change = change - mean_change.square()
         return {
             "clamped": (var + change < 0).to(var.dtype).mean(),
             "compensation_mean": (mean_change.abs() / (var + self.eps).sqrt()).mean(),
@@ -195,50 +195,50 @@ class CBN2d(ConvBound, RememberingNorm2d):
         pooled["var"] += between * step["mean"].square()
         if "gradient" in new:
             # <step["patch"], w> is the difference of the means as well
-            cross = 2.0 * between * torch.nan_to_num(step["mean"], 0.0, 0.0, 0.0)
-            patch, slope = (torch.nan_to_num(step[k], 0.0, 0.0, 0.0) for k in ("patch", "anchor"))
+            cross, patch = 2.0 * between * step["mean"], step["patch"]
             outer = cross.view(len(patch), -1, 1) * patch.unsqueeze(1)
             pooled["gradient"] += outer.flatten(0, 1)
-            pooled["gradient_anchor"] += cross * slope
+            pooled["gradient_anchor"] += cross * step["anchor"]
         return pooled
 
     @classmethod
     def commit(cls, layers: list[CBN2d]) -> None:
-        memories = [layer.memory for layer in layers]
-        biases = [memory.pending.pop("bias", None) for memory in memories]
-        compensates, is_new = layers[0]._compensates, bool(memories[0].pending)
-        row = _WITH_DERIVATIVES if compensates else ("mean", "var")
-        if is_new:
-            if compensates:
-                for layer in layers:
-                    layer.derivative.commit(layer, layer.memory.pending)
-            rows = push(layers, row)
-        else:
-            rows = rows_of(layers, len(row))
+        compensates, is_new = layers[0]._compensates, bool(layers[0].memory.pending)
+        row = ("mean", "var", "anchor", "change") if compensates else ("mean", "var")
+        for layer in layers:
+            layer._carry_bias()
+            if is_new and compensates:
+                layer.derivative.commit(layer, layer.memory.pending)
+        rows = push(layers, row) if is_new else rows_of(layers, len(row))
         mean, var = rows[0], rows[1]
         widths = [layer.num_features for layer in layers]
         if compensates:
-            entries = slice(0, len(mean))
-            products = [
-                n._products_with_patches(n.memory.stacked["patch"][entries]) for n in layers
-            ]
-            step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
-            change = layers[0].derivative.changes(layers, rows[3])
-            if is_new:
-                newest = (memories[0].pushed - 1) % memories[0].capacity
-                _carry_running_statistics(layers, step[newest], change[newest])
-            change = torch.addcmul(change, step, step, value=-1.0)
+            step, change = _changes(layers, rows)
+            _carry_running_statistics(layers, step, change, is_new)
             parts = (value.split(widths, 1) for value in (step, change, var))
             for layer, *compared in zip(layers, *parts, strict=True):
                 layer._compared = compared
-            mean, var = mean + step, (var + change).clamp_(min=0.0)
-        for layer, bias in zip(layers, biases, strict=True):
-            if bias is not None:
-                step = layer.conv.bias.detach() - bias
-                layer.running_mean.add_(step.to(layer.running_mean.dtype))
+            mean = mean + step
+            var = torch.addcmul(var + change, step, step, value=-1.0).clamp_(min=0.0)
         parts = (value.split(widths) for value in mixture(mean, var))
-        for memory, *older in zip(memories, *parts, strict=True):
-            memory.older = tuple(older)
+        for layer, *older in zip(layers, *parts, strict=True):
+            layer.memory.older = tuple(older)
+
+    def instead(self) -> dict[str, Tensor]:
+        values, entry = super().instead(), self.memory.pending
+        if self._adds_bias and self.memory.older is None:
+            values["mean"] = values["mean"] - self.memory.kept["bias"]
+        if self._compensates:
+            unknown = unknown_like(values["mean"])
+            values |= {"anchor": unknown, "change": self.derivative.instead(entry)}
+        return values
+
+    def _carry_bias(self) -> None:
+        """Takes the running mean along with the convolution's bias."""
+        if self._adds_bias:
+            then = self.memory.pending.pop("bias", self.memory.kept.get("bias"))
+            self.memory.kept["bias"] = now = self.conv.bias.detach().to(then.dtype, copy=True)
+            self.running_mean.add_((now - then).to(self.running_mean.dtype))
 
     # ---- the convolution ----
 
@@ -334,13 +334,33 @@ class CBN2d(ConvBound, RememberingNorm2d):
         binding.install()
 
 
-def _carry_running_statistics(layers: list[CBN2d], mean: Tensor, var: Tensor) -> None:
-    """Takes the running statistics along with the step that the convolution made in the finished
-    iteration, by its changes of the newest entries. They are averages over iterations, as the
-    window is, and would otherwise belong to weights of ten iterations ago."""
-    widths = [layer.num_features for layer in layers]
-    means, variances = [n.running_mean for n in layers], [n.running_var for n in layers]
-    dtype = means[0].dtype
-    steps = [*mean.to(dtype).split(widths), *var.to(dtype).split(widths)]
-    torch._foreach_add_([*means, *variances], steps)
+def _changes(layers: list[CBN2d], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, sum of C] each: by how much mean and variance of every entry have changed, to first
+    order, since it was made."""
+    entries = slice(0, rows.shape[1])
+    products = [n._products_with_patches(n.memory.stacked["patch"][entries]) for n in layers]
+    step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
+    return step, layers[0].derivative.changes(layers, rows[3])
+
+
+def _carry_running_statistics(
+    layers: list[CBN2d], step: Tensor, change: Tensor, is_new: bool
+) -> None:
+    """Takes the running statistics along with the steps that the convolutions made since the latest
+    commit, by what the newest entries changed by. They are averages over iterations, as the window
+    is, and would otherwise belong to weights of ten iterations ago."""
+    first, widths = layers[0].memory, [layer.num_features for layer in layers]
+    newest = (first.pushed - 1) % first.capacity
+    carried = torch.cat([step[newest], change[newest]])
+    since = (
+        carried
+        if is_new
+        else carried
+        - torch.cat([layer.memory.kept[key] for key in ("mean", "var") for layer in layers])
+    )
+    for layer, mean, var in zip(layers, *(v.split(widths) for v in carried.chunk(2)), strict=True):
+        layer.memory.kept.update(mean=mean, var=var)
+    variances = [layer.running_var for layer in layers]
+    running = [layer.running_mean for layer in layers] + variances
+    torch._foreach_add_(running, since.to(running[0].dtype).split(widths * 2))
     torch._foreach_clamp_min_(variances, 0.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .conv_call import ConvCall
 from .conv_statistics import choose_crops, sampled_variance_gradient, variance_gradient
 from .functional import Moments
+from .memory import unknown_like, zeros_like
 
 #: The averaged derivative is estimated once in so many iterations, on so many times the positions.
 EVERY = 8
@@ -43,7 +44,13 @@ class Derivative(Protocol):
 
     def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
         """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
-        one, with its anchor; and the row's ``change`` [C]."""
+        one, with its anchor."""
+
+    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
+        """Makes of these what the entry is remembered with."""
+
+    def instead(self, entry: dict[str, Tensor]) -> Tensor:
+        """A ``change`` by which nothing has changed."""
 
     def changes(self, layers: list[Any], row: Tensor) -> Tensor:
         """[E, C]: first-order changes of the variance of every entry, of the layers side by side,
@@ -59,9 +66,6 @@ class OwnDerivative:
     """The paper's rule to the letter: each entry has the derivative of its own mini-batch, at all
     positions. ``change`` is its anchor."""
 
-    #: of the pending entry, what is remembered with it
-    stacked = ("patch", "gradient")
-
     def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
         shape = layer.weight_shape
         gradient = variance_gradient(call.x, y, batch.mean, call.geometry, shape)
@@ -69,6 +73,9 @@ class OwnDerivative:
 
     def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
         entry["change"] = entry.pop("gradient_anchor")
+
+    def instead(self, entry: dict[str, Tensor]) -> Tensor:
+        return unknown_like(entry["var"])
 
     def changes(self, layers: list[Any], row: Tensor) -> Tensor:
         products = [
@@ -95,8 +102,6 @@ class AveragedDerivative:
         positions: of one layer in one iteration, on average.
     """
 
-    stacked = ("patch",)
-
     def __init__(self, positions: int) -> None:
         self.positions = positions
 
@@ -115,13 +120,22 @@ class AveragedDerivative:
     def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
         kept = layer.memory.kept
         estimate, anchor = (entry.pop(k, None) for k in ("gradient", "gradient_anchor"))
-        if "gradient" not in kept:
-            kept.update(gradient=estimate, anchor=anchor, none=torch.zeros_like(anchor))
-        elif estimate is not None:
+        if estimate is not None:
             newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
+            if "gradient" not in kept:
+                newest = 1.0
+                kept.update(gradient=torch.zeros_like(estimate), anchor=torch.zeros_like(anchor))
+            # an estimate that is not finite, after an overflow, is none
+            finite = torch.isfinite(anchor)
+            estimate = torch.where(finite.unsqueeze(1), estimate, kept["gradient"])
             kept["gradient"].lerp_(estimate, newest)
-            kept["anchor"] = kept["anchor"].lerp(anchor, newest)
-        entry["change"] = kept["none"]
+            kept["anchor"] = kept["anchor"].lerp(
+                torch.where(finite, anchor, kept["anchor"]), newest
+            )
+        entry["change"] = zeros_like(entry["var"])
+
+    def instead(self, entry: dict[str, Tensor]) -> Tensor:
+        return entry["change"]
 
     def changes(self, layers: list[Any], row: Tensor) -> Tensor:
         kept = [layer.memory.kept for layer in layers]

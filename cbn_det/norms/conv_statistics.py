@@ -280,9 +280,6 @@ def sampled_variance_gradient(
 ) -> Tensor:
     """The same derivative, estimated without bias on a few positions.
 
-    Numbers that are not finite count as 0: the forward they come from has no variance that could be
-    carried over.
-
     Args:
         x, y, mean, geometry, weight_shape: as in :func:`variance_gradient`.
         patch: [groups, d] with ``d = C_in / groups * kh * kw``, from :func:`mean_patch`.
@@ -292,7 +289,7 @@ def sampled_variance_gradient(
         [C_out, d]
     """
     if crops is None:
-        return variance_gradient(x, y, mean, geometry, weight_shape).nan_to_num_(0.0, 0.0, 0.0)
+        return variance_gradient(x, y, mean, geometry, weight_shape)
     x, y = x.detach(), y.detach()
     unpadded = geometry.without_padding()
     total, offset = None, None
@@ -306,4 +303,4 @@ def sampled_variance_gradient(
     offset = (offset / len(crops)).sub_(mean).view(geometry.groups, -1, 1)
     total = total.view(geometry.groups, -1, patch.shape[1])
     total = torch.baddbmm(total, offset, patch.unsqueeze(1), beta=1.0 / len(crops), alpha=-2.0)
-    return total.flatten(0, 1).nan_to_num_(0.0, 0.0, 0.0)
+    return total.flatten(0, 1)

@@ -22,7 +22,7 @@ _LARGEST_MEAN = 2.0
 #: numbers from which on they are faster than torch's kernel
 _LARGE = 2**15
 #: device types that have SyncBatchNorm's kernels; on "meta" a step can be run without any device
-_FUSED = ("cuda", "meta")
+FUSED = ("cuda", "meta")
 
 
 @dataclass
@@ -69,10 +69,10 @@ def moments(
     x = x.detach()
     count = x.numel() // x.shape[1]
     kind = x.device.type
-    if kind not in _FUSED:
+    if kind not in FUSED:
         x = x.to(statistics_dtype(x))
     large = x.numel() >= _LARGE and x.is_contiguous()
-    if kind in _FUSED or (kind == "cpu" and not large):
+    if kind in FUSED or (kind == "cpu" and not large):
         old_mean, old_var = running or (None, None)
         mean, var = torch.batch_norm_update_stats(x, old_mean, old_var, momentum)
         return Moments(mean, var, count)
@@ -172,7 +172,7 @@ class _Normalize(torch.autograd.Function):
         w = None if weight is None else weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         ctx.groups = None if groups == len(mean) else groups
-        ctx.fused = x.device.type in _FUSED and ctx.groups is None
+        ctx.fused = x.device.type in FUSED and ctx.groups is None
         invstd = (var + eps).rsqrt_()
         if ctx.fused:
             x = x if _is_nhwc(x) else x.contiguous()

@@ -13,6 +13,7 @@ and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,22 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     if result.dtype.is_floating_point and result.dtype.itemsize < 4:
         return tensor.to(result.device)
     return result
+
+
+@lru_cache(maxsize=1024)
+def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((size,), value, dtype=dtype, device=device)
+
+
+def zeros_like(values: Tensor) -> Tensor:
+    """Zeros [C], the same tensor at each call, to read only."""
+    return _filled(0.0, len(values), values.dtype, values.device)
+
+
+def unknown_like(values: Tensor) -> Tensor:
+    """Likewise nan."""
+    return _filled(float("nan"), len(values), values.dtype, values.device)
 
 
 class Memory:
@@ -83,13 +100,14 @@ class Memory:
         """Takes note of the clock; returns whether the iteration that ended recorded anything."""
         self.seen = clock.now()
         self.unrecorded = 0
-        self.held = {}
         if not self.forwards:
             return False
         self.steps += 1
         return True
 
-    def drop_pending(self) -> None:
+    def end_iteration(self) -> None:
+        """The pending entry is committed."""
+        self.held = {}
         self.pending, self.forwards, self.refreshed = {}, 0, False
 
     def begin_again(self) -> tuple[dict[str, Tensor], int]:
@@ -227,29 +245,23 @@ def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """Makes the pending entries of several layers, all with the same slot free, their newest ones.
 
     In a channel whose row is not finite (a step that overflowed and was skipped by a GradScaler
-    leaves its forward behind) the entry before it is taken once more; where there is none, the
-    running statistics.
+    leaves its forward behind) the entry is ``layer.instead()``.
 
     Args:
         layers: norms with a memory.
-        row: keys of the values a channel, mean and variance first.
+        row: keys of the values a channel.
 
     Returns:
         :func:`rows_of` the layers.
     """
     memories = [layer.memory for layer in layers]
-    first = memories[0]
-    new = torch.cat([memory.pending[key] for key in row for memory in memories])
-    new = new.view(len(row), -1)
+    first, instead = memories[0], [layer.instead() for layer in layers]
     rows = _side_by_side(layers, len(row))
-    if first.pushed:
-        before = rows[:, (first.pushed - 1) % first.capacity]
-    else:
-        before = torch.zeros_like(new)
-        for i, name in enumerate(("running_mean", "running_var")):
-            before[i] = torch.cat([getattr(layer, name) for layer in layers])
+    new = torch.cat([memory.pending[key] for key in row for memory in memories])
+    other = torch.cat([values[key] for key in row for values in instead])
+    new, other = new.view(len(row), -1), other.view(len(row), -1)
     finite = (new * 0.0).sum(0) == 0.0  # neither inf nor nan in any row
-    torch.where(finite, new, before, out=rows[:, first.slot])
+    torch.where(finite, new, other, out=rows[:, first.slot])
     for key in first.pending.keys() - set(row):
         for memory in memories:
             if key not in memory.stacked:

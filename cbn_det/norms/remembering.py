@@ -94,6 +94,17 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 self._drop_memory_of_other_weights()
             self.advance()
         super()._begin(input, how)
+        memory = self.memory
+        if memory.capacity and not (memory.pushed or memory.held or self.is_batchnorm):
+            # before this forward moves them, see instead()
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
+
+    def instead(self) -> dict[str, Tensor]:
+        """What is remembered in place of an entry that is not finite: what was remembered before,
+        or the running statistics."""
+        mean, var = self.memory.older or self.memory.held.values()
+        return {"mean": mean, "var": var}
 
     def _will_record(self, how: Forward) -> bool:
         """Whether :meth:`stage` will be called in this forward, if there is anything to stage."""
@@ -164,7 +175,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 with without_autocast(group[0].running_mean.device):
                     type(group[0]).commit(group)
         for layer in layers:
-            layer.memory.drop_pending()
+            layer.memory.end_iteration()
 
     def settle(self) -> None:
         """Does now what the next training forward would do first, if the weights are there."""

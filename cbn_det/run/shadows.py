@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..norms import Estimate, Moments, SmallBatchNorm2d, build_norm, convert_norm, resolve_burn_in
+from ..norms.binding import ConvBound
 from ..norms.chain import Chained
 from ..norms.functional import moments
 from ..norms.graph import mark
+from ..norms.remembering import RememberingNorm2d
 from .errors import ConfigError
 
 #: what "BN" stands for among the shadows: BatchNorm, to the last bit
@@ -103,7 +105,8 @@ class Shadows:
         for handle in self._handles:
             handle.remove()
         for layer in self.layers():
-            layer.unbind()
+            if isinstance(layer, ConvBound):
+                layer.unbind()
 
     def _add(self, model: nn.Module, norm: str, max_iter: int) -> None:
         spec = _BATCHNORM if norm == "BN" else norm
@@ -132,7 +135,7 @@ class Shadows:
             raise ValueError(f"{', '.join(learns)} would never be trained")
         layer.to(host.running_mean.device, host.running_mean.dtype)
         layer.weight, layer.bias = host.weight, host.bias
-        if layer.needs_conv:
+        if isinstance(layer, ConvBound) and layer.needs_conv:
             layer.bind(conv)
 
     def _see(self, site: Site, host: nn.Module, args: tuple[Any, ...]) -> None:
@@ -148,7 +151,7 @@ class Shadows:
         asked = torch.is_grad_enabled() or self.on_estimate is not None
         try:
             for layer in site.shadows.values():
-                if asked or layer.double_forward:
+                if asked or (isinstance(layer, RememberingNorm2d) and layer.double_forward):
                     layer(y)
         finally:
             self._seen = None

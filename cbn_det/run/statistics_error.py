@@ -61,7 +61,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..norms import DoubleForward, Estimate, Moments, SmallBatchNorm2d, reading_memory
+from ..norms import (
+    DoubleForward,
+    Estimate,
+    Moments,
+    SmallBatchNorm2d,
+    load_memory_state_dict,
+    memory_state_dict,
+    reading_memory,
+)
 from ..norms.functional import group_moments
 from .errors import ConfigError
 from .files import append_line
@@ -206,7 +214,7 @@ class StatisticsError:
         """What the shadows know, for a checkpoint."""
         return {
             name: {
-                norm: {"buffers": dict(layer.named_buffers()), "memory": layer.memory_state_dict()}
+                norm: {"buffers": dict(layer.named_buffers()), "memory": memory_state_dict(layer)}
                 for norm, layer in site.shadows.items()
             }
             for name, site in self._shadows.sites.items()
@@ -220,7 +228,7 @@ class StatisticsError:
                 saved = state[name][norm]
                 for key, buffer in layer.named_buffers():
                     buffer.copy_(saved["buffers"][key])
-                layer.load_memory_state_dict(saved["memory"])
+                load_memory_state_dict(layer, saved["memory"])
 
 
 class _Spread:
