@@ -66,7 +66,7 @@ def detector_step(
         optimizer.zero_grad()
         with EventStorage():
             sum(model(batch).values()).backward()
-        optimizer.step()
-        double_forward.refresh()
+            optimizer.step()
+            double_forward.refresh()
 
     return model, step

@@ -27,8 +27,9 @@ examples:
   # on a GPU, where layer and iteration also time a step, by CUDA events
   python benchmarks/kernels.py layer --device cuda
 
-  # the quick-start detector's whole iteration, norm everywhere, against BatchNorm
-  python tools/benchmark.py iteration --norms BN CBN KN MBN BGN BRN
+  # the quick-start detector's whole iteration on the CPU, norm everywhere (README's table)
+  python tools/benchmark.py iteration --engine detectron2 --threads 1 --repetitions 15 \\
+      --turn-seconds 0 --norms BN CBN KN "MBN(double_forward=False)" MBN BGN BRN GN
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ Row = dict[str, Any]
 
 
 def layer_table(norms: Sequence[str], device: str, show_operations: bool) -> list[Row]:
-    """A row a norm, BatchNorm's last digits left out: all is over BatchNorm."""
+    """A row a norm: operations of a layer and iteration over BatchNorm's."""
     reference = layer_counts(REFERENCE, device=device)
     rows = []
     for norm in norms:
