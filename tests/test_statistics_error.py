@@ -362,7 +362,7 @@ def test_the_training_is_the_same_to_the_last_bit(host: str, tmp_path: Path) -> 
     assert measured.drawn == plain.drawn
     assert measured.model.state_dict().keys() == plain.model.state_dict().keys()
     for one, other in zip(state_of(plain), state_of(measured), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     assert [line["iteration"] for line in lines(tmp_path)] == [1, 4]
 
 
@@ -458,9 +458,10 @@ def test_removed_shadows_are_gone(tmp_path: Path) -> None:
     training = Training("BN", tmp_path)
     training.run(0, 2)
     training.measured.remove()
-    steps = [layer.steps for layer in training.measured._shadows.layers()]
+    seen = [int(layer.num_batches_tracked) for layer in training.measured._shadows.layers()]
+    assert min(seen) > 0
     training.run(2, 4)
-    assert steps == [layer.steps for layer in training.measured._shadows.layers()]
+    assert seen == [int(layer.num_batches_tracked) for layer in training.measured._shadows.layers()]
     for module in list(training.model.modules())[1:]:  # the model itself has Double Forward's
         assert not module._forward_hooks and not module._forward_pre_hooks
 

@@ -120,6 +120,7 @@ class Shadows:
                 site = self.sites.setdefault(row.name, Site(row.name, host))
                 site.shadows[norm] = layer
                 layer.estimate = partial(self._estimate, layer.estimate, site, norm, layer)
+                layer._is_plain = partial(self._is_plain, layer._is_plain)
                 if type(layer).batch_moments is SmallBatchNorm2d.batch_moments:
                     layer.batch_moments = self._moments
         except ValueError as error:
@@ -155,6 +156,10 @@ class Shadows:
                     layer(y)
         finally:
             self._seen = None
+
+    def _is_plain(self, is_plain: Callable[[Tensor], bool], y: Tensor) -> bool:
+        """Whether torch's BatchNorm takes a shadow's forward, which then makes no estimate."""
+        return self.on_estimate is None and is_plain(y)
 
     def _moments(self, y: Tensor) -> Moments:
         """Of one input, which many shadows ask for."""
