@@ -55,18 +55,25 @@ class PaperCBN:
     Args:
         rule: ``'max'``: ``max(nu, mu**2)`` of each entry (the paper); ``'drop'``: an entry whose
             variance is negative leaves both means of that channel, and the rest is divided by their
-            number (the authors' code); ``'central'``: the variance is linearised; ``'exact'``: the
-            old input is convolved anew; ``'none'``: entries as they are.
-        averaged: not the paper's: the derivative of the variance is the same for all entries, the
-            average of those of all iterations (the plain one of the first ``1 / averaged``), along
-            the whole way of the weight.
+            number (the authors' code); ``'none'``: entries as they are.
+        averaged: not the paper's: the derivative of the variance is the same for all entries, an
+            exponential average of that of every 8th iteration, each with this weight, and of the
+            first one remembered, along the whole way of the weight.
+        step: iterations before the first one remembered.
     """
 
     def __init__(
-        self, window: int, rule: str = "max", eps: float = 1e-5, eps_outside=False, averaged=None
+        self,
+        window: int,
+        rule: str = "max",
+        eps: float = 1e-5,
+        eps_outside: bool = False,
+        averaged: float | None = None,
+        step: int = 0,
     ):
-        self.averaged = averaged
-        self.history: list = []  # of all iterations: weight, derivative of the variance
+        self.averaged, self.step = averaged, step
+        self.average: Tensor | float = 0.0  # derivative of the variance
+        self.history: list = []  # of all iterations: weight, average after it
         self.entries: deque = deque(maxlen=max(window - 1, 1))
         self.enabled = window > 1
         self.rule, self.eps, self.eps_outside = rule, eps, eps_outside
@@ -79,20 +86,10 @@ class PaperCBN:
         for old in self.entries:
             mu, nu = old["mu"], old["nu"]
             delta = now - old["weight"]
-            if self.rule == "exact":
-                with torch.no_grad():
-                    again = conv._conv_forward(old["x"], now, None)
-                mu, nu = again.mean((0, 2, 3)), (again * again).mean((0, 2, 3))
-            elif self.averaged:
+            if self.averaged:
                 dmu = (old["dmu"] * delta).sum((1, 2, 3))
                 nu = nu + self.along_the_way(old["weight"], now) + 2 * mu * dmu
                 mu = mu + dmu
-                if self.rule == "central":
-                    nu = nu + dmu**2
-            elif self.rule == "central":
-                var = nu - mu**2 + ((old["dnu"] - 2 * _col(mu) * old["dmu"]) * delta).sum((1, 2, 3))
-                mu = mu + (old["dmu"] * delta).sum((1, 2, 3))
-                nu = var.clamp(min=0) + mu**2
             elif self.rule != "none":
                 mu = mu + (old["dmu"] * delta).sum((1, 2, 3))
                 nu = nu + (old["dnu"] * delta).sum((1, 2, 3))
@@ -122,11 +119,7 @@ class PaperCBN:
         total = torch.zeros(len(now), dtype=now.dtype)
         first = max(i for i, weight in enumerate(weights[:-1]) if weight is start)
         for s in range(first, len(self.history)):
-            shares = []  # of iterations 0 ... s in the average after iteration s
-            for i in range(s + 1):
-                newest = max(self.averaged, 1 / (i + 1))
-                shares = [share * (1 - newest) for share in shares] + [newest]
-            average = sum(c * g for c, (_, g) in zip(shares, self.history, strict=False))
+            _, average = self.history[s]
             total += (average * (weights[s + 1] - weights[s])).sum((1, 2, 3))
         return total
 
@@ -141,10 +134,14 @@ class PaperCBN:
         (dmu,) = torch.autograd.grad(mu.sum(), weight, retain_graph=True)
         (dnu,) = torch.autograd.grad(nu.sum(), weight)
         mu, nu, weight = mu.detach(), nu.detach(), weight.detach()
-        self.entries.appendleft(
-            {"mu": mu, "nu": nu, "dmu": dmu, "dnu": dnu, "weight": weight, "x": x.detach().clone()}
-        )
-        self.history.append((weight, dnu - 2 * _col(mu) * dmu))
+        self.entries.appendleft({"mu": mu, "nu": nu, "dmu": dmu, "dnu": dnu, "weight": weight})
+        if self.averaged:
+            estimate = dnu - 2 * _col(mu) * dmu
+            if not self.history:
+                self.average = estimate
+            elif (self.step + len(self.history)) % 8 == 0:
+                self.average = (1 - self.averaged) * self.average + self.averaged * estimate
+            self.history.append((weight, self.average))
 
 
 def _row(t: Tensor) -> Tensor:
