@@ -15,8 +15,8 @@ maps, where launches are free, do not show it. Three tables:
 
 Operations are those that torch dispatches, views left out. They are counted, not measured: the
 numbers are exact, the same on every machine, and hardly depend on the size of images (--image-size
-shows it). Two kinds count on any device and launch nothing: empty and _unsafe_view. A norm may take
-another branch on CUDA than on a CPU: the counts are of the device that the table names.
+shows it). A norm takes another branch on CUDA than on a CPU: the counts are of the one on CUDA,
+whose kernels are stood in for on a CPU, or with --branch cpu of the CPU's.
 
 examples:
   python benchmarks/kernels.py layer
@@ -40,6 +40,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from counting import (  # noqa: E402
     over_batchnorm,
     set_schedule,
 )
+from cuda_branch import cuda_branch  # noqa: E402
 from detector import PLACES, detector_step  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
@@ -111,7 +113,7 @@ def iteration_table(
             model, step = detector_step(norm, place, device=device, size=size)
             for _ in range(set_schedule(model)):
                 step()
-            count = count_steps(step, 2).total() / 2
+            count = count_steps(step, ITERATIONS).total() / ITERATIONS
             reference = reference or count
             row = {"place": place, "norm": norm, "operations": count, "ratio": count / reference}
             if device == "cuda":
@@ -194,12 +196,24 @@ def make_parser() -> argparse.ArgumentParser:
     iteration.add_argument(
         "--image-size", type=int, default=64, metavar="PIXELS", help="default 64"
     )
+    for table in (layer, iteration):
+        table.add_argument(
+            "--branch", choices=("cuda", "cpu"), default="cuda", help="of the norms; default cuda"
+        )
     dispatch = tables.add_parser("dispatch", parents=[common], help="time where launching is all")
     dispatch.add_argument(
         "--repetitions", type=int, default=30, metavar="N", help="turns of each norm (default 30)"
     )
     dispatch.add_argument("--steps", type=int, default=20, help="in a turn (default 20)")
     return parser
+
+
+def make_table(args: argparse.Namespace, norms: list[str]) -> list[Row]:
+    if args.table == "layer":
+        return layer_table(norms, args.device, args.operations)
+    if args.table == "iteration":
+        return iteration_table(norms, args.places, args.device, args.image_size)
+    return dispatch_table(norms, args.device, args.repetitions, args.steps)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,19 +223,17 @@ def main(arguments: list[str] | None = None) -> int:
     if args.table == "dispatch" and args.repetitions < FEWEST:
         parser.error(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
     torch.set_num_threads(1)
+    stand_in = args.device == "cpu" and getattr(args, "branch", "cpu") == "cuda"
     try:
-        if args.table == "layer":
-            rows = layer_table(norms, args.device, args.operations)
-        elif args.table == "iteration":
-            rows = iteration_table(norms, args.places, args.device, args.image_size)
-        else:
-            rows = dispatch_table(norms, args.device, args.repetitions, args.steps)
+        with cuda_branch() if stand_in else nullcontext():
+            rows = make_table(args, norms)
     except (ImportError, ValueError, WorkerFailed) as error:
         parser.error(one_line(error))
     where = machine(on_gpu=args.device == "cuda")
     facts = {
         "machine": where["gpu"] or where["cpu"],
         "torch": torch.__version__,
+        "branch": "cuda" if stand_in or args.device == "cuda" else "cpu",
         "cbn_det": __version__,
     }
     print(tabulate(rows, headers="keys", floatfmt=".5g"))

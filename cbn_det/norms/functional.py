@@ -106,17 +106,22 @@ def _moments_on_cpu(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def mixture(mean: Tensor, var: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture: the variance within its parts plus that between them.
 
+    A column's numbers do not depend on the columns beside it, to the last bit: ``sum`` adds up
+    those at the end of a row in another order, ``cumsum`` does not.
+
     Args:
         mean, var: [parts, ...], of each part.
         weights: broadcastable to them; they sum to 1 over the first dimension. None: equal ones.
     """
+    weighted = mean if weights is None else weights * mean
+    mixed = weighted.cumsum(0)[-1]
     if weights is None:
-        mixed = mean.mean(0)
-        difference = mean - mixed
-        return mixed, torch.addcmul(var, difference, difference).mean(0)
-    mixed = (weights * mean).sum(0)
+        mixed = mixed / len(mean)
     difference = mean - mixed
-    return mixed, torch.addcmul(var, difference, difference).mul_(weights).sum(0)
+    parts = torch.addcmul(var, difference, difference)
+    if weights is None:
+        return mixed, parts.cumsum(0)[-1] / len(mean)
+    return mixed, parts.mul_(weights).cumsum(0)[-1]
 
 
 def mixed_in(

@@ -96,14 +96,19 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         super()._begin(input, how)
         memory = self.memory
         if memory.capacity and not (memory.pushed or memory.held or self.is_batchnorm):
-            # before this forward moves them, see instead()
-            mean, var = self.running_mean.clone(), self.running_var.clone()
-            memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
+            self._hold_running_statistics()  # before this forward moves them
+
+    def _hold_running_statistics(self) -> None:
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        self.memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
 
     def instead(self) -> dict[str, Tensor]:
         """What is remembered in place of an entry that is not finite: what was remembered before,
         or the running statistics."""
-        mean, var = self.memory.older or self.memory.held.values()
+        memory = self.memory
+        if memory.older is None and not memory.held:  # entries were forgotten since
+            self._hold_running_statistics()
+        mean, var = memory.older or memory.held.values()
         return {"mean": mean, "var": var}
 
     def _will_record(self, how: Forward) -> bool:
