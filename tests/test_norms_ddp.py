@@ -144,8 +144,8 @@ def ddp(rank, world, key):
             assert torch.equal(norm.running_var, own.running_var)
     parallel(batch(rank, 9))  # commits
     memory = memory_state_dict(model)
-    assert memory.keys() == {"1", "4"}
-    return numbers(model[0].weight), memory["1"]
+    assert memory.keys() == ({"1", "4"} if key in ("CBN", "MBN", "BRN") else set())
+    return numbers(model[0].weight), memory.get("1")
 
 
 @every_norm
@@ -153,13 +153,16 @@ def test_ddp_that_broadcasts_buffers_leaves_memory_alone(key, tmp_path):
     """One rank gets empty input in two iterations: no hang, zero gradients from it."""
     (first, memory), (second, other) = run_ranks(ddp, 2, tmp_path, key)
     np.testing.assert_array_equal(first, second)  # the weights are the same
+    if memory is None:
+        return
     assert (memory["steps"], other["steps"]) == (6, 4)
-    if memory["window"]:  # what is remembered is not
-        own, theirs = (m["window"]["stacked"]["mean"] for m in (memory, other))
+    if key == "BRN":  # rank 0's statistics serve all ranks
+        assert memory["held"].keys() == {"mean", "invstd"}
+        for name, reference in memory["held"].items():
+            assert torch.equal(reference, other["held"][name])
+    else:  # what is remembered is not the same
+        own, theirs = (m["rows"]["rows"][0] for m in (memory, other))
         assert abs(own - theirs).min() > 1e-4
-    for name, reference in memory["held"].items():  # BRN: rank 0's statistics serve all ranks
-        assert torch.equal(reference, other["held"][name])
-    assert bool(memory["held"]) == (key == "BRN")
 
 
 def no_communication(rank, world, key):

@@ -135,7 +135,7 @@ def test_recomputed_statistics_are_of_what_was_shown(spec, recipe):
     plain = copy.deepcopy(ours)
     plain[1] = nn.BatchNorm2d(8)
     plain[1].load_state_dict(ours[1].state_dict())
-    memory = copy.deepcopy(ours[1])._window
+    memory = copy.deepcopy(getattr(ours[1], "memory", None))
     for model in (ours, plain):
         recipe(model)
     y = ours[0](torch.cat(SHOWN)).detach().double().numpy()
@@ -150,9 +150,10 @@ def test_recomputed_statistics_are_of_what_was_shown(spec, recipe):
     if not (spec.startswith("BGN") and ours[1].groups_used != 8):
         assert off(ours[1])[0] < off(plain[1])[0] + 0.01
         assert off(ours[1])[1] < max(off(plain[1])[1], 0.05)
-    if memory is not None and memory.pushed > 1:  # the last iteration is committed meanwhile
-        assert ours[1].memory.pushed == memory.pushed + 1
-    assert ours[1].memory.pending == {}
+    if memory is not None:
+        if memory.pushed > 1:  # the last iteration is committed meanwhile
+            assert ours[1].memory.pushed == memory.pushed + 1
+        assert ours[1].memory.pending == {} and ours[1].memory.forwards == 0
 
 
 @pytest.mark.parametrize("spec", REMEMBERING)
@@ -367,33 +368,27 @@ def test_tick_counts_what_no_optimiser_of_torch_does():
 def test_what_an_iteration_stages_is_bounded(positions):
     """After burn-in, though the clock stands still; and what it adds up to is still the average."""
     model = model_of(f"CBN(burn_in=1, positions={positions})")
-    train(model, sgd(model), range(3))
+    train(model, sgd(model), range(8))  # the next one estimates the averaged derivative, too
     norm, sizes = model[1], []
     for seed in range(200):
         model(images(seed % 4))
         sizes.append(sum(t.numel() for t in norm.memory.pending.values()))
-    assert max(sizes[100:]) < 1.1 * max(sizes[:100])
-    assert max(sizes) < 8 * 64 * (8 + 27) + model[0].weight.numel() + 100
+    assert norm.memory.pending.keys() >= {"patch", "gradient"}
+    assert max(sizes) == min(sizes) < model[0].weight.numel() + 100
 
 
 def test_a_long_accumulation_keeps_the_derivative():
-    """Multiplied out on the way, against the same forwards with room for all factors."""
-    few, many = (model_of("CBN(burn_in=1, positions=8)") for _ in range(2))
-    for model in (few, many):
-        train(model, sgd(model), range(3))
-    from cbn_det.norms import cbn
-
-    kept = []
-    for model, most in ((few, 1), (many, 1000)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cbn, "_MOST_FACTORS", most)
-            for seed in range(30):
-                model(images(seed))
-            assert ("dense" in model[1].memory.pending) == (most == 1)
-        tick()
-        model(images(99))
-        kept.append(model[1].memory.kept["gradient"])
-    torch.testing.assert_close(*kept, rtol=1e-4, atol=1e-5)
+    """Of all forwards together; against autograd's of the variance over all of their inputs."""
+    model = model_of("CBN(burn_in=0, positions=1000)")  # all of each forward's
+    for seed in range(30):
+        model(images(seed))
+    tick()
+    model(images(99))
+    weight = model[0].weight
+    var = model[0](torch.cat([images(seed) for seed in range(30)])).var((0, 2, 3), correction=0)
+    (expected,) = torch.autograd.grad(var.sum(), weight)
+    gradient = model[1].memory.kept["gradient"]
+    torch.testing.assert_close(gradient, expected.flatten(1), rtol=1e-4, atol=1e-5)
 
 
 # ---- parameters restored, memory not ---------------------------------------------------------
@@ -585,16 +580,6 @@ def test_the_best_weights_read_back_do_not_begin_the_schedule_anew(kind):
         train(model, optimizers[-1], range(count))
         model(images(15))
         assert model[1].steps == count
-
-
-def test_memory_of_a_version_that_did_not_count_second_passes():
-    model = model_of("MBN(burn_in=2)")
-    train(model, sgd(model), range(5))
-    saved = memory_state_dict(model)
-    del saved["1"]["second_passes"]
-    other = copy.deepcopy(model)
-    load_memory_state_dict(other, saved)
-    torch.testing.assert_close(other(images(9)), model(images(9)))
 
 
 @pytest.mark.parametrize("spec", REMEMBERING)

@@ -265,13 +265,13 @@ MODEL:
   RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: BN, OUT_FEATURES: [res2, res3, res4, res5]}
   FPN:
     IN_FEATURES: [res2, res3, res4, res5]
-    NORM: "CBN(window=3, burn_in=10, compensation='central')"
+    NORM: "CBN(window=3, burn_in=10, positions=32)"
 """)
     cfg = get_cfg()
     cfg.merge_from_file(str(file))
     norms = _norms_of(build_backbone(cfg))
     assert len(norms) == 8  # a lateral and an output convolution for each of four levels
-    assert {(n.window, n.burn_in, n.compensation) for n in norms} == {(3, 10, "central")}
+    assert {(n.window, n.burn_in, n.positions) for n in norms} == {(3, 10, 32)}
 
     # words of a command line, as detectron2's launchers hand them over
     cfg.merge_from_list(["MODEL.FPN.NORM", "CBN(window=5, compensation='none')"])
