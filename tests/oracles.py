@@ -144,6 +144,29 @@ class PaperCBN:
             self.history.append((weight, self.average))
 
 
+Slopes = tuple[list[Tensor], Tensor, Tensor | float]
+
+
+def derivatives(y: Tensor, conv: nn.Conv2d) -> Slopes:
+    """Of mean and variance of ``y = conv(x)`` by each channel's own weight, [C, d] each, by
+    autograd; and weight and bias."""
+    of = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+    grads = [torch.autograd.grad(v.sum(), conv.weight, retain_graph=True)[0] for v in of]
+    bias = 0.0 if conv.bias is None else conv.bias.detach().clone()
+    return [g.flatten(1) for g in grads], conv.weight.detach().clone(), bias
+
+
+def carry(running: list[Tensor], then: Slopes, conv: nn.Conv2d) -> None:
+    """Takes mean and variance along to first order with the step of the weight since ``then``."""
+    slopes, weight, bias = then
+    step = (conv.weight.detach() - weight).flatten(1)
+    for buffer, slope in zip(running, slopes, strict=True):
+        buffer.add_((slope * step).sum(1))
+    running[1].clamp_(min=0.0)
+    if conv.bias is not None:
+        running[0].add_(conv.bias.detach() - bias)
+
+
 def _row(t: Tensor) -> Tensor:
     return t.view(1, -1, 1, 1)
 

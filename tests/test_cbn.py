@@ -5,7 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from oracles import MixtureEMA, PaperCBN, PaperNet, batch_norm, conv_moments, conv_patches
+from oracles import (
+    MixtureEMA,
+    PaperCBN,
+    PaperNet,
+    batch_norm,
+    carry,
+    conv_moments,
+    conv_patches,
+    derivatives,
+)
 from torch import nn
 
 from cbn_det.norms import CBN2d, build_norm, compensation
@@ -328,26 +337,6 @@ def test_training_trajectory_equals_the_paper(mode, burn_in):
 # ---- the authors' drop rule ------------------------------------------------------------------
 
 
-def derivatives(y, conv):
-    """Of mean and variance by each channel's own weight, [C, d] each, by autograd; and weight and
-    bias."""
-    of = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
-    grads = [torch.autograd.grad(v.sum(), conv.weight, retain_graph=True)[0] for v in of]
-    bias = 0.0 if conv.bias is None else conv.bias.detach().clone()
-    return [g.flatten(1) for g in grads], conv.weight.detach().clone(), bias
-
-
-def carry(running, then, conv):
-    """Running statistics taken along to first order with the step of the weight since ``then``."""
-    slopes, weight, bias = then
-    step = (conv.weight.detach() - weight).flatten(1)
-    for buffer, slope in zip(running, slopes, strict=True):
-        buffer.add_((slope * step).sum(1))
-    running[1].clamp_(min=0.0)
-    if conv.bias is not None:
-        running[0].add_(conv.bias.detach() - bias)
-
-
 def drop_and_ours(size, steps=10):
     torch.manual_seed(0)
     model = layer(nn.Conv2d(3, 16, 3, bias=False), window=4, momentum=0.1)
@@ -624,18 +613,62 @@ def test_further_forwards_of_an_iteration_take_fewer_positions(monkeypatch):
     assert 50 < taken[0] < 90 and len(taken) == 16 and sum(taken) < 5 * taken[0]
 
 
-def test_the_averaged_derivative_survives_a_forward_that_overflowed():
+@pytest.mark.parametrize("broken_at", [0, 3, 6])  # the first entry; later ones, without an estimate
+@pytest.mark.parametrize("where", ["input", "output"])  # and with one
+@pytest.mark.parametrize("positions", [None, 10**6])
+def test_an_entry_that_is_not_finite(broken_at, where, positions):
+    """In its channels, what was remembered until then takes its place, or the running statistics:
+    as values whose mean has no derivative. Nor has the iteration a part in the averaged one."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
-    model = layer(conv, window=3, positions=64)
-    for t in range(5):
-        x = images(conv, t, size=(12, 12))
-        if t == 2:
-            x[0, 3, 5, 5] = float("inf")
-        out = model(x)
+    conv = nn.Conv2d(3, 5, 3)
+    model = layer(conv, window=4, burn_in=2, positions=positions)
+    norm = model[1]
+    for t in range(2):
+        model(images(conv, 100 + t))
         tick()
-        perturb(conv, 0.01, t)
-    assert out.isfinite().all() and model[1].memory.kept["gradient"].isfinite().all()
+    paper = PaperCBN(4, averaged=None if positions is None else NEWEST, step=2)
+    broken = torch.ones(5, dtype=torch.bool)
+    if where == "output":
+        broken[[0, 1, 3, 4]] = False
+    for t in range(12):
+        x = images(conv, t)
+        seen = x.clone()
+        if t == broken_at and where == "input":
+            seen[0, 1, 2, 2] = float("inf")
+        running = norm.running_mean.clone(), norm.running_var.clone()
+        y = conv(seen)
+        if t == broken_at and where == "output":
+            y.detach()[1, broken, 3, 3] = float("inf")
+        got, expected = norm(y), paper(conv(x), conv, norm.weight, norm.bias)
+        if t != broken_at:
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+            paper.push(x, conv)
+        else:
+            torch.testing.assert_close(got[:, ~broken], expected[:, ~broken])
+            mean, var = of_entries(paper, conv) or running
+            average = paper.average
+            paper.push(x, conv)
+            entry, mean = paper.entries[0], mean - conv.bias.detach()
+            entry["mu"][broken], entry["nu"][broken] = mean[broken], (var + mean**2)[broken]
+            entry["dmu"][broken] = entry["dnu"][broken] = 0.0
+            if positions is not None:
+                paper.average[broken] = 0.0 if t == 0 else average[broken]
+        tick()
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(t)
+            shape, dtype = conv.weight.shape, conv.weight.dtype
+            conv.weight += 0.03 * torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def of_entries(paper, conv):
+    """Mean and variance of what is remembered, the mini-batch left out; None: nothing is."""
+    count = len(paper.entries)
+    if not count:
+        return None
+    mean, var, _ = paper.statistics(torch.zeros(1, 5, 1, 1).double(), conv)
+    all_mean = mean * (count + 1) / count
+    second = (var + mean**2) * (count + 1) / count
+    return all_mean.detach(), (second - all_mean**2).detach()
 
 
 KINDS = {
