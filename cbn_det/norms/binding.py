@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -106,6 +107,19 @@ class ConvBound:
         if self.__dict__.get("_computed_weight") is None:
             self.__dict__["_computed_weight"] = computed_weight(self.conv)
         return self.__dict__["_computed_weight"]
+
+    @property
+    def weight_is_trained(self) -> bool:
+        return self._conv_weight()[1]
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of the convolution's weight."""
+        return self._conv_weight()[0].shape
+
+    def flat_weight(self, dtype: torch.dtype) -> Tensor:
+        """[C, d]: the convolution's present weight, without gradient."""
+        return self._conv_weight()[0].to(dtype).flatten(1)
 
     @property
     def weight_is_at_hand(self) -> bool:

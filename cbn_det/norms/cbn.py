@@ -40,7 +40,13 @@ from torch import Tensor
 from . import binding
 from .base import Estimate, Forward
 from .binding import ConvBound
-from .compensation import AveragedDerivative, OwnDerivative, products_with_patches
+from .compensation import (
+    AveragedDerivative,
+    OwnDerivative,
+    carry_running_statistics,
+    changes,
+    products_with_patches,
+)
 from .conv_call import ConvCall
 from .conv_statistics import mean_patch
 from .functional import Moments, mixed_in, mixture
@@ -55,11 +61,6 @@ COMPENSATIONS = ("taylor", "none")
 #: than each entry's own derivative does by 0.5 % at the learning rate before its decay (0.01) and
 #: 0.1 % after; 256 positions by half of that, 16 by 1.5 times as much.
 DEFAULT_POSITIONS = 64
-
-_NO_DERIVATIVES = (
-    "the saved memory has no derivatives by the weight of the convolution, as that of"
-    " compensation='none'"
-)
 
 
 @register_norm("CBN")
@@ -171,9 +172,9 @@ class CBN2d(ConvBound, RememberingNorm2d):
     def stage(self, batch: Moments, y: Tensor) -> None:
         entry = {"mean": batch.mean, "var": batch.var}
         call, self._call = self._call, None
-        if call is not None and self._weight_is_trained:
+        if call is not None and self.weight_is_trained:
             patch = mean_patch(call.x, call.geometry, tuple(y.shape[2:]))
-            anchor = self._products_with_patches(patch[None])[0]
+            anchor = products_with_patches(patch[None], self)[0]
             entry |= {"patch": patch, "anchor": anchor}
             entry |= self.derivative.stage(self, batch, y, call, patch)
         if self._adds_bias:
@@ -213,8 +214,8 @@ class CBN2d(ConvBound, RememberingNorm2d):
         mean, var = rows[0], rows[1]
         widths = [layer.num_features for layer in layers]
         if compensates:
-            step, change = _changes(layers, rows)
-            _carry_running_statistics(layers, step, change, is_new)
+            step, change = changes(layers, rows)
+            carry_running_statistics(layers, step, change, is_new)
             parts = (value.split(widths, 1) for value in (step, change, var))
             for layer, *compared in zip(layers, *parts, strict=True):
                 layer._compared = compared
@@ -256,23 +257,6 @@ class CBN2d(ConvBound, RememberingNorm2d):
         to them."""
         return self.needs_conv and self.conv is not None and self.conv.bias is not None
 
-    @property
-    def _weight_is_trained(self) -> bool:
-        return self._conv_weight()[1]
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """Of the convolution's weight."""
-        return self._conv_weight()[0].shape
-
-    def flat_weight(self, dtype: torch.dtype) -> Tensor:
-        """[C, d]: the convolution's present weight, without gradient."""
-        return self._conv_weight()[0].to(dtype).flatten(1)
-
-    def _products_with_patches(self, patches: Tensor) -> Tensor:
-        weight = self.flat_weight(patches.dtype)
-        return products_with_patches(patches, weight, self.conv.groups)
-
     # ---- memory ----
 
     @property
@@ -299,68 +283,42 @@ class CBN2d(ConvBound, RememberingNorm2d):
             self._see_weight(None)
             self.advance()
 
+    @property
+    def _kind(self) -> dict[str, Any]:
+        """What tells entries of one kind from those of another, which may look alike."""
+        if not self.needs_conv:
+            return {"compensation": "none"}
+        positions = None if self.positions is None else "some"
+        kind = {"compensation": self.compensation, "positions": positions}
+        return {**kind, "conv.bias": self.conv is not None and self.conv.bias is not None}
+
     def memory_state_dict(self) -> dict[str, Any]:
-        # entries do not tell: those of a frozen convolution are like those of compensation='none'
-        return {**super().memory_state_dict(), "adds_bias": self._adds_bias}
+        return {**super().memory_state_dict(), "kind": self._kind}
 
     def check_memory(self, state: dict[str, Any]) -> None:
         super().check_memory(state)
         if not (state["pending"] or state["pushed"]) or (self.needs_conv and self.conv is None):
             return
-        if state.get("adds_bias", False) != self._adds_bias:
-            raise ValueError(_NO_DERIVATIVES if self._adds_bias else self._another_kind())
-        entry = state["stacked"] or state["pending"]
-        if "patch" not in entry:
-            if self._adds_bias and self._weight_is_trained and not state["stacked"]:
-                raise ValueError(_NO_DERIVATIVES)
-            return
-        own = "gradient" in state["stacked"] or "gradient" in state["pending"] and not state["kept"]
-        if not self.needs_conv or own != (self.positions is None):
-            raise ValueError(self._another_kind())
-        if tuple(entry["patch"].shape[-2:]) != (self.conv.groups, self.weight_shape[1:].numel()):
-            raise ValueError("the saved memory is of a convolution of another shape")
-
-    def _another_kind(self) -> str:
-        return (
-            "the saved memory is of another kind than that of"
-            f" compensation={self.compensation!r}, positions={self.positions}"
-        )
+        if state["kind"] != self._kind:
+            raise ValueError(
+                f"the saved memory is of another kind than that of {_told(self._kind)}: of"
+                f" {_told(state['kind'])}"
+            )
+        patch = (state["stacked"] or state["pending"]).get("patch")
+        if patch is not None:
+            d = self.weight_shape[1:].numel()
+            if tuple(patch.shape[-2:]) != (self.conv.groups, d):
+                raise ValueError("the saved memory is of a convolution of another shape")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **binding.NOTHING_SEEN, "_call": None}
+        told = tuple(value.clone() for value in self._compared)  # parts of all layers' tensors
+        state = {**super().__getstate__(), **binding.NOTHING_SEEN}
+        return {**state, "_call": None, "_compared": told}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         binding.install()
 
 
-def _changes(layers: list[CBN2d], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, sum of C] each: by how much mean and variance of every entry have changed, to first
-    order, since it was made."""
-    entries = slice(0, rows.shape[1])
-    products = [n._products_with_patches(n.memory.stacked["patch"][entries]) for n in layers]
-    step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
-    return step, layers[0].derivative.changes(layers, rows[3])
-
-
-def _carry_running_statistics(
-    layers: list[CBN2d], step: Tensor, change: Tensor, is_new: bool
-) -> None:
-    """Takes the running statistics along with the steps that the convolutions made since the latest
-    commit, by what the newest entries changed by. They are averages over iterations, as the window
-    is, and would otherwise belong to weights of ten iterations ago."""
-    first, widths = layers[0].memory, [layer.num_features for layer in layers]
-    newest = (first.pushed - 1) % first.capacity
-    carried = torch.cat([step[newest], change[newest]])
-    since = (
-        carried
-        if is_new
-        else carried
-        - torch.cat([layer.memory.kept[key] for key in ("mean", "var") for layer in layers])
-    )
-    for layer, mean, var in zip(layers, *(v.split(widths) for v in carried.chunk(2)), strict=True):
-        layer.memory.kept.update(mean=mean, var=var)
-    variances = [layer.running_var for layer in layers]
-    running = [layer.running_mean for layer in layers] + variances
-    torch._foreach_add_(running, since.to(running[0].dtype).split(widths * 2))
-    torch._foreach_clamp_min_(variances, 0.0)
+def _told(kind: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in kind.items())

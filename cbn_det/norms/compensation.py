@@ -26,17 +26,48 @@ EVERY = 8
 _MOMENTUM = 0.1
 
 
-def products_with_patches(patches: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """``<E[p], w>``: [E, groups, d] and [C, d] -> [E, C]. What it is when an entry is made is the
-    entry's anchor; likewise below."""
-    products = patches.transpose(0, 1) @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
-    return products.transpose(0, 1).flatten(1)
+def products_with_patches(patches: Tensor, layer: Any) -> Tensor:
+    """``<E[p], w>`` at the layer's present weight: [E, groups, d] -> [E, C]. What it is when an
+    entry is made is the entry's anchor; likewise below."""
+    weight = layer.flat_weight(patches.dtype).unflatten(0, (patches.shape[1], -1))
+    return (patches.transpose(0, 1) @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
-    """``<d var / dw, w>`` for every channel: [E, C, d] and [C, d] -> [E, C]."""
+def products_with(gradients: Tensor, layer: Any) -> Tensor:
+    """``<d var / dw, w>`` for every channel: [E, C, d] -> [E, C]."""
+    weight = layer.flat_weight(gradients.dtype)
     # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
     return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
+
+
+def changes(layers: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, sum of C] each: by how much mean and variance of every entry have changed, to first
+    order, since it was made."""
+    entries = slice(0, rows.shape[1])
+    products = [products_with_patches(n.memory.stacked["patch"][entries], n) for n in layers]
+    step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
+    return step, layers[0].derivative.changes(layers, rows[3])
+
+
+def carry_running_statistics(layers: list[Any], step: Tensor, change: Tensor, is_new: bool) -> None:
+    """Takes the running statistics along with the steps that the convolutions made since the latest
+    commit, by what the newest entries changed by. They are averages over iterations, as the window
+    is, and would otherwise belong to weights of ten iterations ago."""
+    first, widths = layers[0].memory, [layer.num_features for layer in layers]
+    newest = (first.pushed - 1) % first.capacity
+    carried = torch.cat([step[newest], change[newest]])
+    since = (
+        carried
+        if is_new
+        else carried
+        - torch.cat([layer.memory.kept[key] for key in ("mean", "var") for layer in layers])
+    )
+    for layer, mean, var in zip(layers, *(v.split(widths) for v in carried.chunk(2)), strict=True):
+        layer.memory.kept.update(mean=mean, var=var)
+    variances = [layer.running_var for layer in layers]
+    running = [layer.running_mean for layer in layers] + variances
+    torch._foreach_add_(running, since.to(running[0].dtype).split(widths * 2))
+    torch._foreach_clamp_min_(variances, 0.0)
 
 
 class Derivative(Protocol):
@@ -58,8 +89,7 @@ class Derivative(Protocol):
 
 
 def _anchored(gradient: Tensor, layer: Any) -> dict[str, Tensor]:
-    weight = layer.flat_weight(gradient.dtype)
-    return {"gradient": gradient, "gradient_anchor": products_with(gradient[None], weight)[0]}
+    return {"gradient": gradient, "gradient_anchor": products_with(gradient[None], layer)[0]}
 
 
 class OwnDerivative:
@@ -79,10 +109,7 @@ class OwnDerivative:
 
     def changes(self, layers: list[Any], row: Tensor) -> Tensor:
         products = [
-            products_with(
-                layer.memory.stacked["gradient"][: len(row)], layer.flat_weight(row.dtype)
-            )
-            for layer in layers
+            products_with(layer.memory.stacked["gradient"][: len(row)], layer) for layer in layers
         ]
         return (torch.cat(products, 1) - row).nan_to_num_(0.0, 0.0, 0.0)
 
@@ -140,8 +167,7 @@ class AveragedDerivative:
     def changes(self, layers: list[Any], row: Tensor) -> Tensor:
         kept = [layer.memory.kept for layer in layers]
         now = [
-            products_with(k["gradient"][None], layer.flat_weight(row.dtype))
-            for k, layer in zip(kept, layers, strict=True)
+            products_with(k["gradient"][None], layer) for k, layer in zip(kept, layers, strict=True)
         ]
         steps = torch._foreach_sub(now, [k["anchor"] for k in kept])
         for k, product in zip(kept, now, strict=True):

@@ -197,7 +197,9 @@ class Memory:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "seen": int(self.stepped)}
-        if self.rows is not None:  # a part of what other layers have a part of
+        # parts of what other layers have a part of
+        state["kept"] = {key: value.clone() for key, value in self.kept.items()}
+        if self.rows is not None:
             state["rows"] = self.rows.clone()
         if self.older is not None:
             state["older"] = tuple(value.clone() for value in self.older)

@@ -63,7 +63,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         """Called before a commit. Layers for which it returns the same are committed together."""
         memory, like = self.memory, self.running_mean
         pending = memory.pending.get("mean", like)
-        return len(memory), memory.slot, bool(memory.pending), pending.dtype, like.device
+        place = memory.capacity, len(memory), memory.slot
+        return *place, bool(memory.pending), pending.dtype, like.device
 
     @property
     def commits_early(self) -> bool:
@@ -124,8 +125,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 return
         elif self.recomputing_statistics or not memory.count(*how):
             return
-        with _lock:
-            _pending[id(self)] = weakref.ref(self)
+        if not memory.forwards:
+            _add_pending(self)
         if batch is not None:
             self.stage(batch, input.detach())
         memory.forwards += 1
@@ -258,8 +259,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         self.memory.load_state_dict(state, self.running_mean.device)
         self._memory_loaded, self._other_weights = True, None
         if self.memory.forwards:
-            with _lock:
-                _pending[id(self)] = weakref.ref(self)
+            _add_pending(self)
 
     def check_memory(self, state: dict[str, Any]) -> None:
         """Refuses a saved memory that this layer could not use.
@@ -289,6 +289,12 @@ def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(
         a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(some, others, strict=True)
     )
+
+
+def _add_pending(layer: RememberingNorm2d) -> None:
+    with _lock:
+        _pending.pop(id(layer), None)  # of one that is gone: its place in the order is another
+        _pending[id(layer)] = weakref.ref(layer)
 
 
 def _take_pending(first: RememberingNorm2d) -> list[RememberingNorm2d]:
