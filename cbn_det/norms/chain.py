@@ -178,7 +178,8 @@ class Chained:
         if shared is not None and shared.serves(self, chain.source, like):
             return shared
         scope = self._chain_scope and self._chain_scope()
-        modules = () if scope is None else scope.modules()
+        # alone if it asks in the middle of a pass: the next one begins where the latest began
+        modules = scope.modules() if scope and shared and shared.is_past(self) else ()
         return share([self, *(m for m in modules if isinstance(m, Chained))], self, like)
 
     def _look_for_chain(self, y: Tensor) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,8 +97,12 @@ class Expression:
 
     def made_of(self) -> Iterator[Tensor]:
         """The tensors that the moments are computed from."""
-        for part in self.walk():
+        for part in self._owners:
             yield from _present(*part.own())
+
+    @cached_property
+    def _owners(self) -> list[Expression]:
+        return [p for p in self.walk() if not isinstance(p, (Activation, Sum, Pooled))]
 
     def own(self) -> tuple[Tensor | None, ...]:
         """The tensors of this node alone, as they are now.

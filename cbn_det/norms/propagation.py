@@ -155,11 +155,13 @@ def pulled_through(slopes: Tensor, d: Tensor) -> Tensor:
 def tap_sums(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over a kernel's taps of the weight and of its square, [2, C_out, C_in / groups]."""
     taps = weight.to(dtype).flatten(2)
-    both = torch.stack((taps, taps.square()))
-    if both.shape[3] == 1:
-        return both.squeeze(3)
-    # sums of a few neighbours are slow on the CPU, products are not
-    return both @ both.new_ones(both.shape[3]) if both.device.type == "cpu" else both.sum(3)
+    if taps.shape[2] == 1:
+        return torch.stack((taps, taps.square())).squeeze(3)
+    if taps.device.type != "cpu":
+        return torch.stack((taps, taps.square())).sum(3)
+    flat = taps.flatten(0, 1)  # sums of a few neighbours are slow on the CPU, products are not
+    ones = flat.new_ones(flat.shape[1])
+    return torch.stack((flat @ ones, flat.square() @ ones)).unflatten(1, taps.shape[:2])
 
 
 def convolved(pair: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:

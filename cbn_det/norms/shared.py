@@ -71,13 +71,16 @@ class Shared(At):
     """Moments of expressions as they are now, and the derivatives of the activations in them.
 
     Args:
-        sources: what is evaluated at once; other expressions are when they are asked for.
+        made_of: the expressions, with the tensors that each is made of.
         like: a tensor of the dtype and device of the moments.
         layout: of an earlier pass.
     """
 
-    def __init__(self, sources: list[Expression], like: Tensor, layout: _Layout | None) -> None:
+    def __init__(
+        self, made_of: dict[Expression, list[Tensor]], like: Tensor, layout: _Layout | None
+    ) -> None:
         super().__init__(like)
+        sources = list(made_of)
         fits = layout is not None and len(layout.sources) == len(sources)
         if not (fits and all(a is b for a, b in zip(layout.sources, sources, strict=True))):
             layout = _Layout(sources)
@@ -87,7 +90,7 @@ class Shared(At):
         self._own: dict[Expression, tuple[Tensor | None, ...]] = {}
         self._moments: dict[Expression, Tensor] = {}
         self._slopes: dict[Expression, Tensor] = {}
-        self._made_of = {source: _state(source.made_of()) for source in sources}
+        self._made_of = {source: _state(tensors) for source, tensors in made_of.items()}
         # not in a caller's inference mode: a backward pass could not use its tensors
         with torch.inference_mode(False), torch.no_grad():
             self._evaluate()
@@ -123,15 +126,22 @@ class Shared(At):
             self._own[expression] = expression.own()
         return self._own[expression]
 
+    def is_past(self, layer: Any) -> bool:
+        """Whether another forward pass runs when ``layer`` asks."""
+        return self.clock != clock.now() or self.first() is layer
+
     def serves(self, layer: Any, source: Expression, like: Tensor) -> bool:
         """Whether these are the moments of ``source`` in the forward pass that runs."""
         return (
-            self.clock == clock.now()
-            and self.first() is not layer
+            not self.is_past(layer)
             and (self.like.dtype, self.like.device) == (like.dtype, like.device)
             and source in self._made_of
             and _equal(self._made_of[source], _state(source.made_of()))
         )
+
+    def trained(self, source: Expression) -> Iterable[Tensor]:
+        """The tensors that ``source`` is made of and that are trained."""
+        return {id(t): t for t, *_ in self._made_of[source] if t.requires_grad}.values()
 
     def pull(self, source: Expression, d: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of the parameters from that of the moments of ``source``, ``d`` [2, C]."""
@@ -165,21 +175,22 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     Raises:
         Unusable: a parameter of ``first`` is not to be had.
     """
-    chains = {}
+    sources = {}
     for layer in layers:
         chain = layer.chain
         if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
             try:
-                if all(t.device == like.device for t in chain.source.made_of()):
-                    chains[layer] = chain
+                tensors = list(chain.source.made_of())
+                if all(tensor.device == like.device for tensor in tensors):
+                    sources[layer] = chain.source, tensors
             except Unusable:
                 if layer is first:
                     raise
     latest = first._shared
     layout = None if latest is None else latest.layout
-    shared = Shared([chain.source for chain in chains.values()], like, layout)
+    shared = Shared(dict(sources.values()), like, layout)
     shared.first = weakref.ref(first)
-    for layer in chains:
+    for layer in sources:
         layer.__dict__["_shared"] = shared
     return shared
 
@@ -207,5 +218,5 @@ class _Predicted(torch.autograd.Function):
 def predicted(shared: Shared, chain: Conv) -> Tensor:
     """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
     weight, *bias = chain.own()
-    others = {id(t): t for t in chain.source.made_of() if t.requires_grad}
-    return _Predicted.apply(shared, chain.source, weight, *(bias or [None]), *others.values())
+    others = shared.trained(chain.source)
+    return _Predicted.apply(shared, chain.source, weight, *(bias or [None]), *others)
