@@ -179,7 +179,8 @@ class Chained:
             return shared
         scope = self._chain_scope and self._chain_scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began
-        modules = scope.modules() if scope and shared and shared.is_past(self) else ()
+        together = scope is not None and shared is not None and shared.is_past(self)
+        modules = scope.modules() if together else ()
         return share([self, *(m for m in modules if isinstance(m, Chained))], self, like)
 
     def _look_for_chain(self, y: Tensor) -> None:

@@ -96,7 +96,7 @@ class Shared(At):
             self._evaluate()
 
     def _evaluate(self) -> None:
-        norms = [norm for norm in self.layout.norms if None not in self.own(norm)]
+        norms = [n for n in self.layout.norms if all(t is not None for t in self.own(n))]
         if norms:
             pairs = zip(*map(self.own, norms), strict=True)
             weights, biases = (torch.cat(tensors).to(self.like.dtype) for tensors in pairs)
