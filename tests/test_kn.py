@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, kn_chain, reading_memory
 from cbn_det.norms.kn import KN2d
-from cbn_det.norms.propagation import convolved, rectified
+from cbn_det.norms.propagation import convolved, rectified, tap_sums
 from cbn_det.norms.spec import build_norm
 
 
@@ -176,7 +176,8 @@ def test_convolved_moments_equal_sampling_away_from_borders(kind):
     with torch.no_grad():
         sample = mean.view(1, 4, 1, 1) + var.sqrt().view(1, 4, 1, 1) * torch.randn(8, 4, 300, 300)
         y = conv(F.relu(sample))
-        predicted = convolved(*rectified(mean, var), conv.weight, conv.bias, conv.groups)
+        pair = torch.stack(rectified(mean, var))
+        predicted = convolved(pair, tap_sums(conv.weight, pair.dtype), conv.bias)
     std = y.std((0, 2, 3))
     assert float(((predicted[0] - y.mean((0, 2, 3))) / std).abs().max()) < 0.02
     torch.testing.assert_close(predicted[1], y.var((0, 2, 3)), rtol=0.02, atol=0)
@@ -190,7 +191,8 @@ def test_how_much_padding_matters():
     for size in (7, 14, 56):
         with torch.no_grad():
             y = conv(F.relu(torch.randn(max(8, 40_000 // size**2), 16, size, size)))
-            mean, _ = convolved(*rectified(torch.zeros(16), torch.ones(16)), conv.weight, None, 1)
+            pair = torch.stack(rectified(torch.zeros(16), torch.ones(16)))
+            mean, _ = convolved(pair, tap_sums(conv.weight, pair.dtype))
             errors[size] = float(((mean - y.mean((0, 2, 3))) / y.std((0, 2, 3))).abs().mean())
     assert errors[7] > 1.5 * errors[14] > 4 * errors[56]
     assert errors[7] < 0.25 and errors[56] < 0.03

@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
-from .prediction import Constant, Conv, End, Expression, FrozenNorm, Norm, OtherNorm
+from .prediction import At, Conv, End, Expression, FrozenNorm, Norm, OtherNorm, Unusable
 from .recalibration import in_backward
+from .shared import Shared, predicted, share
 
 # ---- replaced modules ------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class Chained:
     _chain_from: int | None  # found inside a backward pass: not before the clock has moved on
     _chain_traced: bool  # by find_chain, which sees more than a training forward
     _chain_counted: bool  # whether the report of what is predicted counts this layer already
-    _constant: Constant | None  # what is predicted from frozen parts, computed once
+    _shared: Shared | None  # what layers predict from in the latest forward pass
 
     def _start_chain(self) -> None:
         self.__dict__.update(
@@ -95,7 +96,7 @@ class Chained:
             _chain_from=None,
             _chain_traced=False,
             _chain_counted=False,
-            _constant=None,
+            _shared=None,
         )
         watch()
 
@@ -157,6 +158,31 @@ class Chained:
             _warn_of_compilation()
         return None if isinstance(chain, End) else chain
 
+    def _predict(self, y: Tensor, like: Tensor) -> Tensor | None:
+        """Predicted mean and variance [2, C] of the channels of ``y``, of the dtype of ``like``;
+        None where nothing precedes it."""
+        for _ in range(2):
+            chain = self._find_chain(y)
+            if chain is None:
+                return None
+            try:
+                if torch.compiler.is_compiling() or thread.tracing or not self.training:
+                    return At(like)(chain)
+                return predicted(self._shared_moments(chain, like), chain)
+            except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
+                self.__dict__.update(_chain_unsure=True, _chain_traced=False)
+        return None
+
+    def _shared_moments(self, chain: Conv, like: Tensor) -> Shared:
+        shared = self._shared
+        if shared is not None and shared.serves(self, chain.source, like):
+            return shared
+        scope = self._chain_scope and self._chain_scope()
+        # alone if it asks in the middle of a pass: the next one begins where the latest began
+        together = scope is not None and shared is not None and shared.is_past(self)
+        modules = scope.modules() if together else ()
+        return share([self, *(m for m in modules if isinstance(m, Chained))], self, like)
+
     def _look_for_chain(self, y: Tensor) -> None:
         known = self.chain
         again = recomputing()
@@ -200,18 +226,13 @@ class Chained:
             "_chain_scope": None,
             "_chain_unsure": self.chain is not None,
             "_chain_from": None,
-            "_constant": None,
+            "_shared": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_chain_revision"] = _revision
         watch()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        self.__dict__["_constant"] = None
-        return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any):
         if _hangs_on_statistics(self._chain):

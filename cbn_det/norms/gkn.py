@@ -21,7 +21,7 @@ from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
 from .functional import mixture, moments, normalize, statistics_dtype
-from .kn import DEFAULT_GAIN, Predicting
+from .kn import DEFAULT_GAIN, Predicting, posterior
 from .propagation import Pair
 from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
@@ -120,7 +120,7 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
 
     _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
-    def _normalized(self, input: Tensor, prediction: Pair) -> Tensor:
+    def _normalized(self, input: Tensor, prediction: Tensor) -> Tensor:
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
         batch = moments(x)
@@ -141,11 +141,11 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             output = output.to(memory_format=torch.channels_last)
         return output
 
-    def _in_plain_operations(self, input: Tensor, prediction: Pair) -> Tensor:
+    def _in_plain_operations(self, input: Tensor, prediction: Tensor) -> Tensor:
         """The same in operations that can be traced and exported, with autograd's own gradient."""
-        x = input.to(prediction[0].dtype).unflatten(1, (self.num_groups, -1))
+        x = input.to(prediction.dtype).unflatten(1, (self.num_groups, -1))
         var, mean = torch.var_mean(x, (2, 3, 4), correction=0)
-        mean, var, _ = self._combine(prediction, mean, var)
+        mean, var, *_ = posterior(prediction, mean, var, self.gain, self.eps)
         mean, var = (value[..., None, None, None] for value in (mean, var))
         output = ((x - mean) * (var + self.eps).rsqrt()).flatten(1, 2)
         if self.affine:
@@ -153,10 +153,9 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             output = torch.addcmul(shift, output, scale)
         return output.to(input.dtype)
 
-    def _of_groups(self, prediction: Pair) -> Pair:
-        """The prediction for groups, [1, groups], from that for channels [C]."""
-        mean, var = self._grouped(*prediction)
-        return mean[None], var[None]
+    def _of_groups(self, prediction: Tensor) -> Tensor:
+        """The prediction for groups, [2, 1, groups], from that for channels [C]."""
+        return torch.stack(self._grouped(*prediction.unbind())).unsqueeze(1)
 
     def _grouped(self, mean: Tensor, var: Tensor) -> Pair:
         """Moments of the equal mixture of each group's channels, one group after another."""

@@ -316,7 +316,7 @@ def _is_mask(factor: Tensor, samples: int | None) -> bool:
 def _without_correction(node: Any) -> Any:
     """The edge of a weight or bias, before an estimate's scale and shift were taken into it (Batch
     Renormalization's, which on average change nothing)."""
-    if node is not None and _operation(node) in ("Add", "Mul"):
+    if node is not None and _operation(node) in ("Add", "Addcmul", "Mul"):
         return node.next_functions[0][0]
     return node
 

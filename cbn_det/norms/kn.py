@@ -30,17 +30,17 @@ where the paper or the code leaves a choice:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
 from .base import Estimate, SmallBatchNorm2d, is_number
 from .chain import Chained, tracing
 from .functional import Moments
-from .prediction import Expression, Unusable, constant_moments
-from .propagation import Pair
 from .spec import register_norm
 
 #: Weight of the prediction, chosen for 1 or 2 images: in the first 100 iterations of a Faster R-CNN
@@ -78,55 +78,70 @@ class Predicting(Chained):
         mini-batch, and the variance relative to the mini-batch's, averaged over channels."""
         if not self._compared:
             return {}
-        predicted, mean, var, ratio, believed = self._compared
-        error = (predicted - mean).abs() / (var + self.eps).sqrt()
+        difference, var, ratio, believed = self._compared
+        error = difference[0].abs() / (var + self.eps).sqrt()
         return {
             "guarded": 1.0 - believed.to(var.dtype).mean(),
-            "prediction_mean": torch.where(believed, error, 0.0).mean(),
+            "prediction_mean": error.mean(),
             "prediction_var": torch.where(believed, ratio, 0.0).mean(),
         }
 
-    def _predict(self, y: Tensor, like: Tensor) -> Pair | None:
-        """Predicted mean and variance [C] of the channels of ``y``; None where nothing precedes
-        it."""
-        like = like.detach().new_empty(0)
-        for _ in range(2):
-            chain = self._find_chain(y)
-            if chain is None:
-                return None
-            try:
-                return self._through(chain, y, like)
-            except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
-                self.__dict__.update(_chain_unsure=True, _chain_traced=False)
-        return None
+    def _combine(self, prediction: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        """Posterior mean and variance [..., C], and the share of the observation [..., 1], from a
+        prediction [2, ..., C]; the gradient is the prediction's alone."""
+        posterior_mean, posterior_var, share, difference, ratio, believed = _Posterior.apply(
+            prediction, mean, var, self.gain, self.eps
+        )
+        self._compared = (difference.detach(), var.detach(), ratio, believed)
+        return posterior_mean, posterior_var, share
 
-    def _through(self, chain: Expression, y: Tensor, like: Tensor) -> Pair:
-        if not torch.compiler.is_compiling():
-            # frozen parts of what is trained stay as they are. A moving average does not, and
-            # a change through ``.data`` leaves no trace
-            lasts = self.training and y.requires_grad
-            constant = constant_moments(chain.source, like, self._constant if lasts else None)
-            if lasts:
-                self._constant = constant
-            if constant is not None:
-                return chain.through(*constant.pair)
-        return chain.through(*chain.source.moments(like))
 
-    def _combine(self, prediction: Pair, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-        """Posterior mean and variance [..., C], and the share of the observation [..., 1]."""
-        predicted_mean, predicted_var = torch.broadcast_tensors(*prediction)
-        with torch.no_grad():
-            ratio = (predicted_var / (var + self.eps)).mean(-1, keepdim=True)
-            believed = ratio < GUARD  # also refuses what is not finite
-        if self.training:
-            self._compared = (predicted_mean.detach(), mean.detach(), var.detach(), ratio, believed)
-        difference = torch.where(believed, predicted_mean, mean) - mean
-        excess = torch.where(believed, predicted_var, var) - var
-        p = self.gain
-        posterior_mean = torch.add(mean, difference, alpha=p)
-        posterior_var = torch.add(var, excess, alpha=p)
-        posterior_var = torch.addcmul(posterior_var, difference, difference, value=p * (1.0 - p))
-        return posterior_mean, posterior_var, torch.where(believed, mean.new_full((), 1.0 - p), 1.0)
+def posterior(
+    prediction: Tensor, mean: Tensor, var: Tensor, gain: float, eps: float
+) -> tuple[Tensor, ...]:
+    """Mean and variance [..., C] of prediction [2, ..., C] and observation; what the prediction
+    differs by [2, ..., C], 0 where it is refused; predicted variance by observed, on average over
+    channels [..., 1], and whether it is believed."""
+    observed = torch.stack((mean, var))
+    ratio = (prediction[1].detach() / (var.detach() + eps)).mean(-1, keepdim=True)
+    believed = ratio < GUARD  # also refuses what is not finite
+    difference = torch.where(believed, prediction, observed) - observed
+    mean, var = torch.add(observed, difference, alpha=gain).unbind()
+    var = torch.addcmul(var, difference[0], difference[0], value=gain * (1.0 - gain))
+    return mean, var, difference, ratio, believed
+
+
+class _Posterior(torch.autograd.Function):
+    """:func:`posterior`, and the observation's share, with the prediction's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, prediction: Tensor, mean: Tensor, var: Tensor, gain: float, eps: float
+    ) -> tuple[Tensor, ...]:
+        mean, var, difference, ratio, believed = posterior(prediction, mean, var, gain, eps)
+        if torch.compiler.is_compiling():  # it looks through caches, and says so
+            share = torch.where(believed, 1.0 - gain, torch.ones_like(ratio))
+        else:
+            share = torch.where(believed, *_shares(gain, mean.dtype, mean.device))
+        ctx.gain = gain
+        ctx.save_for_backward(difference[0], share)
+        ctx.mark_non_differentiable(share, difference, ratio, believed)
+        ctx.set_materialize_grads(False)
+        return mean, var, share, difference, ratio, believed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        difference, share = ctx.saved_tensors
+        by_mean = torch.addcmul(d_mean, difference, d_var, value=2.0 * (1.0 - ctx.gain))
+        return torch.stack((by_mean, d_var)) * (1.0 - share), None, None, None, None
+
+
+@lru_cache(maxsize=64)
+def _shares(gain: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of an observation beside a prediction that is believed, and of one beside none; made once."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(share, dtype=dtype, device=device) for share in (1.0 - gain, 1.0))
 
 
 @register_norm("KN")

@@ -4,7 +4,7 @@ The prediction of Kalman Normalization in closed form. Activations are taken for
 independent, between channels and between positions, as the authors' sampling code draws them; its
 expectation is computed here instead of a sample. An :class:`Expression` is a small tree that says
 how a convolution's input is made of the outputs of norm layers: references and operations, no
-values. ``expression.moments(like)`` evaluates it to the mean and variance per channel, ``[C]``
+values. ``At(like)(expression)`` evaluates it to the mean and variance per channel, ``[C]``
 each, differentiably, with the parameters that the modules have then.
 
 What the rules leave out: padding (at the border fewer taps contribute), correlations, and what
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .functional import mixture
-from .propagation import Pair, activated, convolved
+from .propagation import activated, convolution_gradient, convolved, tap_sums
 
 
 class Unusable(Exception):
@@ -61,7 +62,7 @@ class Held:
         return names.get(id(self._parameter), "?").removesuffix(".weight")
 
 
-def _whole(value: Tensor) -> Tensor:
+def _whole(value: Tensor | None) -> Tensor | None:
     if type(value) is not nn.Parameter and hasattr(value, "device_mesh"):
         raise Unusable("a parameter is sharded while it is needed")
     return value
@@ -96,34 +97,95 @@ class Expression:
 
     def made_of(self) -> Iterator[Tensor]:
         """The tensors that the moments are computed from."""
-        for value in self._values():
-            if isinstance(value, Held):
-                yield value.now()
-            elif isinstance(value, Expression):
-                yield from value.made_of()
+        for part in self._owners:
+            yield from _present(*part.own())
+
+    @cached_property
+    def _owners(self) -> list[Expression]:
+        return [p for p in self.walk() if not isinstance(p, (Activation, Sum, Pooled))]
+
+    def own(self) -> tuple[Tensor | None, ...]:
+        """The tensors of this node alone, as they are now.
+
+        Raises:
+            Unusable: a parameter is not to be had.
+        """
+        return tuple(value.now() for value in self._values() if isinstance(value, Held))
 
     def _values(self) -> Iterator[Any]:
         for value in (getattr(self, f.name) for f in fields(self)):
             yield from value if isinstance(value, tuple) else (value,)
 
-    def moments(self, like: Tensor) -> Pair:
-        """Mean and variance [C] of the activations here, of the dtype and device of ``like``.
+    def moments(self, at: At) -> Tensor:
+        """Mean and variance [2, C] of the activations here; ``at`` knows those of the parts.
 
         Raises:
             Unusable: a parameter is not to be had.
         """
-        return self.parts()[0].moments(like)
+        return at(self.parts()[0])
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        """From the gradient of the moments here, ``d`` [2, C], those of the parts' moments and of
+        parameters."""
+        with torch.enable_grad():
+            known = {part: at(part).detach().requires_grad_() for part in self.parts()}
+            here = self.moments(Known(at.like, known))
+        yield from zip(known, torch.autograd.grad(here, known.values(), d), strict=True)
 
     def describe(self, names: dict[int, str]) -> str:
         """As text; ``names`` are those of layers and parameters, by ``id``."""
         return self.parts()[0].describe(names)
 
 
-def _affine_pair(weight: Tensor | None, bias: Tensor | None, width: int, like: Tensor) -> Pair:
-    mean = like.new_zeros(width) if bias is None else _whole(bias).to(like.dtype)
-    if weight is None:
-        return mean, like.new_ones(width)
-    return mean, _whole(weight).to(like.dtype).square()
+class At:
+    """Knows the moments of expressions, called with one of them.
+
+    Attributes:
+        like: a tensor of their dtype and device.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like.detach().new_empty(0)
+
+    def __call__(self, expression: Expression) -> Tensor:
+        return expression.moments(self)
+
+    def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
+        """The tensors of an expression's own node."""
+        return expression.own()
+
+
+class Known(At):
+    """Of some expressions, given."""
+
+    def __init__(self, like: Tensor, moments: dict[Expression, Tensor]) -> None:
+        super().__init__(like)
+        self.moments = moments
+
+    def __call__(self, expression: Expression) -> Tensor:
+        return self.moments[expression]
+
+
+class NormOutput(Expression):
+    """The output of a norm, N(bias, weight^2) for its affine parameters."""
+
+    def moments(self, at: At) -> Tensor:
+        weight, bias = at.own(self)[:2]
+        mean = at.like.new_zeros(self.width) if bias is None else bias.to(at.like.dtype)
+        var = at.like.new_ones(self.width) if weight is None else weight.to(at.like.dtype).square()
+        return torch.stack((mean, var))
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        weight, bias = at.own(self)[:2]
+        if weight is not None and weight.requires_grad:
+            yield weight, 2.0 * d[1] * weight
+        if bias is not None and bias.requires_grad:
+            yield bias, d[0]
+
+
+def _of_shape(per_channel: Tensor, parameter: Tensor) -> Tensor:
+    total = per_channel.sum() if parameter.numel() == 1 else per_channel
+    return total.view_as(parameter)
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
@@ -131,7 +193,7 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Norm(Expression):
+class Norm(NormOutput):
     """The output of a KN or GKN layer."""
 
     layer: nn.Module
@@ -140,18 +202,15 @@ class Norm(Expression):
     def width(self) -> int:
         return self.layer.channels
 
-    def made_of(self) -> Iterator[Tensor]:
-        yield from _present(self.layer.weight, self.layer.bias)
-
-    def moments(self, like: Tensor) -> Pair:
-        return _affine_pair(self.layer.weight, self.layer.bias, self.width, like)
+    def own(self) -> tuple[Tensor | None, ...]:
+        return _whole(self.layer.weight), _whole(self.layer.bias)
 
     def describe(self, names: dict[int, str]) -> str:
         return names.get(id(self.layer), "(outside this model)")
 
 
 @dataclass(frozen=True, eq=False)
-class OtherNorm(Expression):
+class OtherNorm(NormOutput):
     """The output of another norm layer, seen by its affine parameters."""
 
     weight: Held
@@ -161,15 +220,12 @@ class OtherNorm(Expression):
     def width(self) -> int:
         return len(self.weight.now())
 
-    def moments(self, like: Tensor) -> Pair:
-        return _affine_pair(self.weight.now(), self.bias.now(), self.width, like)
-
     def describe(self, names: dict[int, str]) -> str:
         return self.weight.describe(names)
 
 
 @dataclass(frozen=True, eq=False)
-class FrozenNorm(Expression):
+class FrozenNorm(NormOutput):
     """The output of a norm that is not trained and normalises by its running statistics, of an
     input that is distributed as they say. ``eps`` makes its variance smaller than weight^2, which
     matters in channels that are nearly constant."""
@@ -180,15 +236,19 @@ class FrozenNorm(Expression):
     def width(self) -> int:
         return len(self.layer.running_mean)
 
-    def made_of(self) -> Iterator[Tensor]:
-        layer = self.layer
-        yield from _present(layer.weight, layer.bias, layer.running_var)
+    def own(self) -> tuple[Tensor | None, ...]:
+        return _whole(self.layer.weight), _whole(self.layer.bias), self.layer.running_var
 
-    def moments(self, like: Tensor) -> Pair:
-        layer = self.layer
-        var = layer.running_var.to(like.dtype)
-        mean, scale = _affine_pair(layer.weight, layer.bias, self.width, like)
-        return mean, scale * (var / (var + layer.eps))
+    def moments(self, at: At) -> Tensor:
+        mean, scale = super().moments(at)
+        return torch.stack((mean, scale * self._kept(at)))
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        return super().pull(torch.stack((d[0], d[1] * self._kept(at))), at)
+
+    def _kept(self, at: At) -> Tensor:
+        var = at.own(self)[2].to(at.like.dtype)
+        return var / (var + self.layer.eps)
 
     def describe(self, names: dict[int, str]) -> str:
         return names.get(id(self.layer), "(outside this model)")
@@ -208,13 +268,15 @@ class Conv(Expression):
         weight = self.weight.now()
         return len(weight) if self.source.width == weight.shape[1] * self.groups else None
 
-    def moments(self, like: Tensor) -> Pair:
-        return self.through(*self.source.moments(like))
+    def moments(self, at: At) -> Tensor:
+        weight, *bias = at.own(self)
+        return convolved(at(self.source), tap_sums(weight, at.like.dtype), *bias)
 
-    def through(self, mean: Tensor, var: Tensor) -> Pair:
-        """Moments of the output from those of the input."""
-        bias = None if self.bias is None else self.bias.now()
-        return convolved(mean, var, self.weight.now(), bias, self.groups)
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        weight, *bias = at.own(self)
+        sums = tap_sums(weight, at.like.dtype)
+        d_pair, d_weight = convolution_gradient(d, at(self.source), weight, sums)
+        yield from ((self.source, d_pair), (weight, d_weight), *((b, d[0]) for b in bias))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"{self.weight.describe(names)}({self.source.describe(names)})"
@@ -228,8 +290,8 @@ class Activation(Expression):
     operation: str
     options: tuple[Any, ...] = ()
 
-    def moments(self, like: Tensor) -> Pair:
-        return activated(*self.source.moments(like), self.operation, self.options)
+    def moments(self, at: At) -> Tensor:
+        return torch.stack(activated(*at(self.source), self.operation, self.options))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"{self.operation.lower()}({self.source.describe(names)})"
@@ -242,9 +304,9 @@ class Scaled(Expression):
     source: Expression
     factor: float
 
-    def moments(self, like: Tensor) -> Pair:
-        mean, var = self.source.moments(like)
-        return mean * self.factor, var * self.factor**2
+    def moments(self, at: At) -> Tensor:
+        mean, var = at(self.source)
+        return torch.stack((mean * self.factor, var * self.factor**2))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"{self.factor:g} ({self.source.describe(names)})"
@@ -261,9 +323,11 @@ class Sum(Expression):
     def width(self) -> int | None:
         return self.left.width if self.left.width == self.right.width else None
 
-    def moments(self, like: Tensor) -> Pair:
-        left, right = self.left.moments(like), self.right.moments(like)
-        return left[0] + right[0], left[1] + right[1]
+    def moments(self, at: At) -> Tensor:
+        return at(self.left) + at(self.right)
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        yield from ((self.left, d), (self.right, d))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"{self.left.describe(names)} + {self.right.describe(names)}"
@@ -282,10 +346,20 @@ class Affine(Expression):
     def width(self) -> int | None:
         return self.source.width if self.parameter.now().numel() in (1, self.source.width) else None
 
-    def moments(self, like: Tensor) -> Pair:
-        mean, var = self.source.moments(like)
-        value = self.parameter.now().to(mean.dtype).flatten()
-        return (mean * value, var * value.square()) if self.multiplies else (mean + value, var)
+    def moments(self, at: At) -> Tensor:
+        mean, var = at(self.source)
+        value = at.own(self)[0].to(mean.dtype).flatten()
+        changed = (mean * value, var * value.square()) if self.multiplies else (mean + value, var)
+        return torch.stack(changed)
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        (mean, var), (parameter,) = at(self.source), at.own(self)
+        if not self.multiplies:
+            yield from ((self.source, d), (parameter, _of_shape(d[0], parameter)))
+            return
+        value = parameter.to(mean.dtype).flatten()
+        yield self.source, d * torch.stack((value, value.square()))
+        yield parameter, _of_shape(d[0] * mean + 2.0 * d[1] * var * value, parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,6 +367,9 @@ class Pooled(Expression):
     """RoIs cut out of images: moments are kept."""
 
     source: Expression
+
+    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        yield self.source, d
 
     def describe(self, names: dict[int, str]) -> str:
         return f"roi({self.source.describe(names)})"
@@ -309,10 +386,9 @@ class Mixture(Expression):
         widths = {source.width for source in self.sources}
         return widths.pop() if len(widths) == 1 else None
 
-    def moments(self, like: Tensor) -> Pair:
-        pairs = zip(*(source.moments(like) for source in self.sources), strict=True)
-        means, variances = (torch.stack(values) for values in pairs)
-        return mixture(means, variances, means.new_full((), 1.0 / len(means)))
+    def moments(self, at: At) -> Tensor:
+        means, variances = torch.stack([at(source) for source in self.sources], 1)
+        return torch.stack(mixture(means, variances, means.new_full((), 1.0 / len(means))))
 
     def describe(self, names: dict[int, str]) -> str:
         return f"mixture({', '.join(source.describe(names) for source in self.sources)})"
@@ -329,10 +405,8 @@ class Concat(Expression):
         widths = [source.width for source in self.sources]
         return None if None in widths else sum(widths)
 
-    def moments(self, like: Tensor) -> Pair:
-        pairs = zip(*(source.moments(like) for source in self.sources), strict=True)
-        mean, var = (torch.cat(values) for values in pairs)
-        return mean, var
+    def moments(self, at: At) -> Tensor:
+        return torch.cat([at(source) for source in self.sources], 1)
 
     def describe(self, names: dict[int, str]) -> str:
         return f"concat({', '.join(source.describe(names) for source in self.sources)})"
@@ -348,39 +422,8 @@ class End(Expression):
     def width(self) -> None:
         return None
 
-    def moments(self, like: Tensor) -> Any:
+    def moments(self, at: At) -> Any:
         raise RuntimeError(f"no prediction where a chain ends: {self.reason}")
 
     def describe(self, names: dict[int, str]) -> str:
         return f"- ({self.reason})"
-
-
-class Constant:
-    """Moments of an expression, kept while it is made of tensors that are not trained and have not
-    changed: behind frozen parts."""
-
-    def __init__(self, made_of: list[Tensor], like: Tensor, pair: Pair) -> None:
-        self._made_of = made_of  # also keeps their ids from being given away
-        self._state = _state(made_of, like)
-        self.pair = pair
-
-    def holds(self, made_of: list[Tensor], like: Tensor) -> bool:
-        return self._state == _state(made_of, like)
-
-
-def _state(tensors: list[Tensor], like: Tensor) -> tuple[Any, ...]:
-    return like.dtype, like.device, [(id(t), t.data_ptr(), t._version) for t in tensors]
-
-
-def constant_moments(source: Expression, like: Tensor, kept: Constant | None) -> Constant | None:
-    """The :class:`Constant` of an expression, ``kept`` if it still holds; None where anything that
-    the moments are computed from is trained."""
-    made_of = []
-    for tensor in source.made_of():
-        if tensor.requires_grad or tensor.is_inference():
-            return None
-        made_of.append(tensor)
-    if kept is not None and kept.holds(made_of, like):
-        return kept
-    with torch.inference_mode(False), torch.no_grad():
-        return Constant(made_of, like, source.moments(like))
