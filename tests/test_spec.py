@@ -20,8 +20,8 @@ def clean_table(monkeypatch):
         ("CBN()", ("CBN", {})),
         ("CBN(window=8)", ("CBN", {"window": 8})),
         (
-            "CBN( window = 8, compensation='none', cutoff=None, momentum=1e-2,)",
-            ("CBN", {"window": 8, "compensation": "none", "cutoff": None, "momentum": 0.01}),
+            "CBN( window = 8, compensation='none', positions=None, momentum=1e-2,)",
+            ("CBN", {"window": 8, "compensation": "none", "positions": None, "momentum": 0.01}),
         ),
         ("X(a=-1, b=(1, 2), c={'e': [True]})", ("X", {"a": -1, "b": (1, 2), "c": {"e": [True]}})),
         ("SomebodysNorm", ("SomebodysNorm", {})),
@@ -99,7 +99,8 @@ def test_unknown_option_lists_the_known():
         ("CBN(burn_in=1.5)", "burn_in=1.5"),
         ("CBN(compensation='drop')", "taylor"),
         ("CBN(momentum='a')", "CBN(momentum='a')"),
-        ("CBN(cutoff='a')", "CBN(cutoff='a')"),
+        ("CBN(compensation='exact')", "compensation='exact'"),
+        ("CBN(positions='a')", "CBN(positions='a')"),
         ("CBN(eps='a')", "CBN(eps='a')"),
     ],
 )

@@ -26,7 +26,6 @@ from cbn_det.study.statistics_results import Measured, read_points
 NORMS = [
     "BN",
     "CBN(burn_in=0)",
-    "CBN(burn_in=0, compensation='central')",
     "CBN(burn_in=0, compensation='none')",
     "MBN(burn_in=0)",
     "MBN(burn_in=0, double_forward=False)",
