@@ -43,6 +43,12 @@ class Branches(nn.Module):
         return self.last(F.relu(self.norm_a(a) + self.norm_b(b)))
 
 
+def memory_of(model):
+    """Without the names of options, which assert_close does not compare."""
+    saved = memory_state_dict(model)
+    return {name: {**state, "kind": None} for name, state in saved.items()}
+
+
 def train(model, seeds):
     optimizer, outs = torch.optim.SGD(model.parameters(), lr=0.05), []
     for seed in seeds:
@@ -67,7 +73,7 @@ def test_symbolic_trace_sees_a_norm_as_it_sees_batchnorm(spec, training):
     assert traced.code == reference.code
     other = copy.deepcopy(model)
     assert torch.equal(train(traced, range(5)), train(other, range(5)))
-    torch.testing.assert_close(memory_state_dict(model), memory_state_dict(other), rtol=0, atol=0)
+    torch.testing.assert_close(memory_of(model), memory_of(other), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("spec", BATCH_NORMS)
@@ -169,6 +175,4 @@ def test_a_compiled_model_with_spectral_norm_trains_as_it_does_eagerly(compiled)
     other = copy.deepcopy(model)
     ours, theirs = train(model, range(6)), train(compiled(other), range(6))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        memory_state_dict(other), memory_state_dict(model), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(memory_of(other), memory_of(model), rtol=1e-4, atol=1e-5)
