@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from cbn_det.norms import CBN2d, MBN2d, build_norm, settle, tick
 
-# three or more of most kinds; channels, convolution and window differ within a kind
+# three or more of most kinds, some alike in width; convolution, width and window differ
 LAYERS: dict[str, tuple[Callable[[], nn.Conv2d], str]] = {
-    "a": (lambda: nn.Conv2d(3, 5, 3, padding=1, bias=False), "CBN(window=3, burn_in=0)"),
-    "b": (lambda: nn.Conv2d(3, 2, 1), "CBN(window=3, burn_in=0)"),
-    "c": (lambda: nn.Conv2d(3, 9, 3, groups=3), "CBN(window=3, burn_in=0)"),
+    "a": (lambda: nn.Conv2d(3, 6, 3, padding=1, bias=False), "CBN(window=3, burn_in=0)"),
+    "b": (lambda: nn.Conv2d(3, 6, 1), "CBN(window=3, burn_in=0)"),
+    "c": (lambda: nn.Conv2d(3, 6, 3, groups=3), "CBN(window=3, burn_in=0)"),
     "wider": (lambda: nn.Conv2d(3, 4, 3), "CBN(window=5, burn_in=0)"),
-    "late": (lambda: nn.Conv2d(3, 4, 1), "CBN(window=3, burn_in=4)"),
+    "late": (lambda: nn.Conv2d(3, 6, 1), "CBN(window=3, burn_in=4)"),
     "own": (lambda: nn.Conv2d(3, 4, 3), "CBN(window=3, burn_in=0, positions=None)"),
     "own, too": (lambda: nn.Conv2d(3, 7, 1), "CBN(window=3, burn_in=0, positions=None)"),
     "naive": (lambda: nn.Conv2d(3, 4, 3), "CBN(window=3, burn_in=0, compensation='none')"),
     "frozen": (lambda: nn.Conv2d(3, 6, 3).requires_grad_(False), "CBN(window=3, burn_in=0)"),
     "d": (lambda: nn.Conv2d(3, 3, 1), "MBN(window=3, burn_in=0)"),
-    "e": (lambda: nn.Conv2d(3, 5, 1), "MBN(window=3, burn_in=0)"),
+    "e": (lambda: nn.Conv2d(3, 3, 1), "MBN(window=3, burn_in=0)"),
     "f": (lambda: nn.Conv2d(3, 2, 1), "MBN(window=3, burn_in=0, decay=0.5)"),
     "brn": (lambda: nn.Conv2d(3, 4, 1), "BRN(burn_in=2, ramp=3)"),
     "window 1": (lambda: nn.Conv2d(3, 4, 1), "CBN(window=1, burn_in=0)"),
@@ -39,8 +39,10 @@ def plan(t: int) -> list[str]:
     names = list(LAYERS)
     if t in (3, 9, 10, 11, 17):  # a head without RoIs
         names = [name for name in names if name not in ("b", "own", "e", "late")]
-    if t % 3 == 2:
+    if t in (2, 5, 8, 11, 17):
         names.reverse()
+    if t in (14, 15):  # the others behind the same first one
+        names[1:] = names[:0:-1]
     if t == 7:
         names = names[5:] + names[:5]
     return names + ["a", "e"] * (t in (5, 8, 16))  # called twice
