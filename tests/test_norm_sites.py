@@ -811,7 +811,7 @@ def test_bfloat16_autocast_with_the_other_norms(zoo, turn):
         assert {value.dtype for value in state.values()} == {torch.float32}, name
         if re.search(r"stem|res[23]", name):  # further on, rounding errors have added up
             error = (layer.running_mean - layers[name].running_mean).norm()
-            assert error < 0.1 * layers[name].running_mean.norm(), name
+            assert error < 0.2 * layers[name].running_mean.norm(), name
 
 
 def test_convert_sync_batchnorm_turns_cbn_into_syncbn_and_unbinds(zoo):

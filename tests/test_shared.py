@@ -294,3 +294,37 @@ def test_a_model_is_released() -> None:
     assert alive() == before + 1
     del model
     assert alive() == before
+
+
+def test_gradients_of_a_sum_do_not_share_their_memory() -> None:
+    """Both norms have the same gradient by their biases; a second backward pass adds to each."""
+    torch.manual_seed(0)
+    model = Residual("KN(gain=0.5)").double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model(x)  # finds the chain
+    model.cut = True  # gradients of the first two norms are then the prediction's alone
+    probe = torch.linspace(-1.0, 2.0, 288, dtype=torch.float64).view(2, 4, 6, 6)
+    (model(x) * probe).square().sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    once = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    assert "norm0.bias" in once and "norm1.bias" in once
+    (model(x) * probe).square().sum().backward()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, 2.0 * once[name], msg=name)
+
+
+class Residual(nn.Module):
+    """The last norm's input is made of the sum of two others."""
+
+    cut = False
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        for i, width in enumerate((3, 3, 4)):
+            self.add_module(f"conv{i}", nn.Conv2d(width, 4, 1, bias=False))
+            self.add_module(f"norm{i}", build_norm(spec, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.norm0(self.conv0(x)) + self.norm1(self.conv1(x))
+        total = total.detach() if self.cut else total
+        return self.norm2(self.conv2(total)) * torch.arange(4.0).view(1, -1, 1, 1)

@@ -178,7 +178,7 @@ class CBN2d(ConvBound, RememberingNorm2d):
             entry |= {"patch": patch, "anchor": anchor}
             entry |= self.derivative.stage(self, batch, y, call, patch)
         if self._adds_bias:
-            entry["bias"] = self.conv.bias.detach().to(batch.mean.dtype, copy=True)
+            entry["bias"] = self.conv.bias.detach().clone()
             entry["mean"] = batch.mean - entry["bias"]
         old = self.memory.pending
         self.memory.pending = self._pooled(old, entry) if old.keys() >= entry.keys() else entry
@@ -227,18 +227,22 @@ class CBN2d(ConvBound, RememberingNorm2d):
 
     def instead(self) -> dict[str, Tensor]:
         values, entry = super().instead(), self.memory.pending
-        if self._adds_bias and self.memory.older is None:
-            values["mean"] = values["mean"] - self.memory.kept["bias"]
         if self._compensates:
             unknown = unknown_like(values["mean"])
             values |= {"anchor": unknown, "change": self.derivative.instead(entry)}
         return values
 
+    def _hold_running_statistics(self) -> None:
+        super()._hold_running_statistics()
+        if self._adds_bias:  # as entries are without it
+            self.memory.held["mean"] -= self.conv.bias.detach()
+
     def _carry_bias(self) -> None:
         """Takes the running mean along with the convolution's bias."""
         if self._adds_bias:
-            then = self.memory.pending.pop("bias", self.memory.kept.get("bias"))
-            self.memory.kept["bias"] = now = self.conv.bias.detach().to(then.dtype, copy=True)
+            now = self.conv.bias.detach().clone()
+            then = self.memory.pending.pop("bias", self.memory.kept.get("bias", now))
+            self.memory.kept["bias"] = now
             self.running_mean.add_((now - then).to(self.running_mean.dtype))
 
     # ---- the convolution ----

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
-from .functional import mixture, moments, normalize, statistics_dtype
+from .functional import mixture, moments, normalize, statistics_dtype, without_autocast
 from .kn import DEFAULT_GAIN, Predicting, posterior
 from .propagation import Pair
 from .spec import register_norm
@@ -106,13 +106,13 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         if self.gain != 0:
             # what is traced holds the prediction's operations, not its gradient's
             gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
-            plain = torch.autocast(input.device.type, enabled=False)
+            plain = without_autocast(input.device)
             with plain, torch.set_grad_enabled(gradients):
                 prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
         if prediction is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         else:
-            with torch.autocast(input.device.type, enabled=False):
+            with without_autocast(input.device):
                 mixed = self._normalized if self.training else self._in_plain_operations
                 output = mixed(input, self._of_groups(prediction))
         self._mark(output)

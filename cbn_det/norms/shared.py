@@ -195,6 +195,17 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     return shared
 
 
+def _apart(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The same, no two of which are one memory (both norms of a sum have the same gradient by their
+    biases): torch takes them for ``.grad`` as they are, and adds to them in place later."""
+    taken = set()
+    for target, gradient in gradients.items():
+        place = gradient.untyped_storage()._cdata, gradient.storage_offset()
+        gradients[target] = gradient.clone() if place in taken else gradient
+        taken.add(place)
+    return gradients
+
+
 class _Predicted(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -211,6 +222,7 @@ class _Predicted(torch.autograd.Function):
         weight, sums, pair = ctx.saved_tensors
         d_pair, d_weight = convolution_gradient(d, pair, weight, sums)
         found = ctx.shared.pull(ctx.source, d_pair) if ctx.others else {}
+        found = _apart(found)
         d_bias = d[0] if ctx.needs_input_grad[3] else None
         return None, None, d_weight, d_bias, *(found.get(tensor) for tensor in ctx.others)
 
