@@ -782,7 +782,8 @@ def test_bfloat16_autocast_with_the_other_norms(zoo, turn):
     found = []
     for enabled in (False, True):
         model = zoo.build("panoptic_fpn", "BN", sections=sections)
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        # small steps: the stem's gradient in bfloat16 is little more than rounding noise
+        optimizer = torch.optim.SGD(model.parameters(), 1e-4)
         double_forward = DoubleForward(model)
         for seed in range(2):
             optimizer.zero_grad()
