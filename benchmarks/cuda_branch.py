@@ -30,7 +30,8 @@ def _backward_reduce(grad, x, mean, invstd, weight, input_g, weight_g, bias_g):
     grad, x = grad.to(mean.dtype), x.to(mean.dtype)
     sum_dy = grad.sum((0, 2, 3))
     sum_dy_xmu = (grad * (x - _channels(mean, x))).sum((0, 2, 3))
-    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd, sum_dy.clone()
+    by_weight = sum_dy_xmu * invstd if weight_g else None
+    return sum_dy, sum_dy_xmu, by_weight, sum_dy.clone() if bias_g else None
 
 
 def _backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):

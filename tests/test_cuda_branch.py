@@ -61,21 +61,24 @@ def test_both_branches_give_the_same_numbers(case: same_numbers.Case) -> None:
 @pytest.mark.parametrize("share", [1.0, 0.25])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
 def test_the_gradient_is_that_of_the_other_branch(
-    share: float, channels_last: bool, dtype: torch.dtype
+    share: float, channels_last: bool, dtype: torch.dtype, affine: bool
 ) -> None:
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(3, 6, 5, 4, dtype=dtype).to(memory_format=layout)
     grad = torch.randn_like(x)
-    affine = [nn.Parameter(torch.rand(6) + 0.5) for _ in range(2)]
+    leaves = [nn.Parameter(torch.rand(6) + 0.5) for _ in range(2)] if affine else []
 
     def run() -> tuple[torch.Tensor, ...]:
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         batch = functional.moments(leaf)
-        out = functional.normalize(leaf, batch.mean, batch.var, *affine, share, 1e-5)
+        out = functional.normalize(
+            leaf, batch.mean, batch.var, *(leaves or [None, None]), share, 1e-5
+        )
         assert out.dtype == dtype and out.is_contiguous(memory_format=layout)
-        return out, *torch.autograd.grad(out, [leaf, *affine], grad)
+        return out, *torch.autograd.grad(out, [leaf, *leaves], grad)
 
     expected = run()
     with cuda_branch():

@@ -218,9 +218,12 @@ def _fused_backward(
     ctx: Any, grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, w: Tensor | None
 ) -> Gradients:
     """With SyncBatchNorm's kernels: gradient by x, sums over positions of grad * x_hat and grad."""
+    has = w is not None  # the kernel makes gradients by weight and bias like the weight
     sum_dy, sum_dy_xmu, sum_gx, sum_g = torch.batch_norm_backward_reduce(
-        grad, x, mean, invstd, w, True, True, True
+        grad, x, mean, invstd, w, True, has, has
     )
+    if not has:
+        sum_gx, sum_g = sum_dy_xmu * invstd, sum_dy.clone()
     if not ctx.needs_input_grad[0]:
         return None, sum_gx, sum_g
     if isinstance(ctx.share, Tensor):
