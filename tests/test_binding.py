@@ -376,3 +376,12 @@ def test_norm_rows():
     text = format_norm_table(rows)
     assert "1 layer: CBN(window=3" in text and "1 frozen" in text
     assert format_norm_table([]) == "norms: none"
+
+
+@pytest.mark.parametrize("burn_in", [0, 100])
+def test_no_activation_outlives_a_forward(burn_in):
+    """In burn-in the binding is checked, and nothing staged."""
+    model = nn.Sequential(conv(), cbn(spec=f"CBN(window=3, burn_in={burn_in})"))
+    train(model, 3)
+    model(images())
+    assert model[1].call is None

@@ -37,9 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import binding
-from .base import Estimate, Forward
-from .binding import ConvBound
+from .base import Estimate
 from .compensation import (
     AveragedDerivative,
     OwnDerivative,
@@ -47,11 +45,10 @@ from .compensation import (
     changes,
     products_with_patches,
 )
-from .conv_call import ConvCall
 from .conv_statistics import mean_patch
+from .following import FollowingNorm2d
 from .functional import Moments, mixed_in, mixture
 from .memory import push, rows_of, unknown_like
-from .remembering import RememberingNorm2d
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -64,7 +61,7 @@ DEFAULT_POSITIONS = 64
 
 
 @register_norm("CBN")
-class CBN2d(ConvBound, RememberingNorm2d):
+class CBN2d(FollowingNorm2d):
     """Cross-Iteration BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and
     evaluation.
 
@@ -116,11 +113,9 @@ class CBN2d(ConvBound, RememberingNorm2d):
         self.compensation = compensation
         self.positions = positions
         self.derivative = OwnDerivative() if positions is None else AveragedDerivative(positions)
-        self._start_memory(window, burn_in=burn_in)
-        self._call: ConvCall | None = None  # of the convolution, during a forward
+        self._start_following(window, burn_in=burn_in)
         # for diagnostics, of all entries: changes of mean and variance, variance
         self._compared: tuple[Tensor, ...] = ()
-        binding.install()
 
     def options(self) -> dict[str, Any]:
         return {
@@ -165,19 +160,19 @@ class CBN2d(ConvBound, RememberingNorm2d):
             return Estimate(batch.mean, batch.var, 1.0)
         share = 1.0 / (1 + len(self.memory))
         mean, var = self.memory.older
-        if self._adds_bias:
+        if self.adds_bias:
             mean = mean + self.conv.bias.to(mean.dtype)
         return Estimate(*mixed_in(batch.mean, batch.var, mean, var, share), share)
 
     def stage(self, batch: Moments, y: Tensor) -> None:
         entry = {"mean": batch.mean, "var": batch.var}
-        call, self._call = self._call, None
+        call = self.call
         if call is not None and self.weight_is_trained:
             patch = mean_patch(call.x, call.geometry, tuple(y.shape[2:]))
             anchor = products_with_patches(patch[None], self)[0]
             entry |= {"patch": patch, "anchor": anchor}
             entry |= self.derivative.stage(self, batch, y, call, patch)
-        if self._adds_bias:
+        if self.adds_bias:
             entry["bias"] = self.conv.bias.detach().clone()
             entry["mean"] = batch.mean - entry["bias"]
         old = self.memory.pending
@@ -207,7 +202,7 @@ class CBN2d(ConvBound, RememberingNorm2d):
         compensates, is_new = layers[0]._compensates, bool(layers[0].memory.pending)
         row = ("mean", "var", "anchor", "change") if compensates else ("mean", "var")
         for layer in layers:
-            layer._carry_bias()
+            layer.carry_bias()
             if is_new and compensates:
                 layer.derivative.commit(layer, layer.memory.pending)
         rows = push(layers, row) if is_new else rows_of(layers, len(row))
@@ -232,97 +227,18 @@ class CBN2d(ConvBound, RememberingNorm2d):
             values |= {"anchor": unknown, "change": self.derivative.instead(entry)}
         return values
 
-    def _hold_running_statistics(self) -> None:
-        super()._hold_running_statistics()
-        if self._adds_bias:  # as entries are without it
-            self.memory.held["mean"] -= self.conv.bias.detach()
-
-    def _carry_bias(self) -> None:
-        """Takes the running mean along with the convolution's bias."""
-        if self._adds_bias:
-            now = self.conv.bias.detach().clone()
-            then = self.memory.pending.pop("bias", self.memory.kept.get("bias", now))
-            self.memory.kept["bias"] = now
-            self.running_mean.add_((now - then).to(self.running_mean.dtype))
-
-    # ---- the convolution ----
-
-    def _begin(self, input: Tensor, how: Forward) -> None:
-        if not (self._unchanged or how.repeated):
-            self._see_weight(input)
-        super()._begin(input, how)
-        conv_input = self._take_conv_input()
-        if self.needs_conv and input.numel():
-            self._call = self._find_call(input, conv_input, self._will_record(how))
-
-    @property
-    def _adds_bias(self) -> bool:
-        """Whether remembered means are without the convolution's bias, and the present one is added
-        to them."""
-        return self.needs_conv and self.conv is not None and self.conv.bias is not None
-
-    # ---- memory ----
-
     @property
     def _compensates(self) -> bool:
         """Whether the entries are, or the first one will be, with their derivatives."""
         memory = self.memory
         return "patch" in (memory.stacked if memory.pushed else memory.pending)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # parts of all layers' tensors
+        return {**super().__getstate__(), "_compared": tuple(c.clone() for c in self._compared)}
+
     def group_for_commit(self) -> Hashable:
         pending = self.memory.pending
         if pending and self.memory.pushed and ("patch" in pending) != self._compensates:
             self.memory.forget_entries()  # not comparable: the convolution was frozen, or released
         return *super().group_for_commit(), self._compensates, self.positions
-
-    @property
-    def commits_early(self) -> bool:
-        """Not where the convolution's weight is computed, or whole only while it runs (FSDP)."""
-        if not self.needs_conv:
-            return True
-        return self.conv is not None and self.weight_is_at_hand
-
-    def settle(self) -> None:
-        if not (self.needs_conv and self._weight_is_sharded):
-            self._see_weight(None)
-            self.advance()
-
-    @property
-    def _kind(self) -> dict[str, Any]:
-        """What tells entries of one kind from those of another, which may look alike."""
-        if not self.needs_conv:
-            return {"compensation": "none"}
-        positions = None if self.positions is None else "some"
-        kind = {"compensation": self.compensation, "positions": positions}
-        return {**kind, "conv.bias": self.conv is not None and self.conv.bias is not None}
-
-    def memory_state_dict(self) -> dict[str, Any]:
-        return {**super().memory_state_dict(), "kind": self._kind}
-
-    def check_memory(self, state: dict[str, Any]) -> None:
-        super().check_memory(state)
-        if not (state["pending"] or state["pushed"]) or (self.needs_conv and self.conv is None):
-            return
-        if state["kind"] != self._kind:
-            raise ValueError(
-                f"the saved memory is of another kind than that of {_told(self._kind)}: of"
-                f" {_told(state['kind'])}"
-            )
-        patch = (state["stacked"] or state["pending"]).get("patch")
-        if patch is not None:
-            d = self.weight_shape[1:].numel()
-            if tuple(patch.shape[-2:]) != (self.conv.groups, d):
-                raise ValueError("the saved memory is of a convolution of another shape")
-
-    def __getstate__(self) -> dict[str, Any]:
-        told = tuple(value.clone() for value in self._compared)  # parts of all layers' tensors
-        state = {**super().__getstate__(), **binding.NOTHING_SEEN}
-        return {**state, "_call": None, "_compared": told}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        binding.install()
-
-
-def _told(kind: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in kind.items())
