@@ -53,10 +53,11 @@ from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
 
-#: Output positions an iteration that the averaged derivative is estimated on. On the layers of a
-#: Faster R-CNN R18-FPN on digits, 2 images, it made the variance's distance from the truth larger
-#: than each entry's own derivative does by 0.5 % at the learning rate before its decay (0.01) and
-#: 0.1 % after; 256 positions by half of that, 16 by 1.5 times as much.
+#: Output positions an iteration, on average, that the averaged derivative is estimated on. With one
+#: in each iteration, on the layers of a Faster R-CNN R18-FPN on digits, 2 images, they made
+#: the variance's distance from the truth larger than each entry's own derivative does by 0.5 % at
+#: the learning rate before its decay (0.01) and 0.1 % after; 256 positions by half of that, 16 by
+#: 1.5 times as much.
 DEFAULT_POSITIONS = 64
 
 
