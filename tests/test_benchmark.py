@@ -18,7 +18,7 @@ from cbn_det.benchmark.inference import inference_workload
 from cbn_det.benchmark.iteration import BATCHES, iteration_workload, parse
 from cbn_det.benchmark.layer import layer_workload
 from cbn_det.benchmark.norm import norm_workload
-from cbn_det.benchmark.worker import _end_burn_in
+from cbn_det.benchmark.worker import end_burn_in
 from cbn_det.norms import CBN2d, MBN2d
 from cbn_det.study import benchmark
 from cbn_det.study.benchmark import Detector, Settings, Shape, Worker, WorkerFailed, take_turns
@@ -250,13 +250,13 @@ def test_a_layer_step_trains_and_does_all_of_a_norms_work():
     work = layer_workload("CBN(window=3)", (2, 4, 6, 5), 8, 3, "cpu")
     conv, norm = work.model
     assert isinstance(norm, CBN2d) and norm.conv is conv
-    steps = _end_burn_in(work.model) + 2
+    steps = end_burn_in(work.model) + 2
     before = conv.weight.clone()
     for _ in range(steps):
         work.step()
     assert len(norm.memory) == 2 and not torch.equal(conv.weight, before)
     work = layer_workload("MBN(window=3)", (2, 4, 6, 5), 8, 3, "cpu")
-    _end_burn_in(work.model)
+    end_burn_in(work.model)
     staged = []
     work.model[1].register_forward_pre_hook(lambda m, _: staged.append(m._unchanged))
     work.step()
@@ -384,7 +384,7 @@ def test_an_iteration_trains_and_its_batches_come_again(inputs, tmp_path, engine
     with run_loggers_removed():
         work = iteration_workload(parse(words))
         layers = [m for m in work.model.modules() if isinstance(m, MBN2d)]
-        assert layers and _end_burn_in(work.model) == 2
+        assert layers and end_burn_in(work.model) == 2
         images, second = [], []
 
         def note(model, args):

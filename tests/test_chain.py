@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, find_chain_at_call, format_chain, kn_chain
+from cbn_det.norms.expression import At
 from cbn_det.norms.kn import KN2d
-from cbn_det.norms.prediction import At
 from cbn_det.norms.spec import build_norm
 
 

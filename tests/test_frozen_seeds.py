@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import DoubleForward, clock, find_chain, find_chain_at_call, kn_chain
-from cbn_det.norms.prediction import At
+from cbn_det.norms.expression import At
 from cbn_det.norms.spec import build_norm
 
 WIDTH = 6

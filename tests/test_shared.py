@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import build_norm, tick
+from cbn_det.norms.expression import At
 from cbn_det.norms.functional import Moments
-from cbn_det.norms.prediction import At
 from cbn_det.norms.shared import predicted, share
 
 

@@ -63,7 +63,7 @@ def serve(build: Callable[[], Workload]) -> int:
         imported = peak_memory_mb()
         work = build()
         on_gpu = work.device.type == "cuda"
-        answer(**_facts(work), warm_up=_end_burn_in(work.model))
+        answer(**_facts(work), warm_up=end_burn_in(work.model))
         for request in sys.stdin:
             word, _, number = request.strip().partition(" ")
             if word == "memory":
@@ -90,7 +90,7 @@ def _facts(work: Workload) -> dict[str, Any]:
     }
 
 
-def _end_burn_in(model: nn.Module) -> int:
+def end_burn_in(model: nn.Module) -> int:
     """Sets norms past their burn-in; returns the steps until everything they remember is there."""
     layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
     resolve_burn_in(model, 1, start_iter=_PAST_ANY_SCHEDULE)

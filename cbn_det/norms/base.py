@@ -197,7 +197,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         if input.numel() == 0:
             return self._pass_empty(input)
         moves = not (how.repeated or self._unchanged)
-        if self.is_batchnorm and self._is_plain(input):
+        is_batchnorm = self.is_batchnorm
+        if is_batchnorm and self._is_plain(input):
             output = self._batchnorm(input, moves)
             self._record(None, input, how)
             return output
@@ -219,7 +220,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             with torch.no_grad():
                 if moves and not moving:
                     self._update_running(batch, estimate)
-                self._record(None if self.is_batchnorm else batch, input, how)
+                self._record(None if is_batchnorm else batch, input, how)
         return output
 
     def _begin(self, input: Tensor, how: Forward) -> None:

@@ -48,7 +48,7 @@ from .compensation import (
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
 from .functional import Moments, mixed_in, mixture
-from .memory import push, rows_of, unknown_like
+from .memory import push, rows_of, share_out, unknown_like
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -208,18 +208,16 @@ class CBN2d(FollowingNorm2d):
                 layer.derivative.commit(layer, layer.memory.pending)
         rows = push(layers, row) if is_new else rows_of(layers, len(row))
         mean, var = rows[0], rows[1]
-        widths = [layer.num_features for layer in layers]
         if compensates:
             step, change = changes(layers, rows)
             carry_running_statistics(layers, step, change, is_new)
+            widths = [layer.num_features for layer in layers]
             parts = (value.split(widths, 1) for value in (step, change, var))
             for layer, *compared in zip(layers, *parts, strict=True):
                 layer._compared = compared
             mean = mean + step
             var = torch.addcmul(var + change, step, step, value=-1.0).clamp_(min=0.0)
-        parts = (value.split(widths) for value in mixture(mean, var))
-        for layer, *older in zip(layers, *parts, strict=True):
-            layer.memory.older = tuple(older)
+        share_out(layers, *mixture(mean, var))
 
     def instead(self) -> dict[str, Tensor]:
         values, entry = super().instead(), self.memory.pending

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
+from .expression import At, Expression, Unusable
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
-from .prediction import At, Conv, End, Expression, FrozenNorm, Norm, OtherNorm, Unusable
+from .prediction import Conv, End, FrozenNorm, Norm, OtherNorm
 from .recalibration import in_backward
 from .shared import Shared, predicted, share
 

@@ -43,8 +43,8 @@ def products_with(gradients: Tensor, layer: Any) -> Tensor:
 def changes(layers: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
     """[E, sum of C] each: by how much mean and variance of every entry have changed, to first
     order, since it was made."""
-    entries = slice(0, rows.shape[1])
-    products = [products_with_patches(n.memory.stacked["patch"][entries], n) for n in layers]
+    entries = rows.shape[1]
+    products = [products_with_patches(n.memory.stacked["patch"][:entries], n) for n in layers]
     step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
     return step, layers[0].derivative.changes(layers, rows[3])
 
@@ -55,13 +55,10 @@ def carry_running_statistics(layers: list[Any], step: Tensor, change: Tensor, is
     is, and would otherwise belong to weights of ten iterations ago."""
     first, widths = layers[0].memory, [layer.num_features for layer in layers]
     newest = (first.pushed - 1) % first.capacity
-    carried = torch.cat([step[newest], change[newest]])
-    since = (
-        carried
-        if is_new
-        else carried
-        - torch.cat([layer.memory.kept[key] for key in ("mean", "var") for layer in layers])
-    )
+    carried = since = torch.cat([step[newest], change[newest]])
+    if not is_new:
+        before = [layer.memory.kept[key] for key in ("mean", "var") for layer in layers]
+        since = carried - torch.cat(before)
     for layer, mean, var in zip(layers, *(v.split(widths) for v in carried.chunk(2)), strict=True):
         layer.memory.kept.update(mean=mean, var=var)
     variances = [layer.running_var for layer in layers]

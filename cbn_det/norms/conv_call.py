@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv_statistics import ConvGeometry
-from .functional import statistics_dtype
+from .functional import statistics_dtype, without_autocast
 
 # Of nodes whose inside is not to be seen.
 _CLOSED = ("CompiledFunction", "CheckpointFunction")
@@ -55,7 +55,7 @@ class ConvCall:
         some = slice(None, None, max(1, len(y) - 1))
         geometry, kind = self.geometry, y.dtype
         dtype = statistics_dtype(y)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device):
             # rounded to 16 bits where autocast or the model's dtype did so
             x, weight = (t.to(kind).to(dtype) for t in (self.x[some], weight))
             bias = None if bias is None else bias.to(kind).to(dtype)

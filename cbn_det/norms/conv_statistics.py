@@ -220,10 +220,10 @@ def _seen(
     """[kernel, size]: by what share of all outputs each row of the input is seen by each row of the
     kernel; ``before`` rows of zeros lie in front of it."""
     with torch.inference_mode(False):
-        taps = torch.arange(kernel).unsqueeze(1) * dilation - before
-        at = taps + torch.arange(outputs) * stride
-        seen = (at.unsqueeze(2) == torch.arange(size)).sum(1)
-        return seen.to(device, dtype).div_(outputs)
+        # on the device: a copy to it would wait, at each new size of a map
+        rows, outs, taps = (torch.arange(n, device=device) for n in (size, outputs, kernel))
+        at = (taps.unsqueeze(1) * dilation - before) + outs * stride
+        return (at.unsqueeze(2) == rows).sum(1).to(dtype).div_(outputs)
 
 
 def variance_gradient(

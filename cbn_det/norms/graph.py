@@ -33,22 +33,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from .binding import past_hooks
+from .expression import Expression, Held, Unusable
 from .prediction import (
     Activation,
     Affine,
     Concat,
     Conv,
     End,
-    Expression,
     FrozenNorm,
-    Held,
     Mixture,
     Norm,
     OtherNorm,
     Pooled,
     Scaled,
     Sum,
-    Unusable,
 )
 from .propagation import FUNCTIONS, OPTIONS
 

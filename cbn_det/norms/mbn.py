@@ -32,7 +32,7 @@ from torch import Tensor
 from . import clock
 from .base import Estimate, is_number
 from .functional import Moments, mixed_in, mixture
-from .memory import push
+from .memory import push, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -109,7 +109,10 @@ class MBN2d(RememberingNorm2d):
     @property
     def batch_share(self) -> float:
         """eta_0."""
-        return 1.0 / sum(self.decay**age for age in range(self.window))
+        return self._share_beside(self.window - 1)
+
+    def _share_beside(self, entries: int) -> float:
+        return 1.0 / sum(self.decay**age for age in range(1 + entries))
 
     @property
     def averages_batch(self) -> bool:
@@ -118,15 +121,10 @@ class MBN2d(RememberingNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
             return Estimate(batch.mean, batch.var, 1.0)
-        share = self._newest_share
+        share = self._share_beside(len(self.memory))
         estimate = Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
         self._combined = estimate.mean, estimate.var
         return estimate
-
-    @property
-    def _newest_share(self) -> float:
-        """eta_0, while the window fills."""
-        return 1.0 / sum(self.decay**age for age in range(1 + len(self.memory)))
 
     def stage(self, batch: Moments, y: Tensor) -> None:
         memory = self.memory
@@ -136,7 +134,7 @@ class MBN2d(RememberingNorm2d):
             share = 1.0 / (memory.forwards + 1)
             mean, var = combined = mixed_in(mean, var, *memory.pending.values(), share)
             if memory.older is not None:
-                combined = mixed_in(mean, var, *memory.older, self._newest_share)
+                combined = mixed_in(mean, var, *memory.older, self._share_beside(len(memory)))
         memory.pending = {"mean": mean, "var": var}
         torch._foreach_copy_([self.running_mean, self.running_var], list(combined))
 
@@ -147,10 +145,8 @@ class MBN2d(RememberingNorm2d):
         rows = push(layers, ("mean", "var"))
         memory = layers[0].memory
         weights = _weights(len(memory), memory.slot, layers[0].decay, rows.dtype, rows.device)
-        widths = [layer.num_features for layer in layers]
-        parts = (value.split(widths) for value in mixture(rows[0], rows[1], weights))
-        for layer, *older in zip(layers, *parts, strict=True):
-            layer.memory.older = tuple(older)
+        share_out(layers, *mixture(rows[0], rows[1], weights))
+        for layer in layers:
             layer._entries += 1
             layer._refreshed_entries += layer.memory.refreshed
             layer._watch_second_pass()

@@ -243,6 +243,14 @@ def _same(view: Tensor, part: Tensor) -> bool:
     )
 
 
+def share_out(layers: list[Any], mean: Tensor, var: Tensor) -> None:
+    """Gives each layer its part of the mean and variance of all entries, of the layers side by
+    side."""
+    widths = [layer.num_features for layer in layers]
+    for layer, *older in zip(layers, mean.split(widths), var.split(widths), strict=True):
+        layer.memory.older = tuple(older)
+
+
 def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """Makes the pending entries of several layers, all with the same slot free, their newest ones.
 

@@ -92,7 +92,9 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         if not (self._unchanged or how.repeated):
             if how.with_grad or trains():
                 self._memory_loaded = False
-                self._drop_memory_of_other_weights()
+                if self._other_weights is not None:  # training goes on with others
+                    self._other_weights = None
+                    self.memory = Memory(self.memory.capacity)
             self.advance()
         super()._begin(input, how)
         memory = self.memory
@@ -219,12 +221,6 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if "memory" in self.__dict__:  # BatchNorm's constructor calls this, too
-            self.memory = Memory(self.memory.capacity)
-
-    def _drop_memory_of_other_weights(self) -> None:
-        """Drops what is remembered of other weights than those that training goes on with."""
-        if self._other_weights is not None:
-            self._other_weights = None
             self.memory = Memory(self.memory.capacity)
 
     def _weights(self) -> list[Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import clock
-from .prediction import Activation, At, Conv, Expression, FrozenNorm, Held, NormOutput, Unusable
+from .expression import At, Expression, Held, Unusable
+from .prediction import Activation, Conv, FrozenNorm, NormOutput
 from .propagation import (
     activated_with_slopes,
     convolution_gradient,
