@@ -10,7 +10,7 @@ from oracles import MixtureEMA
 from torch import nn
 
 from cbn_det.norms import BGN2d, build_norm, format_norm_table, norm_rows
-from cbn_det.norms.functional import normalize
+from cbn_det.norms.functional import Estimate, normalize
 
 
 def paper_bgn(x, groups, weight, bias, eps=1e-5):
@@ -85,7 +85,7 @@ def test_normalize_takes_a_share_of_groups(share):
     column = (1, 6, 1, 1)
     x_hat = (x - mean.view(column)) / (var + 1e-5).sqrt().view(column)
     expected = x_hat * weight.view(column) + bias.view(column)
-    got = normalize(x, mean.detach(), var.detach(), weight, bias, share, 1e-5, groups=2)
+    got = normalize(x, Estimate(mean.detach(), var.detach(), share, 2), weight, bias, 1e-5)
     torch.testing.assert_close(got, expected)
     (a,), (b,) = gradients(got, [x]), gradients(expected, [x])
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -176,8 +176,7 @@ def test_gradcheck_with_the_memory_held_constant(mode, kind):
         y = conv._conv_forward(x, weight, bias)
         if bias is not None:
             conv.__dict__["_parameters"]["bias"] = bias  # entries follow the present bias
-        e = norm.estimate(moments(y))
-        return normalize(y, e.mean, e.var, scale, shift, e.share, norm.eps)
+        return normalize(y, norm.estimate(moments(y)), scale, shift, norm.eps)
 
     leaves = [x, weight, scale, shift] + ([] if bias is None else [bias])
     assert torch.autograd.gradcheck(forward, leaves, atol=1e-6)
@@ -617,8 +616,9 @@ def test_further_forwards_of_an_iteration_take_fewer_positions(monkeypatch):
 @pytest.mark.parametrize("where", ["input", "output"])  # and with one
 @pytest.mark.parametrize("positions", [None, 10**6])
 def test_an_entry_that_is_not_finite(broken_at, where, positions):
-    """In its channels, what was remembered until then takes its place, or the running statistics:
-    as values whose mean has no derivative. Nor has the iteration a part in the averaged one."""
+    """In its channels, what was remembered until then takes its place, or the running statistics.
+    Its mean follows the weight if its input is finite, its variance does not, and the iteration has
+    no part in the averaged derivative."""
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, 3)
     model = layer(conv, window=4, burn_in=2, positions=positions)
@@ -650,7 +650,10 @@ def test_an_entry_that_is_not_finite(broken_at, where, positions):
             paper.push(x, conv)
             entry, mean = paper.entries[0], mean - conv.bias.detach()
             entry["mu"][broken], entry["nu"][broken] = mean[broken], (var + mean**2)[broken]
-            entry["dmu"][broken] = entry["dnu"][broken] = 0.0
+            if where == "input":
+                entry["dmu"][broken] = 0.0
+            moves = 2.0 * mean.view(-1, 1, 1, 1) * entry["dmu"]
+            entry["dnu"][broken] = moves[broken]
             if positions is not None:
                 paper.average[broken] = 0.0 if t == 0 else average[broken]
         tick()

@@ -74,9 +74,8 @@ def test_the_gradient_is_that_of_the_other_branch(
     def run() -> tuple[torch.Tensor, ...]:
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         batch = functional.moments(leaf)
-        out = functional.normalize(
-            leaf, batch.mean, batch.var, *(leaves or [None, None]), share, 1e-5
-        )
+        estimate = functional.Estimate(batch.mean, batch.var, share)
+        out = functional.normalize(leaf, estimate, *(leaves or [None, None]), 1e-5)
         assert out.dtype == dtype and out.is_contiguous(memory_format=layout)
         return out, *torch.autograd.grad(out, [leaf, *leaves], grad)
 

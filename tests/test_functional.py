@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from cbn_det.norms.functional import (
+    Estimate,
+    even_mixture,
     group_moments,
     mixed_in,
     mixture,
@@ -74,7 +76,8 @@ def test_a_mixture_has_the_moments_of_all_values_together(sizes):
     expected = together.mean(0), together.var(0, correction=0)
     torch.testing.assert_close(mixture(mean, var, weights.unsqueeze(1)), expected)
     if len(set(sizes)) == 1:
-        torch.testing.assert_close(mixture(mean, var), expected)
+        even = even_mixture(torch.stack((mean, var), 1))
+        torch.testing.assert_close(even, torch.stack(expected))
     # and of the first beside the others
     rest = mixture(mean[1:], var[1:], weights[1:, None] / weights[1:].sum())
     got = mixed_in(mean[0], var[0], *rest, float(weights[0]))
@@ -95,7 +98,7 @@ def test_moments_of_groups_are_those_of_all_their_values(groups, layout):
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64) + torch.arange(6.0).view(6, 1, 1)
     grouped = x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1)
     x = x.to(memory_format=layout)
-    for got in (moments_of_groups(x, groups), group_moments(moments(x), groups)):
+    for got in (moments_of_groups(x, groups, 1e-5), group_moments(moments(x), groups)):
         assert got.count == grouped.shape[1]
         each = 6 // groups
         torch.testing.assert_close(got.mean, grouped.mean(1).repeat_interleave(each))
@@ -122,7 +125,7 @@ def test_normalize_gradcheck(share, affine):
         m = moments(x)
         mean = s * m.mean + a
         var = s * (m.var + m.mean**2) + b - mean**2
-        return normalize(x, mean, var, w, c, s, 1e-5)
+        return normalize(x, Estimate(mean, var, s), w, c, 1e-5)
 
     def plain(x, a, b, w, c):
         mean = s * x.mean((0, 2, 3)) + a
@@ -155,7 +158,7 @@ def test_normalize_groups_as_autograd_does(share, layout):
     mean, var = (v.repeat_interleave(3) for v in (mean, second - mean.square()))
     out = (x - mean.view(-1, 1, 1)) / (var + 1e-5).sqrt().view(-1, 1, 1)
     expected = out * w.view(-1, 1, 1) + c.view(-1, 1, 1)
-    got = normalize(x, mean.detach(), var.detach(), w, c, share, 1e-5, groups=2)
+    got = normalize(x, Estimate(mean.detach(), var.detach(), share, 2), w, c, 1e-5)
     torch.testing.assert_close(got, expected)
     g = torch.randn_like(expected)
     ours = torch.autograd.grad(got, (x, w, c), g)
@@ -174,7 +177,7 @@ def test_normalize_gradient_accuracy(dtype, ratio):
         x = x.clone().requires_grad_()
         m = moments(x)
         w = torch.full_like(m.mean, 2.0)
-        normalize(x, m.mean, m.var, w, None, 0.25, 1e-5).backward(g)
+        normalize(x, Estimate(m.mean, m.var, 0.25), w, None, 1e-5).backward(g)
         return x.grad
 
     got, expected = gradient(x, g), gradient(x.double(), g.double())
@@ -192,7 +195,7 @@ def test_normalize_keeps_dtype_and_memory_format(dtype):
         for grad_format in (torch.contiguous_format, torch.channels_last):
             leaf = x.to(memory_format=memory_format).detach().requires_grad_()
             m = moments(leaf)
-            out = normalize(leaf, m.mean, m.var, None, None, 0.5, 1e-5)
+            out = normalize(leaf, Estimate(m.mean, m.var, 0.5), None, None, 1e-5)
             assert out.dtype == dtype and out.is_contiguous(memory_format=memory_format)
             torch.manual_seed(1)
             out.backward(torch.randn(out.shape).to(dtype).to(memory_format=grad_format))
@@ -208,11 +211,13 @@ def test_normalize_takes_expanded_and_sliced_gradients():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     m = moments(x)
-    (got,) = torch.autograd.grad(normalize(x, m.mean, m.var, None, None, 0.25, 1e-5).sum(), x)
+    (got,) = torch.autograd.grad(
+        normalize(x, Estimate(m.mean, m.var, 0.25), None, None, 1e-5).sum(), x
+    )
     # sum of the gradient: (1 - share) / std for every position
     expected = (0.75 / (m.var + 1e-5).sqrt()).view(1, -1, 1, 1).expand_as(x)
     torch.testing.assert_close(got, expected)
-    out = normalize(x, m.mean, m.var, None, None, 0.25, 1e-5)
+    out = normalize(x, Estimate(m.mean, m.var, 0.25), None, None, 1e-5)
     (part,) = torch.autograd.grad(out[:, :, ::2, 1:].square().sum(), x, retain_graph=True)
     mask = torch.zeros_like(x)
     mask[:, :, ::2, 1:] = 1

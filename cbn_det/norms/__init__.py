@@ -3,7 +3,7 @@
 ``build_norm("CBN(window=8)", channels)`` builds a layer; ``register_norm`` adds one of your own.
 """
 
-from .base import Estimate, SmallBatchNorm2d
+from .base import SmallBatchNorm2d
 from .bgn import BGN2d
 from .brn import BRN2d
 from .cbn import CBN2d
@@ -12,7 +12,7 @@ from .clock import tick
 from .convert import Conversion, ConvertedNorm, LeftNorm, convert_norm
 from .double_forward import DoubleForward
 from .evaluation import image_share
-from .functional import Moments
+from .functional import Estimate, Moments
 from .gkn import GKN2d
 from .kn import KN2d
 from .mbn import MBN2d

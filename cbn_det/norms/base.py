@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,33 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from . import clock
-from .functional import Moments, moments, normalize, without_autocast
+from .functional import Estimate, Moments, moments, normalize, without_autocast
 from .recalibration import Recalibration, in_backward
 from .traced import Unscriptable, call_in_graph
-
-
-@dataclass
-class Estimate:
-    """What a method takes for a layer's statistics in one training forward.
-
-    Attributes:
-        mean: [C]. What depends on the current mini-batch is detached (``share`` stands for it);
-            other dependencies, such as a conv bias, may carry gradient.
-        var: [C], biased, not negative; likewise.
-        share: number or [C]: the weight of the current mini-batch in the first and the second
-            moment.
-        groups: number of groups of neighbouring channels that have their statistics in common;
-            None: every channel has its own.
-        scale, shift: [C] each, or None: what the normalised values are multiplied by, and what is
-            then added, before the affine parameters; constants for the gradient.
-    """
-
-    mean: Tensor
-    var: Tensor
-    share: Tensor | float
-    groups: int | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
 
 
 class Forward(NamedTuple):
@@ -163,6 +138,11 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         """What the running statistics average. By default: the mini-batch's own moments."""
         return batch
 
+    def _accepted(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what the running statistics are about to average, the variance unbiased, what they
+        take."""
+        return mean, var
+
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Sets the running statistics, for evaluation, from mean and variance [C] of this layer's
         input over many mini-batches (PreciseBN)."""
@@ -206,17 +186,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             moving = moves and self.averages_batch and self._is_plain(input)
             batch = self._moments_and_running(input) if moving else self.batch_moments(input)
             estimate = self.estimate(batch)
-            weight, bias = self._affine(estimate)
-            output = normalize(
-                input,
-                estimate.mean,
-                estimate.var,
-                weight,
-                bias,
-                estimate.share,
-                self.eps,
-                estimate.groups,
-            )
+            output = normalize(input, estimate, self.weight, self.bias, self.eps)
             with torch.no_grad():
                 if moves and not moving:
                     self._update_running(batch, estimate)
@@ -271,18 +241,6 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             var.addcmul_(left, left, value=momentum / (1.0 - momentum))
         return batch
 
-    def _affine(self, estimate: Estimate) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias, with the estimate's scale and shift taken into them."""
-        weight, bias = self.weight, self.bias
-        if estimate.shift is not None:
-            if weight is None:
-                bias = estimate.shift
-            else:
-                bias = torch.addcmul(bias, weight, estimate.shift)
-        if estimate.scale is not None:
-            weight = estimate.scale if weight is None else weight * estimate.scale
-        return weight, bias
-
     def _pass_empty(self, input: Tensor) -> Tensor:
         if self.affine:  # an empty sum connects the affine parameters, with zero gradients
             scale, shift = (p.to(input.dtype).view(1, -1, 1, 1) for p in (self.weight, self.bias))
@@ -307,6 +265,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         else:
             var = var * (count / max(count - 1.0, 1.0))
         old_mean, old_var = self.running_mean, self.running_var
+        if not recomputing:
+            mean, var = self._accepted(mean, var)
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
             difference = mean - old_mean
             if isinstance(momentum, Tensor):

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Estimate, SmallBatchNorm2d
-from .functional import Moments, group_mean, moments_of_groups
+from .base import SmallBatchNorm2d
+from .functional import Estimate, GroupMoments, group_mean, moments_of_groups
 from .spec import register_norm
 
 #: Best of those tried at 2 images, from scratch, one seed each. Digits, 600 iterations, AP of 1, 2,
@@ -77,11 +77,12 @@ class BGN2d(SmallBatchNorm2d):
     def options(self) -> dict[str, Any]:
         return {"groups": self.groups, **super().options()}
 
-    def batch_moments(self, y: Tensor) -> Moments:
-        return moments_of_groups(y, self.groups_used)
+    def batch_moments(self, y: Tensor) -> GroupMoments:
+        return moments_of_groups(y, self.groups_used, self.eps)
 
-    def estimate(self, batch: Moments) -> Estimate:
-        return Estimate(batch.mean, batch.var, 1.0, groups=self.groups_used)
+    def estimate(self, batch: GroupMoments) -> Estimate:
+        known = {"invstd": batch.invstd, "of_groups": batch.of_groups}
+        return Estimate(batch.mean, batch.var, 1.0, groups=self.groups_used, **known)
 
     @property
     def is_batchnorm(self) -> bool:

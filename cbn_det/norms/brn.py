@@ -20,13 +20,14 @@ times r. Within the limits, y is x normalised by the running statistics; at ``r_
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Estimate, is_number
-from .functional import Moments
+from .base import is_number
+from .functional import Estimate, Moments
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -131,20 +132,25 @@ class BRN2d(RememberingNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         if self.is_batchnorm:
             return Estimate(batch.mean, batch.var, 1.0)
-        held, dtype = self.memory.held, batch.mean.dtype
+        held = self.memory.held
         if not held:
-            held["mean"] = self.running_mean.to(dtype, copy=True)
-            held["invstd"] = (self.running_var.to(dtype) + self.eps).rsqrt_()
+            held["mean"], held["invstd"] = self._reference(batch.mean.dtype)
         r_max, d_max = self.limits()
-        ratio = (batch.var + self.eps).sqrt_().mul_(held["invstd"])
+        invstd = (batch.var + self.eps).rsqrt_()
+        ratio = held["invstd"] / invstd
         distance = (batch.mean - held["mean"]).mul_(held["invstd"])
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
-        return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift)
+        return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift, invstd=invstd)
 
-    def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
-        finite = (batch.mean + batch.var) * 0.0 == 0.0  # neither inf nor nan
-        mean = torch.where(finite, batch.mean, self.running_mean)
-        unbiased = batch.count / max(batch.count - 1, 1)
-        var = torch.where(finite, batch.var, self.running_var / unbiased)
-        return Moments(mean, var, batch.count)
+    def _reference(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Running mean and inverse standard deviation."""
+        mean = self.running_mean.to(dtype, copy=True)
+        return mean, (self.running_var.to(dtype) + self.eps).rsqrt_()
+
+    def _accepted(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        finite = var < math.inf  # no nan either
+        return (
+            torch.where(finite, mean, self.running_mean.to(mean.dtype)),
+            torch.where(finite, var, self.running_var.to(var.dtype)),
+        )

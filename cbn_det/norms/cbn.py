@@ -34,21 +34,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .base import Estimate
-from .compensation import (
-    AveragedDerivative,
-    OwnDerivative,
-    carry_running_statistics,
-    changes,
-    products_with_patches,
-)
+from .compensation import ROW, AveragedDerivative, OwnDerivative, carry, products_with_patches
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
-from .functional import Moments, mixed_in, mixture
-from .memory import push, rows_of, share_out, unknown_like
+from .functional import Estimate, Moments, even_mixture, mixed_in
+from .memory import push, rows_of, share_out, zeros
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -115,8 +107,6 @@ class CBN2d(FollowingNorm2d):
         self.positions = positions
         self.derivative = OwnDerivative() if positions is None else AveragedDerivative(positions)
         self._start_following(window, burn_in=burn_in)
-        # for diagnostics, of all entries: changes of mean and variance, variance
-        self._compared: tuple[Tensor, ...] = ()
 
     def options(self) -> dict[str, Any]:
         return {
@@ -144,9 +134,9 @@ class CBN2d(FollowingNorm2d):
         """Of the present iteration, 0-dim tensors: share of (entry, channel) pairs clamped, and
         mean size of the compensation relative to the standard deviation (mean) and variance.
         Empty before anything is remembered."""
-        if not self._compared:
+        if not (self.memory.pushed and self._compensates):
             return {}
-        mean_change, change, var = self._compared
+        _, var, mean_change, change = self.memory.rows[: len(self.memory), :4].unbind(1)
         change = change - mean_change.square()
         return {
             "clamped": (var + change < 0).to(var.dtype).mean(),
@@ -201,40 +191,28 @@ class CBN2d(FollowingNorm2d):
     @classmethod
     def commit(cls, layers: list[CBN2d]) -> None:
         compensates, is_new = layers[0]._compensates, bool(layers[0].memory.pending)
-        row = ("mean", "var", "anchor", "change") if compensates else ("mean", "var")
+        row = ROW if compensates else ROW[:2]
         for layer in layers:
             layer.carry_bias()
             if is_new and compensates:
-                layer.derivative.commit(layer, layer.memory.pending)
+                entry, like = layer.memory.pending, layer.memory.pending["var"]
+                layer.derivative.commit(layer, entry)
+                entry["mean_change"] = entry["var_change"] = zeros(
+                    len(like), like.dtype, like.device
+                )
         rows = push(layers, row) if is_new else rows_of(layers, len(row))
-        mean, var = rows[0], rows[1]
+        entries = rows[:, :2]
         if compensates:
-            step, change = changes(layers, rows)
-            carry_running_statistics(layers, step, change, is_new)
-            widths = [layer.num_features for layer in layers]
-            parts = (value.split(widths, 1) for value in (step, change, var))
-            for layer, *compared in zip(layers, *parts, strict=True):
-                layer._compared = compared
-            mean = mean + step
-            var = torch.addcmul(var + change, step, step, value=-1.0).clamp_(min=0.0)
-        share_out(layers, *mixture(mean, var))
-
-    def instead(self) -> dict[str, Tensor]:
-        values, entry = super().instead(), self.memory.pending
-        if self._compensates:
-            unknown = unknown_like(values["mean"])
-            values |= {"anchor": unknown, "change": self.derivative.instead(entry)}
-        return values
+            change = carry(layers, rows, is_new)
+            entries = entries + change
+            entries[:, 1].addcmul_(change[:, 0], change[:, 0], value=-1.0).clamp_(min=0.0)
+        share_out(layers, even_mixture(entries))
 
     @property
     def _compensates(self) -> bool:
         """Whether the entries are, or the first one will be, with their derivatives."""
         memory = self.memory
         return "patch" in (memory.stacked if memory.pushed else memory.pending)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # parts of all layers' tensors
-        return {**super().__getstate__(), "_compared": tuple(c.clone() for c in self._compared)}
 
     def group_for_commit(self) -> Hashable:
         pending = self.memory.pending

@@ -4,11 +4,12 @@ The mean by the mean input patch of the entry's own iteration, the variance by o
 derivatives below.
 
 A layer's pending entry gets what a derivative needs in :meth:`stage`; with the commit of several
-layers, :meth:`changes` says how much the variances of all their entries have changed since.
+layers, :func:`carry` says how much the means and variances of all their entries have changed since.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .conv_call import ConvCall
 from .conv_statistics import choose_crops, sampled_variance_gradient, variance_gradient
 from .functional import Moments
-from .memory import unknown_like, zeros_like
+from .memory import Memory
 
 #: The averaged derivative is estimated once in so many iterations, on so many times the positions.
 EVERY = 8
@@ -40,31 +41,43 @@ def products_with(gradients: Tensor, layer: Any) -> Tensor:
     return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
 
 
-def changes(layers: list[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[E, sum of C] each: by how much mean and variance of every entry have changed, to first
-    order, since it was made."""
-    entries = rows.shape[1]
+#: An entry's values a channel: the statistics, what both have changed by since, and the products of
+#: patch and derivative with the weight of the time.
+ROW = ("mean", "var", "mean_change", "var_change", "anchor", "gradient_anchor")
+
+
+def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
+    """Carries statistics over to the present weights, to first order: those of all entries, and the
+    running statistics.
+
+    Those are averages over iterations, as the window is, and would otherwise belong to weights of
+    ten iterations ago: they change by what the newest entry has changed by since the latest commit.
+
+    Args:
+        layers: that are committed together, with the same kind of derivative.
+        rows: [E, row, sum of C], their entries.
+        is_new: whether the newest entry comes with this commit.
+
+    Returns:
+        [E, 2, sum of C], changes of means and variances; a part of ``rows``.
+    """
+    memory, entries = layers[0].memory, len(rows)
+    change = rows[:, 2:4]
+    newest = change[(memory.pushed - 1) % memory.capacity]
+    before = None if is_new else newest.clone()
     products = [products_with_patches(n.memory.stacked["patch"][:entries], n) for n in layers]
-    step = (torch.cat(products, 1) - rows[2]).nan_to_num_(0.0, 0.0, 0.0)
-    return step, layers[0].derivative.changes(layers, rows[3])
-
-
-def carry_running_statistics(layers: list[Any], step: Tensor, change: Tensor, is_new: bool) -> None:
-    """Takes the running statistics along with the steps that the convolutions made since the latest
-    commit, by what the newest entries changed by. They are averages over iterations, as the window
-    is, and would otherwise belong to weights of ten iterations ago."""
-    first, widths = layers[0].memory, [layer.num_features for layer in layers]
-    newest = (first.pushed - 1) % first.capacity
-    carried = since = torch.cat([step[newest], change[newest]])
-    if not is_new:
-        before = [layer.memory.kept[key] for key in ("mean", "var") for layer in layers]
-        since = carried - torch.cat(before)
-    for layer, mean, var in zip(layers, *(v.split(widths) for v in carried.chunk(2)), strict=True):
-        layer.memory.kept.update(mean=mean, var=var)
+    products += [layer.derivative.products(layer).expand(entries, -1) for layer in layers]
+    now = torch.cat(products, 1).view(entries, 2, -1)
+    # of what was not finite, after an overflow, nothing is known
+    torch.sub(now, rows[:, 4:], out=change).nan_to_num_(0.0, 0.0, 0.0)
+    since = newest if before is None else newest - before
     variances = [layer.running_var for layer in layers]
     running = [layer.running_mean for layer in layers] + variances
-    torch._foreach_add_(running, since.to(running[0].dtype).split(widths * 2))
+    widths = [layer.num_features for layer in layers]
+    since = since.to(running[0].dtype)
+    torch._foreach_add_(running, [*since[0].split(widths), *since[1].split(widths)])
     torch._foreach_clamp_min_(variances, 0.0)
+    return change
 
 
 class Derivative(Protocol):
@@ -77,12 +90,8 @@ class Derivative(Protocol):
     def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
         """Makes of these what the entry is remembered with."""
 
-    def instead(self, entry: dict[str, Tensor]) -> Tensor:
-        """A ``change`` by which nothing has changed."""
-
-    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
-        """[E, C]: first-order changes of the variance of every entry, of the layers side by side,
-        since it was made; ``row`` are the entries' ``change``."""
+    def products(self, layer: Any) -> Tensor:
+        """[entries or 1, C]: with the present weight."""
 
 
 def _anchored(gradient: Tensor, layer: Any) -> dict[str, Tensor]:
@@ -91,36 +100,31 @@ def _anchored(gradient: Tensor, layer: Any) -> dict[str, Tensor]:
 
 class OwnDerivative:
     """The paper's rule to the letter: each entry has the derivative of its own mini-batch, at all
-    positions. ``change`` is its anchor."""
+    positions."""
 
     def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
         shape = layer.weight_shape
-        gradient = variance_gradient(call.x, y, batch.mean, call.geometry, shape)
-        return _anchored(gradient, layer)
+        return _anchored(variance_gradient(call.x, y, batch.mean, call.geometry, shape), layer)
 
     def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
-        entry["change"] = entry.pop("gradient_anchor")
+        pass
 
-    def instead(self, entry: dict[str, Tensor]) -> Tensor:
-        return unknown_like(entry["var"])
-
-    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
-        products = [
-            products_with(layer.memory.stacked["gradient"][: len(row)], layer) for layer in layers
-        ]
-        return (torch.cat(products, 1) - row).nan_to_num_(0.0, 0.0, 0.0)
+    def products(self, layer: Any) -> Tensor:
+        memory = layer.memory
+        return products_with(memory.stacked["gradient"][: len(memory)], layer)
 
 
 class AveragedDerivative:
     """All entries have the same derivative, an exponential average ``G`` over iterations of
-    estimates on few positions. It is followed step by step, with the derivative of that time::
+    estimates on few positions. When it is refreshed, entries keep what they have changed by before,
+    so that their change is made of steps with the derivative of the time::
 
         dvar_{t-tau -> t} = sum of < G_s, W_{s+1} - W_s > over s = t-tau ... t-1
 
     In expectation the derivative of one mini-batch's variance is that of any other's, and the
     deviation of one's own from the average is noise of the size of the sampling error, times the
     small weight change. So one tensor of the weight's size is kept in place of one an entry, and
-    longer windows cost nothing. ``change`` is the sum.
+    longer windows cost nothing.
 
     Args:
         positions: of one layer in one iteration, on average.
@@ -143,30 +147,25 @@ class AveragedDerivative:
 
     def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
         kept = layer.memory.kept
-        estimate, anchor = (entry.pop(k, None) for k in ("gradient", "gradient_anchor"))
-        if estimate is not None:
-            newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
-            if "gradient" not in kept:
-                newest = 1.0
-                kept.update(gradient=torch.zeros_like(estimate), anchor=torch.zeros_like(anchor))
-            # an estimate that is not finite, after an overflow, is none
-            finite = torch.isfinite(anchor)
-            estimate = torch.where(finite.unsqueeze(1), estimate, kept["gradient"])
-            kept["gradient"].lerp_(estimate, newest)
-            kept["anchor"] = kept["anchor"].lerp(
-                torch.where(finite, anchor, kept["anchor"]), newest
-            )
-        entry["change"] = zeros_like(entry["var"])
+        if "gradient" in entry:
+            self._refresh(layer.memory, entry.pop("gradient"), entry["gradient_anchor"])
+        entry["gradient_anchor"] = kept["anchor"]
 
-    def instead(self, entry: dict[str, Tensor]) -> Tensor:
-        return entry["change"]
+    def _refresh(self, memory: Memory, estimate: Tensor, anchor: Tensor) -> None:
+        kept = memory.kept
+        if "gradient" not in kept:
+            kept.update(gradient=torch.nan_to_num(estimate, 0.0, 0.0, 0.0), anchor=anchor)
+            return
+        finite = anchor.abs() < math.inf  # after an overflow, an estimate is none
+        estimate = torch.where(finite.unsqueeze(1), estimate, kept["gradient"])
+        step = torch.where(finite, anchor, kept["anchor"]) - kept["anchor"]
+        newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
+        kept["gradient"].lerp_(estimate, newest)
+        kept["anchor"] = kept["anchor"].add(step, alpha=newest)
+        memory.rows[:, 5].add_(step, alpha=newest)  # no entry has changed by it
 
-    def changes(self, layers: list[Any], row: Tensor) -> Tensor:
-        kept = [layer.memory.kept for layer in layers]
-        now = [
-            products_with(k["gradient"][None], layer) for k, layer in zip(kept, layers, strict=True)
-        ]
-        steps = torch._foreach_sub(now, [k["anchor"] for k in kept])
-        for k, product in zip(kept, now, strict=True):
-            k["anchor"] = product[0]
-        return row.add_(torch.cat(steps, 1))
+    def products(self, layer: Any) -> Tensor:
+        kept = layer.memory.kept
+        now = products_with(kept["gradient"][None], layer)
+        kept["anchor"] = now[0]
+        return now

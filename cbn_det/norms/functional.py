@@ -40,6 +40,49 @@ class Moments:
     count: int
 
 
+@dataclass
+class Estimate:
+    """What a method takes for a layer's statistics in one training forward.
+
+    The moments of the mini-batch itself take part with ``share``: ``mean = share * E[x] + a`` and
+    ``var + mean**2 = share * E[x**2] + b``.
+
+    Attributes:
+        mean: [C]. What depends on the current mini-batch is detached (``share`` stands for it);
+            other dependencies, such as a conv bias, may carry gradient.
+        var: [C], biased, not negative; likewise.
+        share: number or [C], in [0, 1]; a constant for the gradient.
+        groups: number of groups of neighbouring channels that have their statistics in common;
+            None: every channel has its own.
+        scale, shift: [C] each, or None: what the normalised values are multiplied by, and what is
+            then added, before the affine parameters; constants for the gradient.
+        invstd: [C], ``1 / sqrt(var + eps)``, where it is known already.
+        of_groups: mean and inverse standard deviation [groups] of each group, likewise.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: Tensor | float
+    groups: int | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    invstd: Tensor | None = None
+    of_groups: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class GroupMoments(Moments):
+    """Those of groups of channels, a channel each.
+
+    Attributes:
+        invstd: [C], the inverse standard deviation.
+        of_groups: mean and inverse standard deviation [groups] of each group; None if unknown.
+    """
+
+    invstd: Tensor | None = None
+    of_groups: tuple[Tensor, Tensor] | None = None
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype statistics of ``x`` are kept in: float64 for float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -103,7 +146,7 @@ def _moments_on_cpu(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def mixture(mean: Tensor, var: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mixture(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of a mixture: the variance within its parts plus that between them.
 
     A column's numbers do not depend on the columns beside it, to the last bit: ``sum`` adds up
@@ -111,17 +154,19 @@ def mixture(mean: Tensor, var: Tensor, weights: Tensor | None = None) -> tuple[T
 
     Args:
         mean, var: [parts, ...], of each part.
-        weights: broadcastable to them; they sum to 1 over the first dimension. None: equal ones.
+        weights: broadcastable to them; they sum to 1 over the first dimension.
     """
-    weighted = mean if weights is None else weights * mean
-    mixed = weighted.cumsum(0)[-1]
-    if weights is None:
-        mixed = mixed / len(mean)
+    mixed = (weights * mean).cumsum(0)[-1]
     difference = mean - mixed
     parts = torch.addcmul(var, difference, difference)
-    if weights is None:
-        return mixed, parts.cumsum(0)[-1] / len(mean)
     return mixed, parts.mul_(weights).cumsum(0)[-1]
+
+
+def even_mixture(parts: Tensor) -> Tensor:
+    """The same, [2, ...], of parts that count alike, given as ``parts`` [parts, 2, ...]."""
+    spread, mixed = torch.var_mean(parts, 0, correction=0)
+    mixed[1] += spread[0]
+    return mixed
 
 
 def mixed_in(
@@ -130,9 +175,8 @@ def mixed_in(
     """The same for two parts, of which the first counts ``share`` and the other one the rest."""
     rest = 1.0 - share
     difference = other_mean - mean
-    var = torch.lerp(var, other_var, rest)
-    var = torch.addcmul(var, difference, difference, value=share * rest)
-    return torch.add(mean, difference, alpha=rest), var
+    mean, var = torch._foreach_lerp([mean, var], [other_mean, other_var], rest)
+    return mean, var.addcmul_(difference, difference, value=share * rest)
 
 
 def group_mean(values: Tensor, groups: int) -> Tensor:
@@ -148,15 +192,20 @@ def group_moments(batch: Moments, groups: int) -> Moments:
     return Moments(mean, var, batch.count * (len(mean) // groups))
 
 
-def moments_of_groups(x: Tensor, groups: int) -> Moments:
-    """Moments of groups of neighbouring channels of ``x`` [N, C, H, W], expanded to [C]."""
+def moments_of_groups(x: Tensor, groups: int, eps: float) -> GroupMoments:
+    """Moments of groups of neighbouring channels of ``x`` [N, C, H, W], expanded to [C]; ``eps`` is
+    added to the variance where its root is taken."""
     n, channels, height, width = x.shape
     size = channels // groups
-    if x.is_contiguous():  # a group is one channel of more rows
-        whole = moments(x.view(n, groups, size * height, width))
-        mean, var = (value.repeat_interleave(size) for value in (whole.mean, whole.var))
-        return Moments(mean, var, whole.count)
-    return group_moments(moments(x), groups)
+    if not x.is_contiguous():
+        pooled = group_moments(moments(x), groups)
+        return GroupMoments(pooled.mean, pooled.var, pooled.count)
+    whole = moments(x.view(n, groups, size * height, width))  # a group is a channel of more rows
+    invstd = (whole.var + eps).rsqrt_()
+    each = [value.unsqueeze(1).expand(-1, size) for value in (whole.mean, whole.var, invstd)]
+    expanded = torch.cat(each).view(3, channels).unbind()
+    mean, var, invstd_of_channels = expanded
+    return GroupMoments(mean, var, whole.count, invstd_of_channels, (whole.mean, invstd))
 
 
 class _Normalize(torch.autograd.Function):
@@ -168,24 +217,28 @@ class _Normalize(torch.autograd.Function):
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        share: Tensor | float,
+        estimate: Estimate,
         eps: float,
-        groups: int | None,
     ) -> Tensor:
         dtype = mean.dtype
         mean, var = mean.contiguous(), var.contiguous()  # the kernels do not look at strides
         w = None if weight is None else weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
+        scale, shift = estimate.scale, estimate.shift
+        if scale is not None:
+            b = shift if w is None else torch.addcmul(b, w, shift)
+            w = scale if w is None else w * scale
+        groups = estimate.groups
         ctx.groups = None if groups == len(mean) else groups
         ctx.fused = x.device.type in FUSED and ctx.groups is None
-        invstd = (var + eps).rsqrt_()
+        invstd = (var + eps).rsqrt_() if estimate.invstd is None else estimate.invstd
         if ctx.fused:
             x = x if _is_nhwc(x) else x.contiguous()
             out = torch.batch_norm_elemt(x, w, b, mean, invstd, eps)
         else:
             out = F.batch_norm(x, mean, var, w, b, training=False, eps=eps)
-        ctx.save_for_backward(x, mean, var, invstd, w)
-        ctx.share = share
+        ctx.save_for_backward(x, mean, var, invstd, w, scale, shift, *(estimate.of_groups or ()))
+        ctx.share = estimate.share
         ctx.affine_dtypes = (
             None if weight is None else weight.dtype,
             None if bias is None else bias.dtype,
@@ -196,26 +249,33 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, invstd, w = ctx.saved_tensors
+        x, mean, var, invstd, w, scale, shift, *of_groups = ctx.saved_tensors
         layout = torch.channels_last if _is_nhwc(x) else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
-        backward = _fused_backward if ctx.fused else _plain_backward
-        dx, sum_gx, sum_g = backward(ctx, grad, x, mean, var, invstd, w)
+        if ctx.fused:
+            dx, sum_gx, sum_g = _fused_backward(ctx, grad, x, mean, invstd, w)
+        else:
+            dx, sum_gx, sum_g = _plain_backward(ctx, grad, x, mean, var, invstd, w, of_groups)
         d_mean = d_var = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            scale = invstd if w is None else w * invstd
-            d_mean, d_var = -scale * sum_g, -0.5 * scale * invstd * sum_gx
+            gain = invstd if w is None else w * invstd
+            d_mean, d_var = -gain * sum_g, -0.5 * gain * invstd * sum_gx
         weight_dtype, bias_dtype = ctx.affine_dtypes
-        d_weight = sum_gx.to(weight_dtype) if ctx.needs_input_grad[3] else None
-        d_bias = sum_g.to(bias_dtype) if ctx.needs_input_grad[4] else None
-        return dx, d_mean, d_var, d_weight, d_bias, None, None, None
+        d_weight = d_bias = None
+        if ctx.needs_input_grad[3]:
+            if scale is not None:
+                sum_gx = torch.addcmul(sum_gx * scale, sum_g, shift)
+            d_weight = sum_gx.to(weight_dtype)
+        if ctx.needs_input_grad[4]:
+            d_bias = sum_g.to(bias_dtype)
+        return dx, d_mean, d_var, d_weight, d_bias, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 def _fused_backward(
-    ctx: Any, grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, w: Tensor | None
+    ctx: Any, grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, w: Tensor | None
 ) -> Gradients:
     """With SyncBatchNorm's kernels: gradient by x, sums over positions of grad * x_hat and grad."""
     has = w is not None  # the kernel makes gradients by weight and bias like the weight
@@ -226,11 +286,16 @@ def _fused_backward(
         sum_gx, sum_g = sum_dy_xmu * invstd, sum_dy.clone()
     if not ctx.needs_input_grad[0]:
         return None, sum_gx, sum_g
+    count = x.numel() // x.shape[1]
     if isinstance(ctx.share, Tensor):
         sum_dy, sum_dy_xmu = sum_dy * ctx.share, sum_dy_xmu * ctx.share
-    elif ctx.share != 1.0:
+    elif (
+        ctx.share and (1.0 / ctx.share).is_integer()
+    ):  # as of so many mini-batches, all others of which are 0
+        count = round(count / ctx.share)
+    else:
         torch._foreach_mul_([sum_dy, sum_dy_xmu], ctx.share)
-    count = _as_tensor(x.numel() // x.shape[1], x.device)
+    count = _as_tensor(count, x.device)
     dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, w, sum_dy, sum_dy_xmu, count)
     return dx, sum_gx, sum_g
 
@@ -242,7 +307,14 @@ def _as_tensor(count: int, device: torch.device) -> Tensor:
 
 
 def _plain_backward(
-    ctx: Any, grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, w: Tensor | None
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    invstd: Tensor,
+    w: Tensor | None,
+    of_groups: list[Tensor],
 ) -> Gradients:
     """The same with BatchNorm's own kernels."""
     share, groups, wanted = ctx.share, ctx.groups, ctx.needs_input_grad[0]
@@ -258,7 +330,10 @@ def _plain_backward(
     if not wanted or is_batchnorm:
         return dx, sum_gx, sum_g
     if share_is_one and x.is_contiguous():
-        return _backward_of_groups(grad, x, mean, invstd, w, groups, ctx.eps), sum_gx, sum_g
+        if not of_groups:
+            size = len(mean) // groups
+            of_groups = [value[::size].contiguous() for value in (mean, invstd)]
+        return _backward_of_groups(grad, x, of_groups, w, ctx.eps), sum_gx, sum_g
     # the projection terms are affine in x_hat, so they are a batch norm of their own, whose kernel
     # is fused and computes in float32 also for 16-bit x
     scale, per = w * invstd, -x.shape[1] / x.numel()
@@ -277,20 +352,18 @@ def _plain_backward(
 
 
 def _backward_of_groups(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, w: Tensor, groups: int, eps: float
+    grad: Tensor, x: Tensor, of_groups: list[Tensor], w: Tensor, eps: float
 ) -> Tensor:
     """BatchNorm's gradient by a contiguous ``x`` whose groups are channels of more rows."""
     grad = (grad * w.view(1, -1, 1, 1)).to(x.dtype)
-    rows = (len(x), groups, -1, x.shape[3])
-    size = len(mean) // groups
-    statistics = (value[::size].contiguous() for value in (mean, invstd))
+    rows = (len(x), len(of_groups[0]), -1, x.shape[3])
     dx, _, _ = torch.ops.aten.native_batch_norm_backward(
         grad.view(rows),
         x.view(rows),
         None,
         None,
         None,
-        *statistics,
+        *of_groups,
         True,
         eps,
         [True, False, False],
@@ -303,34 +376,20 @@ def _is_nhwc(x: Tensor) -> bool:
 
 
 def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    share: Tensor | float,
-    eps: float,
-    groups: int | None = None,
+    x: Tensor, estimate: Estimate, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the exact gradient of an estimate.
 
-    ``mean`` and ``var`` are an estimate in which the moments of ``x`` itself take part with
-    ``share``: ``mean = share * E[x] + a`` and ``var + mean**2 = share * E[x**2] + b``. With ``g``
-    the gradient at the normalised value, ``dL/dx = (g - share * E[g] - share * x_hat * E[g *
-    x_hat]) / std``: BatchNorm's backward pass with both projection terms multiplied by ``share``
-    (1 gives BatchNorm, 0 a frozen norm). ``a`` and ``b`` receive their gradient through ``mean``
-    and ``var`` where those require one. With ``groups`` the expectations are over groups of
-    neighbouring channels.
+    With ``g`` the gradient at the normalised value, ``dL/dx = (g - share * E[g] - share * x_hat *
+    E[g * x_hat]) / std``: BatchNorm's backward pass with both projection terms multiplied by
+    ``share`` (1 gives BatchNorm, 0 a frozen norm). The estimate's other parts receive their
+    gradient through ``mean`` and ``var`` where those require one. With groups the expectations are
+    over groups of neighbouring channels.
 
     Args:
         x: [N, C, H, W], non-empty; the output has its dtype and memory format.
-        mean: [C], in ``statistics_dtype(x)``; the part that depends on ``x`` must be detached.
-        var: [C], likewise, not negative.
-        weight: [C] or None.
-        bias: [C] or None.
-        share: number, or [C], in [0, 1]; a constant for the gradient.
-        eps: added to ``var``.
-        groups: number of groups of neighbouring channels that have their statistics in common;
-            None: every channel has its own.
+        estimate: of its statistics, in ``statistics_dtype(x)``.
+        weight, bias: [C] or None.
+        eps: added to the variance.
     """
-    return _Normalize.apply(x, mean, var, weight, bias, share, eps, groups)
+    return _Normalize.apply(x, estimate.mean, estimate.var, weight, bias, estimate, eps)

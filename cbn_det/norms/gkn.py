@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
-from .functional import mixture, moments, normalize, statistics_dtype, without_autocast
+from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
 from .kn import DEFAULT_GAIN, Predicting, posterior
 from .propagation import Pair
 from .spec import register_norm
@@ -134,7 +134,7 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             None if p is None else p.repeat(len(input)) for p in (self.weight, self.bias)
         )
         groups = len(input) * self.num_groups
-        output = normalize(x, mean, var, weight, bias, share, self.eps, groups)
+        output = normalize(x, Estimate(mean, var, share, groups), weight, bias, self.eps)
         # not a view: an activation in place would put the graph of views in the chain's way
         output = torch.ops.aten._unsafe_view(output, input.shape)
         if not input.is_contiguous():

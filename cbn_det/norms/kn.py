@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
-from .base import Estimate, SmallBatchNorm2d, is_number
+from .base import SmallBatchNorm2d, is_number
 from .chain import Chained, tracing
-from .functional import Moments
+from .functional import Estimate, Moments
 from .spec import register_norm
 
 #: Weight of the prediction, chosen for 1 or 2 images: in the first 100 iterations of a Faster R-CNN

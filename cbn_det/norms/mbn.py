@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from . import clock
-from .base import Estimate, is_number
-from .functional import Moments, mixed_in, mixture
+from .base import is_number
+from .functional import Estimate, Moments, mixed_in, mixture
 from .memory import push, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
@@ -145,7 +145,7 @@ class MBN2d(RememberingNorm2d):
         rows = push(layers, ("mean", "var"))
         memory = layers[0].memory
         weights = _weights(len(memory), memory.slot, layers[0].decay, rows.dtype, rows.device)
-        share_out(layers, *mixture(rows[0], rows[1], weights))
+        share_out(layers, torch.stack(mixture(rows[:, 0], rows[:, 1], weights)))
         for layer in layers:
             layer._entries += 1
             layer._refreshed_entries += layer.memory.refreshed

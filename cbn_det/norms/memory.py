@@ -12,6 +12,7 @@ and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -32,26 +33,17 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same tensor at each call, to read only."""
     with torch.inference_mode(False):
-        return torch.full((size,), value, dtype=dtype, device=device)
-
-
-def zeros_like(values: Tensor) -> Tensor:
-    """Zeros [C], the same tensor at each call, to read only."""
-    return _filled(0.0, len(values), values.dtype, values.device)
-
-
-def unknown_like(values: Tensor) -> Tensor:
-    """Likewise nan."""
-    return _filled(float("nan"), len(values), values.dtype, values.device)
+        return torch.zeros(size, dtype=dtype, device=device)
 
 
 class Memory:
     """Of one layer: its place in the schedule, the pending entry, and a ring of the last entries.
 
     An entry is a dict of tensors. Its values a channel, the method's ``row``, are kept together,
-    ``rows`` [len(row), capacity, C], as a part of a tensor that several layers share
+    ``rows`` [capacity, len(row), C], as a part of a tensor that several layers share
     (:func:`rows_of`); larger ones stacked, ``stacked[key]`` [capacity, ...]. The order within the
     ring is not that of time.
 
@@ -211,28 +203,29 @@ class Memory:
 
 
 def rows_of(layers: list[Any], count: int) -> Tensor:
-    """[count, entries, sum of channels]: the rows of several layers, which have the same number of
+    """[entries, count, sum of channels]: the rows of several layers, which have the same number of
     entries, side by side."""
-    return _side_by_side(layers, count)[:, : len(layers[0].memory)]
+    return _side_by_side(layers, count)[0][: len(layers[0].memory)]
 
 
-def _side_by_side(layers: list[Any], count: int) -> Tensor:
-    """[count, capacity, sum of channels]: a tensor that each layer has a part of from now on."""
+def _side_by_side(layers: list[Any], count: int) -> tuple[Tensor, bool]:
+    """[capacity, count, sum of channels]: a tensor that each layer has a part of from now on; and
+    whether it is that of their latest commit."""
     memories, widths = [n.memory for n in layers], [n.num_features for n in layers]
     first = memories[0]
     whole = None if first.rows is None else first.rows._base
     if whole is not None and whole.shape[2] == sum(widths):
         parts = whole.split(widths, 2)
         if all(_same(m.rows, part) for m, part in zip(memories, parts, strict=True)):
-            return whole
+            return whole, True
     if first.rows is None:
         any_value = next(iter(first.pending.values()))
-        whole = any_value.new_zeros(count, first.capacity, sum(widths))
+        whole = any_value.new_zeros(first.capacity, count, sum(widths))
     else:
         whole = torch.cat([memory.rows for memory in memories], 2)
     for memory, part in zip(memories, whole.split(widths, 2), strict=True):
         memory.rows = part
-    return whole
+    return whole, False
 
 
 def _same(view: Tensor, part: Tensor) -> bool:
@@ -243,35 +236,38 @@ def _same(view: Tensor, part: Tensor) -> bool:
     )
 
 
-def share_out(layers: list[Any], mean: Tensor, var: Tensor) -> None:
-    """Gives each layer its part of the mean and variance of all entries, of the layers side by
-    side."""
+def share_out(layers: list[Any], older: Tensor) -> None:
+    """Gives each layer its part of the mean and variance of all entries, ``older`` [2, sum of
+    channels], of the layers side by side."""
     widths = [layer.num_features for layer in layers]
-    for layer, *older in zip(layers, mean.split(widths), var.split(widths), strict=True):
-        layer.memory.older = tuple(older)
+    for layer, *part in zip(layers, *(o.split(widths) for o in older.unbind()), strict=True):
+        layer.memory.older = tuple(part)
 
 
 def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """Makes the pending entries of several layers, all with the same slot free, their newest ones.
 
-    In a channel whose row is not finite (a step that overflowed and was skipped by a GradScaler
-    leaves its forward behind) the entry is ``layer.instead()``.
+    In a channel whose variance is not finite (a step that overflowed and was skipped by a
+    GradScaler leaves its forward behind) mean and variance are those of ``layer.instead()``.
 
     Args:
         layers: norms with a memory.
-        row: keys of the values a channel.
+        row: keys of the values a channel, the first two of which are mean and variance.
 
     Returns:
         :func:`rows_of` the layers.
     """
     memories = [layer.memory for layer in layers]
-    first, instead = memories[0], [layer.instead() for layer in layers]
-    rows = _side_by_side(layers, len(row))
-    new = torch.cat([memory.pending[key] for key in row for memory in memories])
-    other = torch.cat([values[key] for key in row for values in instead])
-    new, other = new.view(len(row), -1), other.view(len(row), -1)
-    finite = (new * 0.0).sum(0) == 0.0  # neither inf nor nan in any row
-    torch.where(finite, new, other, out=rows[:, first.slot])
+    first = memories[0]
+    rows, unchanged = _side_by_side(layers, len(row))
+    new = rows[first.slot]
+    torch.cat([memory.pending[key] for key in row for memory in memories], out=new.view(-1))
+    if unchanged:
+        instead = first.older[0]._base
+    else:
+        values = [layer.instead() for layer in layers]
+        instead = torch.stack([torch.cat(of_all) for of_all in zip(*values, strict=True)])
+    torch.where(new[1] < math.inf, new[:2], instead, out=new[:2])
     for key in first.pending.keys() - set(row):
         for memory in memories:
             if key not in memory.stacked:
@@ -281,4 +277,4 @@ def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
         torch._foreach_copy_(slots, [memory.pending[key] for memory in memories])
     for memory in memories:
         memory.pushed += 1
-    return rows[:, : len(first)]
+    return rows[: len(first)]

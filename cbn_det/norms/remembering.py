@@ -105,14 +105,13 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         mean, var = self.running_mean.clone(), self.running_var.clone()
         self.memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
 
-    def instead(self) -> dict[str, Tensor]:
-        """What is remembered in place of an entry that is not finite: what was remembered before,
-        or the running statistics."""
+    def instead(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] that are remembered in place of those that are not finite: what was
+        remembered before, or the running statistics."""
         memory = self.memory
         if memory.older is None and not memory.held:  # entries were forgotten since
             self._hold_running_statistics()
-        mean, var = memory.older or memory.held.values()
-        return {"mean": mean, "var": var}
+        return memory.older or tuple(memory.held.values())
 
     def _will_record(self, how: Forward) -> bool:
         """Whether :meth:`stage` will be called in this forward, if there is anything to stage."""
