@@ -30,12 +30,12 @@ from detector import detector_step  # noqa: E402
 # operations a layer and iteration over BatchNorm: (full windows, in burn-in), at most
 MOST = {
     "GN": (-1, -1),
-    "BGN": (13, 13),
-    "BRN": (30, 14),
-    "MBN(double_forward=False)": (16.5, 3),
-    "MBN": (30, 3),
-    "CBN": (32.5, 3),
-    "CBN(positions=None)": (36.5, 3),
+    "BGN": (10, 10),
+    "BRN": (23, 11),
+    "MBN(double_forward=False)": (14, 3),
+    "MBN": (26.5, 3),
+    "CBN": (23, 3),
+    "CBN(positions=None)": (26, 3),
     "KN": (59.5, 59.5),
     "GKN": (74.5, 74.5),
 }

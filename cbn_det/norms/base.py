@@ -27,6 +27,10 @@ class Forward(NamedTuple):
     repeated: bool
 
 
+#: of one forward: the mini-batch's moments, and what was taken for the statistics
+Found = tuple[Moments, Estimate]
+
+
 def is_number(value: Any) -> bool:
     """Whether an option's value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -190,7 +194,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             with torch.no_grad():
                 if moves and not moving:
                     self._update_running(batch, estimate)
-                self._record(None if is_batchnorm else batch, input, how)
+                self._record(None if is_batchnorm else (batch, estimate), input, how)
         return output
 
     def _begin(self, input: Tensor, how: Forward) -> None:
@@ -198,8 +202,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         if not self._unchanged:
             self._recalibration.see(self.momentum, how.repeated)
 
-    def _record(self, batch: Moments | None, input: Tensor, how: Forward) -> None:
-        """Its end: what the method remembers of it; without moments, that it was there."""
+    def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
+        """Its end: what the method remembers of it; None: that it was there."""
 
     def _is_plain(self, input: Tensor) -> bool:
         """Whether torch's BatchNorm takes this layer's input, momentum and dtypes."""

@@ -85,9 +85,10 @@ class ConvBound:
         self.__dict__.update(NOTHING_SEEN, _conv=None, _checked={})
 
     def _keep_input(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.conv is None:
+        bound = self.conv
+        if bound is None:
             return
-        if conv is not self.conv:
+        if conv is not bound:
             # put in the place of the other one, with its hooks (torch.ao.quantization does so)
             self.__dict__.update(_conv=conv, _checked={})
         self.__dict__["_conv_input"] = args[0].detach() if self.training and args else None
@@ -101,16 +102,13 @@ class ConvBound:
     def _conv_weight(self) -> tuple[Tensor, bool]:
         """The convolution's present weight, without gradient, and whether it is trained. A computed
         one (parametrised) is that of the convolution's call, and computed again at most once."""
-        weight = self.conv._parameters.get("weight")
+        conv = self.conv
+        weight = conv._parameters.get("weight")
         if weight is not None:
             return weight.detach(), weight.requires_grad
         if self.__dict__.get("_computed_weight") is None:
-            self.__dict__["_computed_weight"] = computed_weight(self.conv)
+            self.__dict__["_computed_weight"] = computed_weight(conv)
         return self.__dict__["_computed_weight"]
-
-    @property
-    def weight_is_trained(self) -> bool:
-        return self._conv_weight()[1]
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -119,7 +117,12 @@ class ConvBound:
 
     def flat_weight(self, dtype: torch.dtype) -> Tensor:
         """[C, d]: the convolution's present weight, without gradient."""
-        return self._conv_weight()[0].to(dtype).flatten(1)
+        return _flat(self._conv_weight()[0], dtype)
+
+    def trained_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The same; None if it is not trained."""
+        weight, is_trained = self._conv_weight()
+        return _flat(weight, dtype) if is_trained else None
 
     @property
     def weight_is_at_hand(self) -> bool:
@@ -130,8 +133,11 @@ class ConvBound:
     @property
     def _weight_is_sharded(self) -> bool:
         """Whether the convolution's weight is whole only while it runs (FSDP)."""
-        weight = None if self.conv is None else self.conv._parameters.get("weight")
-        return weight is not None and (type(weight.detach()) is not Tensor or weight.dim() != 4)
+        conv = self.conv
+        weight = None if conv is None else conv._parameters.get("weight")
+        if weight is None or (type(weight) is nn.Parameter and weight.dim() == 4):
+            return False
+        return type(weight.detach()) is not Tensor or weight.dim() != 4
 
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
         """The call of the convolution that made ``y``; None for a forward that is not recorded,
@@ -145,7 +151,8 @@ class ConvBound:
         Raises:
             RuntimeError: the layer is bound to no convolution, or ``y`` is not its output.
         """
-        if self.conv is None:
+        conv = self.conv
+        if conv is None:
             raise self._binding_error(
                 "is bound to no convolution: it was registered neither in nor right after an"
                 " nn.Conv2d (deformable, transposed and Trident convolutions are none)"
@@ -154,14 +161,14 @@ class ConvBound:
             return None
         node, call = operation_of(y), None
         if node is not None:
-            problem = mismatch(self.conv, node)
+            problem = mismatch(conv, node)
             if problem is not None:
                 raise self._binding_error(f"is bound to {self._conv_name()}, but {problem}")
             call = self._call_by(node)
         by_graph = call is not None
         if call is None:
             call = self._call_seen(y, conv_input)
-        plain = "weight" in self.conv._parameters
+        plain = "weight" in conv._parameters
         if not (by_graph and plain):
             self._check_numbers(call, y, (by_graph, plain))
         return call
@@ -170,10 +177,11 @@ class ConvBound:
         """Forgets a computed weight of before an optimiser step. The present one is that of the
         call that made ``y``, where its graph shows it."""
         self.__dict__["_computed_weight"] = None
-        if y is None or self.conv is None or "weight" in self.conv._parameters:
+        conv = self.conv
+        if y is None or conv is None or "weight" in conv._parameters:
             return
         node = operation_of(y)
-        if node is not None and mismatch(self.conv, node) is None:
+        if node is not None and mismatch(conv, node) is None:
             self._take_weight(node)
 
     def _take_weight(self, node: Any) -> None:
@@ -183,9 +191,10 @@ class ConvBound:
             self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
 
     def _call_by(self, node: Any) -> ConvCall | None:
-        if "weight" not in self.conv._parameters:
+        conv = self.conv
+        if "weight" not in conv._parameters:
             self._take_weight(node)
-        return call_by(node, self.conv.kernel_size)
+        return call_by(node, conv.kernel_size)
 
     def _call_seen(self, y: Tensor, conv_input: Tensor | None) -> ConvCall:
         if conv_input is not None:
@@ -231,6 +240,11 @@ class ConvBound:
             f" \"{name.removesuffix('2d')}(compensation='none')\" at this site, or call"
             " norm.bind(conv)."
         )
+
+
+def _flat(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.flatten(1)
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

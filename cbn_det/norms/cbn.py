@@ -36,11 +36,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .compensation import ROW, AveragedDerivative, OwnDerivative, carry, products_with_patches
+from .compensation import (
+    ROW,
+    AveragedDerivative,
+    OwnDerivative,
+    Seen,
+    carry,
+    products_with_patches,
+)
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
 from .functional import Estimate, Moments, even_mixture, mixed_in
-from .memory import push, rows_of, share_out, zeros
+from .memory import push, rows_of, share_out, zeros_like
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -149,20 +156,22 @@ class CBN2d(FollowingNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
             return Estimate(batch.mean, batch.var, 1.0)
-        share = 1.0 / (1 + len(self.memory))
-        mean, var = self.memory.older
+        memory = self.memory
+        mean, var = memory.older
+        share = 1.0 / (1 + len(memory))
         if self.adds_bias:
             mean = mean + self.conv.bias.to(mean.dtype)
         return Estimate(*mixed_in(batch.mean, batch.var, mean, var, share), share)
 
-    def stage(self, batch: Moments, y: Tensor) -> None:
+    def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
         entry = {"mean": batch.mean, "var": batch.var}
         call = self.call
-        if call is not None and self.weight_is_trained:
+        weight = None if call is None else self.trained_weight(batch.mean.dtype)
+        if weight is not None:
             patch = mean_patch(call.x, call.geometry, tuple(y.shape[2:]))
-            anchor = products_with_patches(patch[None], self)[0]
-            entry |= {"patch": patch, "anchor": anchor}
-            entry |= self.derivative.stage(self, batch, y, call, patch)
+            seen = Seen(call, y, batch.mean, patch, weight)
+            anchor = products_with_patches(patch[None], weight)[0]
+            entry |= {"patch": patch, "anchor": anchor, **self.derivative.stage(self, seen)}
         if self.adds_bias:
             entry["bias"] = self.conv.bias.detach().clone()
             entry["mean"] = batch.mean - entry["bias"]
@@ -195,11 +204,9 @@ class CBN2d(FollowingNorm2d):
         for layer in layers:
             layer.carry_bias()
             if is_new and compensates:
-                entry, like = layer.memory.pending, layer.memory.pending["var"]
-                layer.derivative.commit(layer, entry)
-                entry["mean_change"] = entry["var_change"] = zeros(
-                    len(like), like.dtype, like.device
-                )
+                entry = layer.memory.pending
+                layer.derivative.commit(layer.memory, entry)
+                entry["mean_change"] = entry["var_change"] = zeros_like(entry["var"])
         rows = push(layers, row) if is_new else rows_of(layers, len(row))
         entries = rows[:, :2]
         if compensates:

@@ -10,14 +10,13 @@ layers, :func:`carry` says how much the means and variances of all their entries
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .conv_call import ConvCall
 from .conv_statistics import choose_crops, sampled_variance_gradient, variance_gradient
-from .functional import Moments
 from .memory import Memory
 
 #: The averaged derivative is estimated once in so many iterations, on so many times the positions.
@@ -27,16 +26,18 @@ EVERY = 8
 _MOMENTUM = 0.1
 
 
-def products_with_patches(patches: Tensor, layer: Any) -> Tensor:
-    """``<E[p], w>`` at the layer's present weight: [E, groups, d] -> [E, C]. What it is when an
-    entry is made is the entry's anchor; likewise below."""
-    weight = layer.flat_weight(patches.dtype).unflatten(0, (patches.shape[1], -1))
-    return (patches.transpose(0, 1) @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+def products_with_patches(patches: Tensor, weight: Tensor) -> Tensor:
+    """``<E[p], w>``: [E, groups, d], [C, d] -> [E, C]. What it is when an entry is made is the
+    entry's anchor; likewise below."""
+    entries, groups, d = patches.shape
+    if groups == 1:
+        return torch.mm(patches.view(entries, d), weight.t())
+    products = torch.bmm(patches.transpose(0, 1), weight.view(groups, -1, d).mT)
+    return products.transpose(0, 1).flatten(1)
 
 
-def products_with(gradients: Tensor, layer: Any) -> Tensor:
-    """``<d var / dw, w>`` for every channel: [E, C, d] -> [E, C]."""
-    weight = layer.flat_weight(gradients.dtype)
+def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
+    """``<d var / dw, w>`` for every channel: [E, C, d], [C, d] -> [E, C]."""
     # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
     return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
 
@@ -61,13 +62,17 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
     Returns:
         [E, 2, sum of C], changes of means and variances; a part of ``rows``.
     """
-    memory, entries = layers[0].memory, len(rows)
+    memory, entries = layers[0].memory, rows.shape[0]
     change = rows[:, 2:4]
     newest = change[(memory.pushed - 1) % memory.capacity]
     before = None if is_new else newest.clone()
-    products = [products_with_patches(n.memory.stacked["patch"][:entries], n) for n in layers]
-    products += [layer.derivative.products(layer).expand(entries, -1) for layer in layers]
-    now = torch.cat(products, 1).view(entries, 2, -1)
+    of_means, of_variances = [], []
+    for layer in layers:
+        weight = layer.flat_weight(rows.dtype)
+        of_means.append(products_with_patches(layer.memory.stacked["patch"][:entries], weight))
+        of_variance = layer.derivative.products(layer.memory, weight)
+        of_variances.append(of_variance.expand(entries, -1))
+    now = torch.cat(of_means + of_variances, 1).view(entries, 2, -1)
     # of what was not finite, after an overflow, nothing is known
     torch.sub(now, rows[:, 4:], out=change).nan_to_num_(0.0, 0.0, 0.0)
     since = newest if before is None else newest - before
@@ -83,35 +88,53 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
 class Derivative(Protocol):
     """Of the variance by the weight."""
 
-    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
+    def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
         """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
         one, with its anchor."""
 
-    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
+    def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
         """Makes of these what the entry is remembered with."""
 
-    def products(self, layer: Any) -> Tensor:
-        """[entries or 1, C]: with the present weight."""
+    def products(self, memory: Memory, weight: Tensor) -> Tensor:
+        """[entries or 1, C]: with the present weight [C, d]."""
 
 
-def _anchored(gradient: Tensor, layer: Any) -> dict[str, Tensor]:
-    return {"gradient": gradient, "gradient_anchor": products_with(gradient[None], layer)[0]}
+class Seen(NamedTuple):
+    """What a forward shows of the convolution before a layer.
+
+    Attributes:
+        call: of the convolution.
+        y: its output.
+        mean: [C], of ``y``.
+        patch: [groups, d], the mean patch of its input.
+        weight: [C, d]
+    """
+
+    call: ConvCall
+    y: Tensor
+    mean: Tensor
+    patch: Tensor
+    weight: Tensor
+
+    def anchored(self, gradient: Tensor) -> dict[str, Tensor]:
+        anchor = products_with(gradient[None], self.weight)[0]
+        return {"gradient": gradient, "gradient_anchor": anchor}
 
 
 class OwnDerivative:
     """The paper's rule to the letter: each entry has the derivative of its own mini-batch, at all
     positions."""
 
-    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
-        shape = layer.weight_shape
-        return _anchored(variance_gradient(call.x, y, batch.mean, call.geometry, shape), layer)
+    def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
+        x, geometry = seen.call.x, seen.call.geometry
+        gradient = variance_gradient(x, seen.y, seen.mean, geometry, layer.weight_shape)
+        return seen.anchored(gradient)
 
-    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
+    def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
         pass
 
-    def products(self, layer: Any) -> Tensor:
-        memory = layer.memory
-        return products_with(memory.stacked["gradient"][: len(memory)], layer)
+    def products(self, memory: Memory, weight: Tensor) -> Tensor:
+        return products_with(memory.stacked["gradient"][: len(memory)], weight)
 
 
 class AveragedDerivative:
@@ -133,23 +156,28 @@ class AveragedDerivative:
     def __init__(self, positions: int) -> None:
         self.positions = positions
 
-    def stage(self, layer: Any, batch: Moments, y: Tensor, call: ConvCall, patch: Tensor) -> dict:
-        shape = layer.weight_shape
-        if "gradient" in layer.memory.kept and layer.steps % EVERY:
+    def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
+        memory, steps = layer.memory, layer.memory.steps
+        if "gradient" in memory.kept and steps % EVERY:
             return {}
         # fewer for each further forward of an iteration: all of them count the same
-        positions = max(1, self.positions * EVERY // (layer.memory.forwards + 1))
-        crops = choose_crops(tuple(y.shape), positions, layer.steps)
+        positions = max(1, self.positions * EVERY // (memory.forwards + 1))
+        crops = choose_crops(tuple(seen.y.shape), positions, steps)
         gradient = sampled_variance_gradient(
-            call.x, y, batch.mean, patch, call.geometry, shape, crops
+            seen.call.x,
+            seen.y,
+            seen.mean,
+            seen.patch,
+            seen.call.geometry,
+            layer.weight_shape,
+            crops,
         )
-        return _anchored(gradient, layer)
+        return seen.anchored(gradient)
 
-    def commit(self, layer: Any, entry: dict[str, Tensor]) -> None:
-        kept = layer.memory.kept
+    def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
         if "gradient" in entry:
-            self._refresh(layer.memory, entry.pop("gradient"), entry["gradient_anchor"])
-        entry["gradient_anchor"] = kept["anchor"]
+            self._refresh(memory, entry.pop("gradient"), entry["gradient_anchor"])
+        entry["gradient_anchor"] = memory.kept["anchor"]
 
     def _refresh(self, memory: Memory, estimate: Tensor, anchor: Tensor) -> None:
         kept = memory.kept
@@ -164,8 +192,7 @@ class AveragedDerivative:
         kept["anchor"] = kept["anchor"].add(step, alpha=newest)
         memory.rows[:, 5].add_(step, alpha=newest)  # no entry has changed by it
 
-    def products(self, layer: Any) -> Tensor:
-        kept = layer.memory.kept
-        now = products_with(kept["gradient"][None], layer)
-        kept["anchor"] = now[0]
+    def products(self, memory: Memory, weight: Tensor) -> Tensor:
+        now = products_with(memory.kept["gradient"][None], weight)
+        memory.kept["anchor"] = now[0]
         return now

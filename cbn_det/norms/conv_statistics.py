@@ -172,7 +172,7 @@ def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> 
     ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mu / dW`` of the compensated mean
     (arXiv 2002.05712) in closed form, the same for every output channel of a group. Which rows a
     row of the kernel sees is a matrix of zeros and ones, likewise the columns, so that two matrix
-    products do it.
+    products do it; on small maps one, of all positions at once.
 
     Args:
         x: [N, C_in, H_in, W_in], the convolution's input.
@@ -191,19 +191,28 @@ def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> 
     if geometry.kernel == (1, 1) and not any(geometry.pad):
         sh, sw = geometry.stride
         return x[:, :, ::sh, ::sw].mean((0, 2, 3), dtype=dtype).view(geometry.groups, -1)
-    if len(x) >= _MANY_MAPS:  # their sum takes fewer and longer rows
+    if x.shape[0] >= _MANY_MAPS:  # their sum takes fewer and longer rows
         x = x.mean(0, keepdim=True, dtype=dtype)
-    rows, columns = (
-        _seen(x.shape[2 + i], out_size[i], *axis, dtype, x.device)
-        for i, axis in enumerate(
-            zip(geometry.kernel, geometry.stride, geometry.dilation, (top, left), strict=True)
-        )
-    )
-    mean = (rows @ (x.to(dtype) @ columns.T)).mean(0)  # [C_in, kh, kw]
+    elif x.dtype != dtype:
+        x = x.to(dtype)
+    n, channels, height, width = x.shape
+    (kh, kw), (sh, sw), (dh, dw) = geometry.kernel, geometry.stride, geometry.dilation
+    along_rows = height, out_size[0], kh, sh, dh, top
+    along_columns = width, out_size[1], kw, sw, dw, left
+    if height * width <= _SMALL_MAP:
+        seen = _seen_at_all(along_rows, along_columns, dtype, x.device)
+        mean = torch.mm(x.reshape(n * channels, -1), seen).view(n, channels, -1)
+    else:
+        rows, columns = (_seen(*axis, dtype, x.device) for axis in (along_rows, along_columns))
+        mean = rows @ (x @ columns.T)  # [N, C_in, kh, kw]
+    if n > 1:
+        mean = mean.mean(0)
     return mean.reshape(geometry.groups, -1)
 
 
 _MANY_MAPS = 8
+# positions up to which one product is as fast as two
+_SMALL_MAP = 256
 
 
 @lru_cache(maxsize=1024)
@@ -224,6 +233,16 @@ def _seen(
         rows, outs, taps = (torch.arange(n, device=device) for n in (size, outputs, kernel))
         at = (taps.unsqueeze(1) * dilation - before) + outs * stride
         return (at.unsqueeze(2) == rows).sum(1).to(dtype).div_(outputs)
+
+
+@lru_cache(maxsize=256)
+def _seen_at_all(
+    rows: tuple[int, ...], columns: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[height * width, kh * kw]: the same of positions of a map."""
+    with torch.inference_mode(False):
+        of_rows, of_columns = (_seen(*axis, dtype, device) for axis in (rows, columns))
+        return torch.kron(of_rows, of_columns).T.contiguous()
 
 
 def variance_gradient(

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from . import binding
-from .base import Forward
+from .base import Forward, Found
 from .binding import ConvBound
 from .conv_call import ConvCall
-from .functional import Moments
 from .remembering import RememberingNorm2d
 
 
@@ -48,17 +47,18 @@ class FollowingNorm2d(ConvBound, RememberingNorm2d):
         super()._begin(input, how)
         conv_input = self._take_conv_input()
         if self.needs_conv and input.numel():
-            self.call = self._find_call(input, conv_input, self._will_record(how))
+            self.__dict__["call"] = self._find_call(input, conv_input, self._will_record(how))
 
-    def _record(self, batch: Moments | None, input: Tensor, how: Forward) -> None:
-        super()._record(batch, input, how)
-        self.call = None  # its input is released
+    def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
+        super()._record(found, input, how)
+        self.__dict__["call"] = None  # its input is released
 
     @property
     def adds_bias(self) -> bool:
         """Whether remembered means are without the convolution's bias, and the present one is added
         to them."""
-        return self.needs_conv and self.conv is not None and self.conv.bias is not None
+        conv = self.conv
+        return conv is not None and conv.bias is not None and self.needs_conv
 
     @property
     def commits_early(self) -> bool:

@@ -92,8 +92,6 @@ class MBN2d(RememberingNorm2d):
         self.decay = decay
         self.double_forward = double_forward
         self._start_memory(window, burn_in=burn_in)
-        # mean and variance of the latest forward and all entries, until it is staged
-        self._combined: tuple[Tensor, Tensor] | None = None
         self._entries = 0  # iterations remembered so far
         self._refreshed_entries = 0  # of these, those with a second pass
 
@@ -122,14 +120,12 @@ class MBN2d(RememberingNorm2d):
         if not self._memory_takes_part:
             return Estimate(batch.mean, batch.var, 1.0)
         share = self._share_beside(len(self.memory))
-        estimate = Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
-        self._combined = estimate.mean, estimate.var
-        return estimate
+        return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
 
-    def stage(self, batch: Moments, y: Tensor) -> None:
+    def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
         memory = self.memory
         mean, var = batch.mean, batch.var
-        combined, self._combined = self._combined or (mean, var), None
+        combined = estimate.mean, estimate.var
         if memory.pending:  # every forward of an iteration counts the same
             share = 1.0 / (memory.forwards + 1)
             mean, var = combined = mixed_in(mean, var, *memory.pending.values(), share)

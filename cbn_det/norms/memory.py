@@ -32,9 +32,13 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return result
 
 
+def zeros_like(values: Tensor) -> Tensor:
+    """Zeros [C], the same tensor at each call, to read only."""
+    return _zeros(values.shape[0], values.dtype, values.device)
+
+
 @lru_cache(maxsize=1024)
-def zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same tensor at each call, to read only."""
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.zeros(size, dtype=dtype, device=device)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import clock
-from .base import Forward, SmallBatchNorm2d
-from .functional import Moments, without_autocast
+from .base import Forward, Found, SmallBatchNorm2d
+from .functional import Estimate, Moments, without_autocast
 from .memory import Memory
 from .recalibration import trains
 from .schedule import Scheduled
@@ -50,9 +50,9 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
 
     # ---- what a method defines ----
 
-    def stage(self, batch: Moments, y: Tensor) -> None:
-        """Adds one forward to the pending entry; called without gradient, after
-        :meth:`estimate`."""
+    def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
+        """Adds one forward, of ``y`` [N, C, H, W], to the pending entry; called without
+        gradient."""
 
     @classmethod
     def commit(cls, layers: list[Any]) -> None:
@@ -91,7 +91,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         # a recomputation is of the iteration of its forward, whatever has stepped since
         if not (self._unchanged or how.repeated):
             if how.with_grad or trains():
-                self._memory_loaded = False
+                if self._memory_loaded:
+                    self._memory_loaded = False
                 if self._other_weights is not None:  # training goes on with others
                     self._other_weights = None
                     self.memory = Memory(self.memory.capacity)
@@ -119,7 +120,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             return self._after_refresh is not None
         return not self.recomputing_statistics and self.memory.records(*how)
 
-    def _record(self, batch: Moments | None, input: Tensor, how: Forward) -> None:
+    def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
         memory = self.memory
         if self._unchanged:
             if self._after_refresh is None:
@@ -128,8 +129,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             return
         if not memory.forwards:
             _add_pending(self)
-        if batch is not None:
-            self.stage(batch, input.detach())
+        if found is not None:
+            self.stage(*found, input.detach())
         memory.forwards += 1
         if self._after_refresh is not None:
             self._after_refresh()
@@ -171,7 +172,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         groups: dict[Hashable, list[RememberingNorm2d]] = {}
         for layer in layers:
             if layer.memory.begin_iteration():
-                layer._clock_moved, layer._watched = True, None
+                if not layer._clock_moved:
+                    layer._clock_moved, layer._watched = True, None
                 if not layer.memory.placed:
                     layer._find_place()
             if layer.memory.pending or layer.memory.pushed:

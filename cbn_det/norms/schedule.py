@@ -55,10 +55,11 @@ class Scheduled:
     def _require_times(self) -> None:
         """Warns once, and takes a schedule of ``UNRESOLVED_SCHEDULE`` steps, where a fraction was
         not resolved."""
-        unresolved = [name for name in self.timed if getattr(self, f"{name}_steps") is None]
-        if not unresolved:
+        for name in self.timed:
+            if getattr(self, name + "_steps") is None:
+                break
+        else:
             return
-        name = unresolved[0]
         self.resolve_burn_in(UNRESOLVED_SCHEDULE)
         warnings.warn(
             f"{name}={getattr(self, name)!r} is a fraction of a schedule that this"
