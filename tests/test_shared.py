@@ -279,8 +279,8 @@ def test_no_host_read_and_few_operations() -> None:
     once for all of them."""
     counts = [operations(n) for n in (3, 5, 8)]
     (a, b), (c, d), (e, f) = counts
-    assert (c - a, d - b) == (2 * 14, 2 * 11) and (e - c, f - d) == (3 * 14, 3 * 11), counts
-    assert (a - 2 * 14, b - 2 * 11) <= (33, 0), counts
+    assert (c - a, d - b) == (2 * 10, 2 * 8) and (e - c, f - d) == (3 * 10, 3 * 8), counts
+    assert (a - 2 * 10, b - 2 * 8) <= (38, 0), counts
 
 
 def test_a_model_is_released() -> None:

@@ -176,7 +176,7 @@ class Chained:
 
     def _shared_moments(self, chain: Conv, like: Tensor) -> Shared:
         shared = self._shared
-        if shared is not None and shared.serves(self, chain.source, like):
+        if shared is not None and shared.serves(self, chain, like):
             return shared
         scope = self._chain_scope and self._chain_scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began

@@ -78,7 +78,8 @@ class Predicting(Chained):
         mini-batch, and the variance relative to the mini-batch's, averaged over channels."""
         if not self._compared:
             return {}
-        difference, var, ratio, believed = self._compared
+        difference, var, ratio, weight = self._compared
+        believed = weight > 0
         error = difference[0].abs() / (var + self.eps).sqrt()
         return {
             "guarded": 1.0 - believed.to(var.dtype).mean(),
@@ -89,10 +90,10 @@ class Predicting(Chained):
     def _combine(self, prediction: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
         """Posterior mean and variance [..., C], and the share of the observation [..., 1], from a
         prediction [2, ..., C]; the gradient is the prediction's alone."""
-        posterior_mean, posterior_var, share, difference, ratio, believed = _Posterior.apply(
+        posterior_mean, posterior_var, share, weight, difference, ratio = _Posterior.apply(
             prediction, mean, var, self.gain, self.eps
         )
-        self._compared = (difference.detach(), var.detach(), ratio, believed)
+        self._compared = (difference, var, ratio, weight)
         return posterior_mean, posterior_var, share
 
 
@@ -112,7 +113,8 @@ def posterior(
 
 
 class _Posterior(torch.autograd.Function):
-    """:func:`posterior`, and the observation's share, with the prediction's gradient."""
+    """:func:`posterior`, and the shares of observation and prediction, with the prediction's
+    gradient."""
 
     @staticmethod
     def forward(
@@ -120,28 +122,30 @@ class _Posterior(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         mean, var, difference, ratio, believed = posterior(prediction, mean, var, gain, eps)
         if torch.compiler.is_compiling():  # it looks through caches, and says so
-            share = torch.where(believed, 1.0 - gain, torch.ones_like(ratio))
+            weight = torch.where(believed, gain, torch.zeros_like(ratio))
+            share = 1.0 - weight
         else:
-            share = torch.where(believed, *_shares(gain, mean.dtype, mean.device))
+            shares = torch.where(believed, *_shares(gain, mean.dtype, mean.device))
+            share, weight = shares[..., :1], shares[..., 1:]
         ctx.gain = gain
-        ctx.save_for_backward(difference[0], share)
-        ctx.mark_non_differentiable(share, difference, ratio, believed)
+        ctx.save_for_backward(difference[0], weight)
+        ctx.mark_non_differentiable(share, weight, difference, ratio)
         ctx.set_materialize_grads(False)
-        return mean, var, share, difference, ratio, believed
+        return mean, var, share, weight, difference, ratio
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor, d_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        difference, share = ctx.saved_tensors
+        difference, weight = ctx.saved_tensors
         by_mean = torch.addcmul(d_mean, difference, d_var, value=2.0 * (1.0 - ctx.gain))
-        return torch.stack((by_mean, d_var)) * (1.0 - share), None, None, None, None
+        return torch.stack((by_mean, d_var)) * weight, None, None, None, None
 
 
 @lru_cache(maxsize=64)
 def _shares(gain: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of an observation beside a prediction that is believed, and of one beside none; made once."""
+    """Of observation and prediction, where that is believed and where it is not; made once."""
     with torch.inference_mode(False):
-        return tuple(torch.tensor(share, dtype=dtype, device=device) for share in (1.0 - gain, 1.0))
+        return torch.tensor([[1.0 - gain, gain], [1.0, 0.0]], dtype=dtype, device=device).unbind()
 
 
 @register_norm("KN")
@@ -229,5 +233,16 @@ class KN2d(Predicting, SmallBatchNorm2d):
         return self.gain == 0 or self.recomputing_statistics
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
-        count = batch.count if self.ema == "batch" else batch.count / estimate.share
-        return Moments(estimate.mean, estimate.var, count)
+        mean, var, count = estimate.mean, estimate.var, batch.count
+        if self.ema == "pooled" and isinstance(estimate.share, Tensor):
+            # a mini-batch with the share 1 - p is one of so many values among more: its variance
+            # is closer to the unbiased one than that of `count` values, as which it is counted
+            among = count / (1.0 - self.gain)
+            change = _unbiased(among) / _unbiased(count) - 1.0
+            var = torch.addcmul(var, var, self._compared[-1], value=change / self.gain)
+        return Moments(mean, var, count)
+
+
+def _unbiased(count: float) -> float:
+    """What BatchNorm multiplies the variance of ``count`` values by."""
+    return count / max(count - 1.0, 1.0)
