@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
 from .base import Estimate, SmallBatchNorm2d, is_number
@@ -87,14 +86,18 @@ class Predicting(Chained):
             "prediction_var": torch.where(believed, ratio, 0.0).mean(),
         }
 
-    def _combine(self, prediction: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-        """Posterior mean and variance [..., C], and the share of the observation [..., 1], from a
-        prediction [2, ..., C]; the gradient is the prediction's alone."""
-        posterior_mean, posterior_var, share, weight, difference, ratio = _Posterior.apply(
-            prediction, mean, var, self.gain, self.eps
-        )
-        self._compared = (difference, var, ratio, weight)
-        return posterior_mean, posterior_var, share
+    def _posterior(self, mean: Tensor, var: Tensor) -> Posterior:
+        return Posterior(mean, var, self.gain, self.eps)
+
+    def _mixed(self, y: Tensor, mean: Tensor, var: Tensor) -> Estimate | None:
+        """Mean, variance and share of the observation ``mean, var`` [..., C], mixed with what is
+        predicted for the input ``y``; None where nothing is."""
+        mixing = self._posterior(mean, var)
+        found = self._predict(y, mean, mixing)
+        if found is None:
+            return None
+        self._compared = (mixing.difference, var, mixing.ratio, mixing.weight)
+        return Estimate(*found, mixing.share)
 
 
 def posterior(
@@ -112,33 +115,34 @@ def posterior(
     return mean, var, difference, ratio, believed
 
 
-class _Posterior(torch.autograd.Function):
-    """:func:`posterior`, and the shares of observation and prediction, with the prediction's
-    gradient."""
+class Posterior:
+    """:func:`posterior` of an observation ``mean, var`` [..., C], when called with the prediction;
+    constants for the gradient, which is the prediction's alone.
 
-    @staticmethod
-    def forward(
-        ctx: Any, prediction: Tensor, mean: Tensor, var: Tensor, gain: float, eps: float
-    ) -> tuple[Tensor, ...]:
-        mean, var, difference, ratio, believed = posterior(prediction, mean, var, gain, eps)
+    Attributes, from then on:
+        share, weight: of observation and prediction [..., 1]; the weight is 0 where it is refused.
+        difference, ratio: see :func:`posterior`.
+    """
+
+    def __init__(self, mean: Tensor, var: Tensor, gain: float, eps: float) -> None:
+        self.observed, self.gain, self.eps = (mean, var), gain, eps
+
+    def __call__(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        found = posterior(prediction, *self.observed, self.gain, self.eps)
+        mean, var, difference, self.ratio, believed = found
+        self.difference = difference.detach()
         if torch.compiler.is_compiling():  # it looks through caches, and says so
-            weight = torch.where(believed, gain, torch.zeros_like(ratio))
-            share = 1.0 - weight
+            self.weight = torch.where(believed, self.gain, torch.zeros_like(self.ratio))
+            self.share = 1.0 - self.weight
         else:
-            shares = torch.where(believed, *_shares(gain, mean.dtype, mean.device))
-            share, weight = shares[..., :1], shares[..., 1:]
-        ctx.gain = gain
-        ctx.save_for_backward(difference[0], weight)
-        ctx.mark_non_differentiable(share, weight, difference, ratio)
-        ctx.set_materialize_grads(False)
-        return mean, var, share, weight, difference, ratio
+            shares = torch.where(believed, *_shares(self.gain, mean.dtype, mean.device))
+            self.share, self.weight = shares[..., :1], shares[..., 1:]
+        return mean, var
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        difference, weight = ctx.saved_tensors
-        by_mean = torch.addcmul(d_mean, difference, d_var, value=2.0 * (1.0 - ctx.gain))
-        return torch.stack((by_mean, d_var)) * weight, None, None, None, None
+    def pull(self, d_mean: Tensor, d_var: Tensor) -> Tensor:
+        """The gradient of the prediction from those of mean and variance."""
+        by_mean = torch.addcmul(d_mean, self.difference[0], d_var, value=2.0 * (1.0 - self.gain))
+        return torch.stack((by_mean, d_var)) * self.weight
 
 
 @lru_cache(maxsize=64)
@@ -221,12 +225,10 @@ class KN2d(Predicting, SmallBatchNorm2d):
         return output
 
     def estimate(self, batch: Moments) -> Estimate:
-        prediction = None
-        if self.gain != 0 and not self.recomputing_statistics:
-            prediction = self._predict(self._input, batch.mean)
-        if prediction is None:
-            return Estimate(batch.mean, batch.var, 1.0)
-        return Estimate(*self._combine(prediction, batch.mean, batch.var))
+        mixed = None
+        if not self.is_batchnorm:
+            mixed = self._mixed(self._input, batch.mean, batch.var)
+        return mixed or Estimate(batch.mean, batch.var, 1.0)
 
     @property
     def is_batchnorm(self) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -162,14 +162,13 @@ class Shared(At):
             sums = tap_sums(weights, self.like.dtype)
             pairs = torch.stack([self(chain.source) for chain in chains])
             moments = convolved(pairs, sums, *biases)
-            of_shape = (pairs, sums, moments)
-            self._predictions.update((chain, (i, of_shape)) for i, chain in enumerate(chains))
+            for i, chain in enumerate(chains):
+                self._predictions[chain] = i, pairs, sums, moments
 
-    def prediction(self, chain: Conv) -> tuple[Tensor, ...]:
-        """Moments [2, C_in] of what a convolution is given, its :func:`~.propagation.tap_sums`, and
-        the moments [2, C_out] of its output."""
-        i, of_shape = self._predictions[self.layout.same[chain]]
-        return tuple(tensor[i] for tensor in of_shape)
+    def prediction(self, chain: Conv) -> Tensor:
+        """The moments [2, C_out] of a convolution's output."""
+        i, *_, moments = self._predictions[self.layout.same[chain]]
+        return moments[i]
 
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
@@ -230,8 +229,8 @@ class Shared(At):
     def pull(self, chain: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of the parameters from that of the moments after ``chain``, ``d`` [2, C]; no
         two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
-        before, sums, _ = self.prediction(chain)
-        d_before, d_weight = convolution_gradient(d, before, weight, sums)
+        i, before, sums, _ = self._predictions[self.layout.same[chain]]
+        d_before, d_weight = convolution_gradient(d, before[i], weight, sums[i])
         found: dict[Tensor, Tensor] = {}
         weight, *bias = self.own(chain)
         waiting = [(chain.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
@@ -298,20 +297,30 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     return shared
 
 
+class Use(Protocol):
+    """What a layer makes of its prediction [2, C]."""
+
+    def __call__(self, prediction: Tensor) -> tuple[Tensor, ...]: ...
+
+    def pull(self, *d: Tensor) -> Tensor:
+        """The gradient of the prediction from those of what was made of it."""
+
+
 class _Predicted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shared: Shared, chain: Conv, *trained: Tensor) -> Tensor:
-        ctx.shared, ctx.chain, ctx.trained = shared, chain, trained
+    def forward(ctx: Any, shared: Shared, chain: Conv, use: Use, *trained: Tensor) -> Any:
+        ctx.shared, ctx.chain, ctx.use, ctx.trained = shared, chain, use, trained
         ctx.save_for_backward(shared.own(chain)[0])
-        return shared.prediction(chain)[-1]
+        return use(shared.prediction(chain))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, d)
-        return None, None, *(found[tensor] for tensor in ctx.trained)
+    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, ctx.use.pull(*d))
+        return None, None, None, *(found[tensor] for tensor in ctx.trained)
 
 
-def predicted(shared: Shared, chain: Conv) -> Tensor:
-    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
-    return _Predicted.apply(shared, chain, *shared.trained(chain))
+def predicted(shared: Shared, chain: Conv, use: Use) -> tuple[Tensor, ...]:
+    """What ``use`` makes of the moments [2, C] of a convolution's output, with the gradients of all
+    parameters in them."""
+    return _Predicted.apply(shared, chain, use, *shared.trained(chain))
