@@ -91,7 +91,12 @@ class AsItIs:
     __call__ = pull = staticmethod(torch.clone)
 
 
-OTHERS = {"concatenation": concatenated, "twice": lambda m, a, b: a + F.relu(a)}
+OTHERS = {
+    "concatenation": concatenated,
+    "twice": lambda m, a, b: a + F.relu(a),
+    "three levels": lambda m, a, b: F.relu(a + F.relu(b + F.silu(F.relu(a)))),
+    "shifted": lambda m, a, b: F.relu(m.conv_free(a) + m.scale.view(1, -1, 1, 1)),
+}
 
 
 @pytest.mark.parametrize("rule", [*RULES, *OTHERS, "groups", "frozen weights"])
@@ -289,6 +294,21 @@ def test_no_host_read_and_few_operations() -> None:
     assert (a - 2 * 10, b - 2 * 8) <= (38, 0), counts
 
 
+def test_a_prediction_costs_the_same_after_any_number_of_blocks() -> None:
+    """What lies between is differentiated once, not in each layer's backward pass."""
+    model = known()
+    model(images(1))
+    counts = []
+    for norm in (model.norms[1], model.norms[4]):  # after one norm; after a sum of four
+        prediction = predicted(norm._shared, norm.chain, AsItIs())
+        model.zero_grad()
+        with Counter() as counter:
+            prediction.sum().backward()
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
+    assert len(list(model.norms[4].chain.made_of())) == 2 + 4 * 2
+
+
 def test_a_model_is_released() -> None:
     def alive() -> int:
         gc.collect()
@@ -302,10 +322,13 @@ def test_a_model_is_released() -> None:
     assert alive() == before
 
 
-def test_gradients_of_a_sum_do_not_share_their_memory() -> None:
-    """Both norms have the same gradient by their biases; a second backward pass adds to each."""
+@pytest.mark.parametrize("shifted", [False, True])
+def test_gradients_of_a_sum_do_not_share_their_memory(shifted: bool) -> None:
+    """Both norms have the same gradient by their biases, and so have the bias of a convolution and
+    what is added to it; a second backward pass adds to each."""
     torch.manual_seed(0)
     model = Residual("KN(gain=0.5)").double()
+    model.shifted = shifted
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     model(x)  # finds the chain
     model.cut = True  # gradients of the first two norms are then the prediction's alone
@@ -313,7 +336,7 @@ def test_gradients_of_a_sum_do_not_share_their_memory() -> None:
     (model(x) * probe).square().sum().backward()
     trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
     once = {name: parameter.grad.clone() for name, parameter in trained.items()}
-    assert "norm0.bias" in once and "norm1.bias" in once
+    assert ({"free.bias", "shift"} if shifted else {"norm0.bias", "norm1.bias"}) <= once.keys()
     (model(x) * probe).square().sum().backward()
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, 2.0 * once[name], msg=name)
@@ -322,15 +345,18 @@ def test_gradients_of_a_sum_do_not_share_their_memory() -> None:
 class Residual(nn.Module):
     """The last norm's input is made of the sum of two others."""
 
-    cut = False
+    cut = shifted = False
 
     def __init__(self, spec: str) -> None:
         super().__init__()
+        self.free, self.shift = nn.Conv2d(4, 4, 1), nn.Parameter(torch.zeros(4))
         for i, width in enumerate((3, 3, 4)):
             self.add_module(f"conv{i}", nn.Conv2d(width, 4, 1, bias=False))
             self.add_module(f"norm{i}", build_norm(spec, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         total = self.norm0(self.conv0(x)) + self.norm1(self.conv1(x))
+        if self.shifted:
+            total = self.free(total) + self.shift.view(1, -1, 1, 1)
         total = total.detach() if self.cut else total
         return self.norm2(self.conv2(total)) * torch.arange(4.0).view(1, -1, 1, 1)

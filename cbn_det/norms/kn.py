@@ -96,7 +96,8 @@ class Predicting(Chained):
         found = self._predict(y, mean, mixing)
         if found is None:
             return None
-        self._compared = (mixing.difference, var, mixing.ratio, mixing.weight)
+        compared = (mixing.difference, var, mixing.ratio, mixing.weight)
+        self.__dict__["_compared"] = compared  # past Module.__setattr__, which takes long
         return Estimate(*found, mixing.share)
 
 
@@ -136,7 +137,7 @@ class Posterior:
             self.share = 1.0 - self.weight
         else:
             shares = torch.where(believed, *_shares(self.gain, mean.dtype, mean.device))
-            self.share, self.weight = shares[..., :1], shares[..., 1:]
+            self.share, self.weight = shares.split(1, -1)
         return mean, var
 
     def pull(self, d_mean: Tensor, d_var: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
     # it looks at the graph, which a compiled forward does not have
     @torch.compiler.disable
     def _take_part(self, input: Tensor) -> Tensor:
-        self._input = input
+        self.__dict__["_input"] = input
         try:
             output = super().forward(input)
             if input.numel() > 0:
@@ -221,7 +222,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
                     self._look_for_chain(input)
                 self._mark(output)
         finally:
-            self._input = None
+            self.__dict__["_input"] = None
         return output
 
     def estimate(self, batch: Moments) -> Estimate:

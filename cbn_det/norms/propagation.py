@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import functional
+
 Pair = tuple[Tensor, Tensor]
 
 # in units of the statistics: below it a standard deviation counts as none
@@ -154,7 +156,7 @@ def tap_sums(weight: Tensor, dtype: torch.dtype) -> Tensor:
     taps = weight.to(dtype).flatten(-2)
     if taps.shape[-1] == 1:
         return torch.stack((taps, taps.square()), -4).squeeze(-1)
-    if taps.device.type != "cpu":
+    if taps.device.type in functional.FUSED:
         return torch.stack((taps, taps.square()), -4).sum(-1)
     flat = taps.flatten(0, -2)  # sums of a few neighbours are slow on the CPU, products are not
     ones = flat.new_ones(flat.shape[1])
@@ -196,6 +198,5 @@ def convolution_gradient(
     sums_of_groups, values = _of_groups(pair, sums)
     d_of_groups = d.reshape(values.shape[0], -1, 1)
     d_pair = torch.bmm(sums_of_groups.mT, d_of_groups).view_as(pair)
-    d_first, d_second = (d_of_groups * values.mT).view_as(sums)[..., None]
-    taps = weight.to(d.dtype).flatten(2)
-    return d_pair, torch.addcmul(d_first, taps, d_second, value=2.0).view_as(weight)
+    d_first, d_second = (d_of_groups * values.mT).view(2, *weight.shape[:2], 1, 1)
+    return d_pair, torch.addcmul(d_first, weight.to(d.dtype), d_second, value=2.0)

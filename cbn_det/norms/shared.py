@@ -38,6 +38,7 @@ class _Layout:
     def __init__(self, chains: list[Conv]) -> None:
         self.chains = chains
         self.same: dict[Expression, Expression] = {}  # each part's representative
+        self.widths: dict[Expression, int] = {}
         self.norms: list[NormOutput] = []
         self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth, operation, options
         self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
@@ -55,6 +56,7 @@ class _Layout:
         if key not in self._known:
             depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
             self._known[key] = part, depth
+            self.widths[part] = part.width
             if isinstance(part, Activation):
                 self.levels.setdefault((depth, part.operation, part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
@@ -122,15 +124,19 @@ class Shared(At):
         if norms:
             pairs = zip(*map(self.own, norms), strict=True)
             weights, biases = (torch.cat(tensors).to(self.like.dtype) for tensors in pairs)
-            self._moments.update(_by_width(norms, torch.stack((biases, weights.square()))))
-            self._by_weight.update(_by_width(norms, 2.0 * weights))
+            self._moments.update(self._split(norms, torch.stack((biases, weights.square()))))
+            self._by_weight.update(self._split(norms, 2.0 * weights))
         for (_, operation, options), parts in self.layout.levels.items():
             before = _side_by_side([self(part.source) for part in parts])
             moments, slopes = activated_with_slopes(before, operation, options)
-            self._moments.update(_by_width(parts, moments))
-            self._differentiate(_by_width(parts, slopes))
+            self._moments.update(self._split(parts, moments))
+            self._differentiate(self._split(parts, slopes))
         self._predict()
         self._make_jacobians()
+
+    def _split(self, parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
+        widths = [self.layout.widths[part] for part in parts]
+        return dict(zip(parts, values.split(widths, -1), strict=True))
 
     def _differentiate(self, activations: dict[Activation, Tensor]) -> None:
         """Activations, with their slopes [2, 2, C], by the chain rule."""
@@ -158,9 +164,9 @@ class Shared(At):
             alike[weight.shape, chain.groups, len(bias)].append(chain)
         self._predictions = {}
         for chains in alike.values():
-            weights, *biases = map(torch.stack, zip(*map(self.own, chains), strict=True))
+            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
             sums = tap_sums(weights, self.like.dtype)
-            pairs = torch.stack([self(chain.source) for chain in chains])
+            pairs = _stacked([self(chain.source) for chain in chains])
             moments = convolved(pairs, sums, *biases)
             for i, chain in enumerate(chains):
                 self._predictions[chain] = i, pairs, sums, moments
@@ -173,29 +179,26 @@ class Shared(At):
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
         moments of other leaves, [2, 2, leaves, C]."""
-        leaves = [leaf for of_root in self.layout.leaves.values() for leaf in of_root]
-        found = [d for root in self.layout.leaves for d in self._by_leaf(root)]
+        roots, widths = self.layout.leaves, self.layout.widths
+        leaves = [leaf for of_root in roots.values() for leaf in of_root]
+        pairs = zip(leaves, (d for root in roots for d in self._by_leaf(root)), strict=True)
         itself = torch.eye(2, dtype=self.like.dtype, device=self.like.device).unsqueeze(2)
-        pairs = zip(found, leaves, strict=True)
-        rows = [itself.expand(2, 2, leaf.width) if d is None else d for d, leaf in pairs]
+        rows = [itself.expand(2, 2, widths[leaf]) if d is None else d for leaf, d in pairs]
         jacobians = torch.cat(rows, -1)
         jacobians[:, 1].mul_(_side_by_side([self._factor(leaf) for leaf in leaves]))
-        counts = [len(of_root) for of_root in self.layout.leaves.values()]
-        widths = [root.width for root in self.layout.leaves]
-        sizes = [n * width for n, width in zip(counts, widths, strict=True)]
+        parts = jacobians.split([len(of) * widths[root] for root, of in roots.items()], -1)
         self._jacobians = {
-            root: part.unflatten(-1, (n, -1))
-            for root, part, n in zip(
-                self.layout.leaves, jacobians.split(sizes, -1), counts, strict=True
-            )
+            root: part.unflatten(-1, (-1, widths[root]))
+            for root, part in zip(roots, parts, strict=True)
         }
 
     def _factor(self, leaf: Expression) -> Tensor:
-        """Derivative of a norm's variance by its weight, 1 for other leaves."""
+        """Derivative [C] of a norm's variance by its weight, 1 for other leaves."""
         if leaf in self._by_weight:
             return self._by_weight[leaf]
-        ones = self.like.new_ones(leaf.width)
-        return leaf.by_weight(self) if isinstance(leaf, NormOutput) else ones
+        if isinstance(leaf, NormOutput):
+            return leaf.by_weight(self)
+        return self.like.new_ones(self.layout.widths[leaf])
 
     def __call__(self, expression: Expression) -> Tensor:
         expression = self.layout.same[expression]
@@ -253,12 +256,12 @@ class Shared(At):
                 yield from leaf.pull(gradient, self)
 
 
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def _by_width(parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
-    return dict(zip(parts, values.split([part.width for part in parts], -1), strict=True))
 
 
 def _state(tensors: Iterable[Tensor]) -> State:
