@@ -143,6 +143,29 @@ def test_the_same_as_alone(norm: str, checkpoints: bool) -> None:
     assert len({id(layer._shared) for layer in model.norms[1:]}) == 1  # and it was shared
 
 
+def test_convolutions_of_one_shape_that_differ_otherwise() -> None:
+    """In groups, bias or where the norm before is; weights are [4, 2, 3, 3]."""
+    torch.manual_seed(0)
+    convs = [
+        nn.Conv2d(3, 4, 3),
+        *(nn.Conv2d(4, 4, 3, groups=2, bias=bias, padding=1) for bias in (True, False, True)),
+        nn.Conv2d(4, 2, 1),
+        nn.Conv2d(2, 4, 3),
+    ]
+    layers = [(conv, build_norm("KN(gain=0.3)", conv.out_channels), nn.ReLU()) for conv in convs]
+    model = nn.Sequential(*(layer for group in layers for layer in group)).double()
+    for _, norm, _ in layers:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    model(images(0))
+    other = copy.deepcopy(model)
+    other(images(0))
+    outs = model(images(1)), alone(other, images(1))
+    torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-10)
+    for out in outs:
+        loss(out).backward()
+    assert_same_gradients(model, other)
+
+
 def test_backward_passes_one_by_one() -> None:
     model = known()
     other = copy.deepcopy(model)

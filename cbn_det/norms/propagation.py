@@ -178,16 +178,18 @@ def convolved(pair: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., 2, C_out]
     """
-    out = torch.bmm(*_of_groups(pair, sums)).view(sums.shape[:-1])
+    rows, sums_of_groups = _of_groups(pair, sums)
+    out = torch.bmm(rows, sums_of_groups.mT).view(sums.shape[:-1])
     if bias is None:
         return out
     return torch.stack((out[..., 0, :] + bias.to(out.dtype), out[..., 1, :]), -2)
 
 
 def _of_groups(pair: Tensor, sums: Tensor) -> Pair:
-    """Both as the operands of one product for each group of both moments."""
-    values = pair.reshape(-1, sums.shape[-1], 1)
-    return sums.reshape(values.shape[0], -1, sums.shape[-1]), values
+    """Both as the operands of one product for each group of both moments; rows, as the CPU's
+    product of a batch of matrices with rows is many times as fast as that with columns."""
+    rows = pair.reshape(-1, 1, sums.shape[-1])
+    return rows, sums.reshape(rows.shape[0], -1, sums.shape[-1])
 
 
 def convolution_gradient(
@@ -195,8 +197,8 @@ def convolution_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``pair`` [2, C_in] and of the weight from that of the moments after the
     convolution, ``d`` [2, C_out]; its bias has ``d[0]``."""
-    sums_of_groups, values = _of_groups(pair, sums)
-    d_of_groups = d.reshape(values.shape[0], -1, 1)
-    d_pair = torch.bmm(sums_of_groups.mT, d_of_groups).view_as(pair)
-    d_first, d_second = (d_of_groups * values.mT).view(2, *weight.shape[:2], 1, 1)
+    rows, sums_of_groups = _of_groups(pair, sums)
+    d_rows = d.reshape(rows.shape[0], 1, -1)
+    d_pair = torch.bmm(d_rows, sums_of_groups).view_as(pair)
+    d_first, d_second = (d_rows.mT * rows).view(2, *weight.shape[:2], 1, 1)
     return d_pair, torch.addcmul(d_first, weight.to(d.dtype), d_second, value=2.0)
