@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, kn_chain, reading_memory
-from cbn_det.norms.kn import KN2d
+from cbn_det.norms.kn import KN2d, Posterior
 from cbn_det.norms.propagation import convolved, rectified, tap_sums
 from cbn_det.norms.spec import build_norm
 
@@ -315,6 +315,16 @@ def test_without_gain_it_is_batchnorm(options):
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     for (key, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_guard_refuses_what_is_not_finite(value):
+    observed = torch.tensor([[0.5, -1.0], [2.0, 3.0]])
+    prediction = observed + 0.1
+    prediction[:, 1] = value
+    mixing = Posterior(*observed, 0.3, 1e-5)
+    assert torch.equal(torch.stack(mixing(prediction)), observed)
+    assert float(mixing.share) == 1.0 and not mixing.pull(*torch.ones(2, 2)).any()
 
 
 @pytest.mark.parametrize("refused", [True, False])

@@ -24,7 +24,7 @@ from .expression import At, Expression, Unusable
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
 from .prediction import Conv, End, FrozenNorm, Norm, OtherNorm
 from .recalibration import in_backward
-from .shared import Shared, predicted, share
+from .shared import Shared, Use, predicted, share
 
 # ---- replaced modules ------------------------------------------------------------------------
 
@@ -159,24 +159,24 @@ class Chained:
             _warn_of_compilation()
         return None if isinstance(chain, End) else chain
 
-    def _predict(self, y: Tensor, like: Tensor) -> Tensor | None:
-        """Predicted mean and variance [2, C] of the channels of ``y``, of the dtype of ``like``;
-        None where nothing precedes it."""
+    def _predict(self, y: Tensor, like: Tensor, use: Use) -> tuple[Tensor, ...] | None:
+        """What ``use`` makes of the predicted mean and variance [2, C] of the channels of ``y``, of
+        the dtype of ``like``; None where nothing precedes it."""
         for _ in range(2):
             chain = self._find_chain(y)
             if chain is None:
                 return None
             try:
                 if torch.compiler.is_compiling() or thread.tracing or not self.training:
-                    return At(like)(chain)
-                return predicted(self._shared_moments(chain, like), chain)
+                    return use(At(like)(chain))
+                return predicted(self._shared_moments(chain, like), chain, use)
             except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
                 self.__dict__.update(_chain_unsure=True, _chain_traced=False)
         return None
 
     def _shared_moments(self, chain: Conv, like: Tensor) -> Shared:
         shared = self._shared
-        if shared is not None and shared.serves(self, chain.source, like):
+        if shared is not None and shared.serves(self, chain, like):
             return shared
         scope = self._chain_scope and self._chain_scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began

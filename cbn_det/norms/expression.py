@@ -77,7 +77,7 @@ class Expression:
     def held(self) -> Iterator[Held]:
         """The parameters in it, those of norm layers aside that it knows as modules."""
         for part in self.walk():
-            yield from (value for value in part._values() if isinstance(value, Held))
+            yield from part._held
 
     def modules(self) -> Iterator[nn.Module]:
         """Those in it."""
@@ -100,7 +100,11 @@ class Expression:
         Raises:
             Unusable: a parameter is not to be had.
         """
-        return tuple(value.now() for value in self._values() if isinstance(value, Held))
+        return tuple(held.now() for held in self._held)
+
+    @cached_property
+    def _held(self) -> list[Held]:
+        return [value for value in self._values() if isinstance(value, Held)]
 
     def _values(self) -> Iterator[Any]:
         for value in (getattr(self, f.name) for f in fields(self)):

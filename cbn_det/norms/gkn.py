@@ -21,7 +21,7 @@ from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
-from .kn import DEFAULT_GAIN, Predicting, posterior
+from .kn import DEFAULT_GAIN, Posterior, Predicting, posterior
 from .propagation import Pair
 from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
@@ -102,34 +102,32 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         if not torch.jit.is_tracing() and input.numel() == 0:
             return super().forward(input)
-        prediction = None
+        output = None
         if self.gain != 0:
             # what is traced holds the prediction's operations, not its gradient's
             gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
-            plain = without_autocast(input.device)
-            with plain, torch.set_grad_enabled(gradients):
-                prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
-        if prediction is None:  # not F.group_norm, which refuses a single value in a group
-            output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        else:
-            with without_autocast(input.device):
+            with without_autocast(input.device), torch.set_grad_enabled(gradients):
                 mixed = self._normalized if self.training else self._in_plain_operations
-                output = mixed(input, self._of_groups(prediction))
+                output = mixed(input)
+        if output is None:  # not F.group_norm, which refuses a single value in a group
+            output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         self._mark(output)
         return output
 
     _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
-    def _normalized(self, input: Tensor, prediction: Tensor) -> Tensor:
+    def _normalized(self, input: Tensor) -> Tensor | None:
+        """None where nothing is predicted."""
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
         batch = moments(x)
-        observed = self._grouped(batch.mean, batch.var)
-        observed = (value.view(len(input), -1) for value in observed)
-        mean, var, share = self._combine(prediction, *observed)
-        share = share.expand_as(mean)
+        observed = _of_groups(batch.mean, batch.var, len(input) * self.num_groups)
+        mixed = self._mixed(input, *(value.view(len(input), -1) for value in observed))
+        if mixed is None:
+            return None
+        values = (mixed.mean, mixed.var, mixed.share.expand_as(mixed.mean))
         each = self.num_channels // self.num_groups
-        mean, var, share = (v.flatten().repeat_interleave(each) for v in (mean, var, share))
+        mean, var, share = (value.flatten().repeat_interleave(each) for value in values)
         weight, bias = (
             None if p is None else p.repeat(len(input)) for p in (self.weight, self.bias)
         )
@@ -141,10 +139,18 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             output = output.to(memory_format=torch.channels_last)
         return output
 
-    def _in_plain_operations(self, input: Tensor, prediction: Tensor) -> Tensor:
+    def _posterior(self, mean: Tensor, var: Tensor) -> Posterior:
+        return _OfGroups(mean, var, self.gain, self.eps)
+
+    def _in_plain_operations(self, input: Tensor) -> Tensor | None:
         """The same in operations that can be traced and exported, with autograd's own gradient."""
-        x = input.to(prediction.dtype).unflatten(1, (self.num_groups, -1))
+        like = input.new_empty(0, dtype=statistics_dtype(input))
+        prediction = self._predict(input, like, lambda pair: _of_groups(*pair, self.num_groups))
+        if prediction is None:
+            return None
+        x = input.to(like.dtype).unflatten(1, (self.num_groups, -1))
         var, mean = torch.var_mean(x, (2, 3, 4), correction=0)
+        prediction = torch.stack(prediction).unsqueeze(1)
         mean, var, *_ = posterior(prediction, mean, var, self.gain, self.eps)
         mean, var = (value[..., None, None, None] for value in (mean, var))
         output = ((x - mean) * (var + self.eps).rsqrt()).flatten(1, 2)
@@ -153,12 +159,22 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             output = torch.addcmul(shift, output, scale)
         return output.to(input.dtype)
 
-    def _of_groups(self, prediction: Tensor) -> Tensor:
-        """The prediction for groups, [2, 1, groups], from that for channels [C]."""
-        return torch.stack(self._grouped(*prediction.unbind())).unsqueeze(1)
 
-    def _grouped(self, mean: Tensor, var: Tensor) -> Pair:
-        """Moments of the equal mixture of each group's channels, one group after another."""
-        each = self.num_channels // self.num_groups
-        mean, var = (value.unflatten(0, (-1, each)).movedim(1, 0) for value in (mean, var))
-        return mixture(mean, var, mean.new_full((), 1.0 / each))
+class _OfGroups(Posterior):
+    """Of statistics [N, groups], with a prediction for channels."""
+
+    def __call__(self, prediction: Tensor) -> Pair:
+        mean, var = _of_groups(*prediction, self.observed[0].shape[1])
+        self.apart = (prediction[0].view(len(mean), -1) - mean.unsqueeze(1)).detach()
+        return super().__call__(torch.stack((mean, var)).unsqueeze(1))
+
+    def pull(self, d_mean: Tensor, d_var: Tensor) -> Tensor:
+        d_mean, d_var = super().pull(d_mean, d_var).sum(1).unsqueeze(2)
+        by_mean = torch.addcmul(d_mean, self.apart, d_var, value=2.0)
+        return torch.stack((by_mean, d_var.expand_as(by_mean))).flatten(1) / self.apart.shape[1]
+
+
+def _of_groups(mean: Tensor, var: Tensor, groups: int) -> Pair:
+    """Moments [groups] of the equal mixture of each group's channels [C], which lie together."""
+    mean, var = (value.unflatten(0, (groups, -1)).movedim(1, 0) for value in (mean, var))
+    return mixture(mean, var, mean.new_full((), 1.0 / len(mean)))

@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, is_number
@@ -78,7 +77,8 @@ class Predicting(Chained):
         mini-batch, and the variance relative to the mini-batch's, averaged over channels."""
         if not self._compared:
             return {}
-        difference, var, ratio, believed = self._compared
+        difference, var, ratio, weight = self._compared
+        believed = weight > 0
         error = difference[0].abs() / (var + self.eps).sqrt()
         return {
             "guarded": 1.0 - believed.to(var.dtype).mean(),
@@ -86,14 +86,19 @@ class Predicting(Chained):
             "prediction_var": torch.where(believed, ratio, 0.0).mean(),
         }
 
-    def _combine(self, prediction: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-        """Posterior mean and variance [..., C], and the share of the observation [..., 1], from a
-        prediction [2, ..., C]; the gradient is the prediction's alone."""
-        posterior_mean, posterior_var, share, difference, ratio, believed = _Posterior.apply(
-            prediction, mean, var, self.gain, self.eps
-        )
-        self._compared = (difference.detach(), var.detach(), ratio, believed)
-        return posterior_mean, posterior_var, share
+    def _posterior(self, mean: Tensor, var: Tensor) -> Posterior:
+        return Posterior(mean, var, self.gain, self.eps)
+
+    def _mixed(self, y: Tensor, mean: Tensor, var: Tensor) -> Estimate | None:
+        """Mean, variance and share of the observation ``mean, var`` [..., C], mixed with what is
+        predicted for the input ``y``; None where nothing is."""
+        mixing = self._posterior(mean, var)
+        found = self._predict(y, mean, mixing)
+        if found is None:
+            return None
+        compared = (mixing.difference, var, mixing.ratio, mixing.weight)
+        self.__dict__["_compared"] = compared  # past Module.__setattr__, which takes long
+        return Estimate(*found, mixing.share)
 
 
 def posterior(
@@ -111,37 +116,41 @@ def posterior(
     return mean, var, difference, ratio, believed
 
 
-class _Posterior(torch.autograd.Function):
-    """:func:`posterior`, and the observation's share, with the prediction's gradient."""
+class Posterior:
+    """:func:`posterior` of an observation ``mean, var`` [..., C], when called with the prediction;
+    constants for the gradient, which is the prediction's alone.
 
-    @staticmethod
-    def forward(
-        ctx: Any, prediction: Tensor, mean: Tensor, var: Tensor, gain: float, eps: float
-    ) -> tuple[Tensor, ...]:
-        mean, var, difference, ratio, believed = posterior(prediction, mean, var, gain, eps)
+    Attributes, from then on:
+        share, weight: of observation and prediction [..., 1]; the weight is 0 where it is refused.
+        difference, ratio: see :func:`posterior`.
+    """
+
+    def __init__(self, mean: Tensor, var: Tensor, gain: float, eps: float) -> None:
+        self.observed, self.gain, self.eps = (mean, var), gain, eps
+
+    def __call__(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        found = posterior(prediction, *self.observed, self.gain, self.eps)
+        mean, var, difference, self.ratio, believed = found
+        self.difference = difference.detach()
         if torch.compiler.is_compiling():  # it looks through caches, and says so
-            share = torch.where(believed, 1.0 - gain, torch.ones_like(ratio))
+            self.weight = torch.where(believed, self.gain, torch.zeros_like(self.ratio))
+            self.share = 1.0 - self.weight
         else:
-            share = torch.where(believed, *_shares(gain, mean.dtype, mean.device))
-        ctx.gain = gain
-        ctx.save_for_backward(difference[0], share)
-        ctx.mark_non_differentiable(share, difference, ratio, believed)
-        ctx.set_materialize_grads(False)
-        return mean, var, share, difference, ratio, believed
+            shares = torch.where(believed, *_shares(self.gain, mean.dtype, mean.device))
+            self.share, self.weight = shares.split(1, -1)
+        return mean, var
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        difference, share = ctx.saved_tensors
-        by_mean = torch.addcmul(d_mean, difference, d_var, value=2.0 * (1.0 - ctx.gain))
-        return torch.stack((by_mean, d_var)) * (1.0 - share), None, None, None, None
+    def pull(self, d_mean: Tensor, d_var: Tensor) -> Tensor:
+        """The gradient of the prediction from those of mean and variance."""
+        by_mean = torch.addcmul(d_mean, self.difference[0], d_var, value=2.0 * (1.0 - self.gain))
+        return torch.stack((by_mean, d_var)) * self.weight
 
 
 @lru_cache(maxsize=64)
 def _shares(gain: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of an observation beside a prediction that is believed, and of one beside none; made once."""
+    """Of observation and prediction, where that is believed and where it is not; made once."""
     with torch.inference_mode(False):
-        return tuple(torch.tensor(share, dtype=dtype, device=device) for share in (1.0 - gain, 1.0))
+        return torch.tensor([[1.0 - gain, gain], [1.0, 0.0]], dtype=dtype, device=device).unbind()
 
 
 @register_norm("KN")
@@ -205,7 +214,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
     # it looks at the graph, which a compiled forward does not have
     @torch.compiler.disable
     def _take_part(self, input: Tensor) -> Tensor:
-        self._input = input
+        self.__dict__["_input"] = input
         try:
             output = super().forward(input)
             if input.numel() > 0:
@@ -213,21 +222,30 @@ class KN2d(Predicting, SmallBatchNorm2d):
                     self._look_for_chain(input)
                 self._mark(output)
         finally:
-            self._input = None
+            self.__dict__["_input"] = None
         return output
 
     def estimate(self, batch: Moments) -> Estimate:
-        prediction = None
-        if self.gain != 0 and not self.recomputing_statistics:
-            prediction = self._predict(self._input, batch.mean)
-        if prediction is None:
-            return Estimate(batch.mean, batch.var, 1.0)
-        return Estimate(*self._combine(prediction, batch.mean, batch.var))
+        mixed = None
+        if not self.is_batchnorm:
+            mixed = self._mixed(self._input, batch.mean, batch.var)
+        return mixed or Estimate(batch.mean, batch.var, 1.0)
 
     @property
     def is_batchnorm(self) -> bool:
         return self.gain == 0 or self.recomputing_statistics
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
-        count = batch.count if self.ema == "batch" else batch.count / estimate.share
-        return Moments(estimate.mean, estimate.var, count)
+        mean, var, count = estimate.mean, estimate.var, batch.count
+        if self.ema == "pooled" and isinstance(estimate.share, Tensor):
+            # a mini-batch with the share 1 - p is one of so many values among more: its variance
+            # is closer to the unbiased one than that of `count` values, as which it is counted
+            among = count / (1.0 - self.gain)
+            change = _unbiased(among) / _unbiased(count) - 1.0
+            var = torch.addcmul(var, var, self._compared[-1], value=change / self.gain)
+        return Moments(mean, var, count)
+
+
+def _unbiased(count: float) -> float:
+    """What BatchNorm multiplies the variance of ``count`` values by."""
+    return count / max(count - 1.0, 1.0)

@@ -33,12 +33,10 @@ class NormOutput(Expression):
         var = at.like.new_ones(self.width) if weight is None else weight.to(at.like.dtype).square()
         return torch.stack((mean, var))
 
-    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        weight, bias = at.own(self)[:2]
-        if weight is not None and weight.requires_grad:
-            yield weight, 2.0 * d[1] * weight
-        if bias is not None and bias.requires_grad:
-            yield bias, d[0]
+    def by_weight(self, at: At) -> Tensor:
+        """Derivative [C] of the variance by the weight, if there is one."""
+        weight = at.own(self)[0]
+        return at.like.new_ones(self.width) if weight is None else 2.0 * weight.to(at.like.dtype)
 
 
 def _of_shape(per_channel: Tensor, parameter: Tensor) -> Tensor:
@@ -97,8 +95,8 @@ class FrozenNorm(NormOutput):
         mean, scale = super().moments(at)
         return torch.stack((mean, scale * self._kept(at)))
 
-    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        return super().pull(torch.stack((d[0], d[1] * self._kept(at))), at)
+    def by_weight(self, at: At) -> Tensor:
+        return super().by_weight(at) * self._kept(at)
 
     def _kept(self, at: At) -> Tensor:
         var = at.own(self)[2].to(at.like.dtype)
@@ -184,9 +182,6 @@ class Sum(Expression):
     def moments(self, at: At) -> Tensor:
         return at(self.left) + at(self.right)
 
-    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        yield from ((self.left, d), (self.right, d))
-
     def describe(self, names: dict[int, str]) -> str:
         return f"{self.left.describe(names)} + {self.right.describe(names)}"
 
@@ -227,9 +222,6 @@ class Pooled(Expression):
     owns = False
 
     source: Expression
-
-    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        yield self.source, d
 
     def describe(self, names: dict[int, str]) -> str:
         return f"roi({self.source.describe(names)})"

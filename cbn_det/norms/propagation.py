@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import functional
+
 Pair = tuple[Tensor, Tensor]
 
 # in units of the statistics: below it a standard deviation counts as none
@@ -25,47 +27,47 @@ _TINY = 1e-10
 _SPACING, _REACH = 0.25, 6.0  # of the nodes, in standard deviations
 
 
-def _tails(a: Tensor) -> Pair:
-    """The standard normal's distribution function, at ``a`` and at ``-a``."""
+def _tails(a: Tensor) -> tuple[Tensor, Tensor]:
+    """``(-a, a) / sqrt(2)``, and twice the standard normal's distribution function at ``a`` and at
+    ``-a``; [2, ...] each."""
     a = a * math.sqrt(0.5)
+    both = torch.stack((-a, a))
     if torch.jit.is_tracing():  # ONNX knows erf alone, whose digits far below 0 are few
-        half = 0.5 * torch.erf(a)
-        return 0.5 + half, 0.5 - half
-    below, above = (0.5 * torch.special.erfc(torch.stack((-a, a)))).unbind()
-    return below, above
+        return both, 1.0 - torch.erf(both)
+    return both, torch.special.erfc(both)
 
 
 def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
     """Both moments, and what their derivatives are made of."""
     std = (var + _TINY).sqrt()
-    a = (mean / std).clamp(-30.0, 30.0)
-    below, above = _tails(a)
-    density = torch.exp(-0.5 * a.square()) / math.sqrt(2.0 * math.pi)
-    first = torch.addcmul(std * density, mean, below)
-    above_0, below_0 = torch.addcmul(density, a, below), torch.addcmul(density, a, above, value=-1)
-    second = var * torch.addcmul(below, above_0, below_0, value=-1).clamp(min=0.0)
-    return first, second, below, above, density / std
+    a, tails = _tails(mean / std)
+    density = torch.exp(a[0] * a[1]) * (0.5 / math.pi) ** 0.5
+    # integrals of the distribution function up to a and up to -a
+    up_to, beyond = torch.addcmul(density, a, tails, value=-math.sqrt(0.5))
+    first, below = std * up_to, 0.5 * tails[0]
+    second = var * torch.addcmul(below, up_to, beyond, value=-1.0).clamp(min=0.0)
+    return first, second, below, tails[1], density / std
 
 
-def _slopes(first: Tensor, below: Tensor, above: Tensor, slope: Tensor) -> Tensor:
-    """Derivatives of both moments [2, ...] by mean and variance, [2, 2, ...]."""
-    by_mean, by_var = 2.0 * first * above, torch.addcmul(below, first, slope, value=-1.0)
-    return torch.stack((below, 0.5 * slope, by_mean, by_var)).unflatten(0, (2, 2))
+def _slopes(first: Tensor, below: Tensor, above: Tensor, slope: Tensor) -> list[Tensor]:
+    """Derivatives of both moments by mean and variance; ``above`` is twice the probability."""
+    by_mean, by_var = first * above, torch.addcmul(below, first, slope, value=-1.0)
+    return [below, 0.5 * slope, by_mean, by_var]
 
 
 class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> Pair:
         first, second, *parts = _rectified(mean, var)
-        ctx.save_for_backward(_slopes(first, *parts))
+        ctx.save_for_backward(*_slopes(first, *parts))
         return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d: Tensor) -> Pair:
-        (slopes,) = ctx.saved_tensors
-        d_mean, d_var = pulled_through(slopes, torch.stack(d))
-        return d_mean, d_var
+        first_by_mean, first_by_var, second_by_mean, second_by_var = ctx.saved_tensors
+        d_mean = torch.addcmul(d[0] * first_by_mean, d[1], second_by_mean)
+        return d_mean, torch.addcmul(d[0] * first_by_var, d[1], second_by_var)
 
 
 def rectified(mean: Tensor, var: Tensor) -> Pair:
@@ -89,11 +91,11 @@ def leaky(mean: Tensor, var: Tensor, slope: float) -> Pair:
     """Of ``slope x + (1 - slope) max(x, 0)``: the covariance of ``x`` and ``max(x, 0)`` is ``var
     Phi`` (Stein's lemma)."""
     first, second = rectified(mean, var)
-    below, _ = _tails((mean / (var + _TINY).sqrt()).clamp(-30.0, 30.0))
+    _, tails = _tails((mean / (var + _TINY).sqrt()).clamp(-30.0, 30.0))
     rest = 1.0 - slope
     return (
         slope * mean + rest * first,
-        slope**2 * var + rest**2 * second + (2.0 * slope * rest) * var * below,
+        slope**2 * var + rest**2 * second + (slope * rest) * var * tails[0],
     )
 
 
@@ -139,7 +141,8 @@ def activated_with_slopes(
     it, ``pair`` [2, N]; without a graph."""
     if operation == "Relu":
         first, second, *parts = _rectified(*pair)
-        return torch.stack((first, second)), _slopes(first, *parts)
+        both = torch.stack((first, second, *_slopes(first, *parts)))
+        return both[:2], both[2:].unflatten(0, (2, 2))
     with torch.enable_grad():
         before = pair.detach().requires_grad_()
         after = activated(*before, operation, options)
@@ -147,21 +150,18 @@ def activated_with_slopes(
     return torch.stack(after).detach(), torch.stack(rows)
 
 
-def pulled_through(slopes: Tensor, d: Tensor) -> Tensor:
-    """The gradient [2, ...] before an operation from that after it."""
-    return (slopes * d.unsqueeze(1)).sum(0)
-
-
 def tap_sums(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over a kernel's taps of the weight and of its square, [2, C_out, C_in / groups]."""
-    taps = weight.to(dtype).flatten(2)
-    if taps.shape[2] == 1:
-        return torch.stack((taps, taps.square())).squeeze(3)
-    if taps.device.type != "cpu":
-        return torch.stack((taps, taps.square())).sum(3)
-    flat = taps.flatten(0, 1)  # sums of a few neighbours are slow on the CPU, products are not
+    """Sums over a kernel's taps of the weight [..., C_out, C_in / groups, h, w] and of its square,
+    [..., 2, C_out, C_in / groups]."""
+    taps = weight.to(dtype).flatten(-2)
+    if taps.shape[-1] == 1:
+        return torch.stack((taps, taps.square()), -4).squeeze(-1)
+    if taps.device.type in functional.FUSED:
+        return torch.stack((taps, taps.square()), -4).sum(-1)
+    flat = taps.flatten(0, -2)  # sums of a few neighbours are slow on the CPU, products are not
     ones = flat.new_ones(flat.shape[1])
-    return torch.stack((flat @ ones, flat.square() @ ones)).unflatten(1, taps.shape[:2])
+    both = flat @ ones, flat.square() @ ones
+    return torch.stack([sums.view(taps.shape[:-1]) for sums in both], -3)
 
 
 def convolved(pair: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -171,21 +171,25 @@ def convolved(pair: Tensor, sums: Tensor, bias: Tensor | None = None) -> Tensor:
     every stride and dilation.
 
     Args:
-        pair: mean and variance, [2, C_in].
-        sums: [2, C_out, C_in / groups], from :func:`tap_sums`.
-        bias: [C_out] or None.
+        pair: mean and variance, [..., 2, C_in].
+        sums: [..., 2, C_out, C_in / groups], from :func:`tap_sums`.
+        bias: [..., C_out] or None.
 
     Returns:
-        [2, C_out]
+        [..., 2, C_out]
     """
-    out = torch.bmm(*_of_groups(pair, sums)).view(2, -1)
-    return out if bias is None else torch.stack((out[0] + bias.to(out.dtype), out[1]))
+    rows, sums_of_groups = _of_groups(pair, sums)
+    out = torch.bmm(rows, sums_of_groups.mT).view(sums.shape[:-1])
+    if bias is None:
+        return out
+    return torch.stack((out[..., 0, :] + bias.to(out.dtype), out[..., 1, :]), -2)
 
 
 def _of_groups(pair: Tensor, sums: Tensor) -> Pair:
-    """Both as the operands of one product for each group of both moments."""
-    values = pair.reshape(-1, sums.shape[2], 1)
-    return sums.reshape(values.shape[0], -1, sums.shape[2]), values
+    """Both as the operands of one product for each group of both moments; rows, as the CPU's
+    product of a batch of matrices with rows is many times as fast as that with columns."""
+    rows = pair.reshape(-1, 1, sums.shape[-1])
+    return rows, sums.reshape(rows.shape[0], -1, sums.shape[-1])
 
 
 def convolution_gradient(
@@ -193,9 +197,8 @@ def convolution_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``pair`` [2, C_in] and of the weight from that of the moments after the
     convolution, ``d`` [2, C_out]; its bias has ``d[0]``."""
-    sums_of_groups, values = _of_groups(pair, sums)
-    d_of_groups = d.reshape(values.shape[0], -1, 1)
-    d_pair = torch.bmm(sums_of_groups.mT, d_of_groups).view_as(pair)
-    d_first, d_second = (d_of_groups * values.mT).view_as(sums)[..., None]
-    taps = weight.to(d.dtype).flatten(2)
-    return d_pair, torch.addcmul(d_first, taps, d_second, value=2.0).view_as(weight)
+    rows, sums_of_groups = _of_groups(pair, sums)
+    d_rows = d.reshape(rows.shape[0], 1, -1)
+    d_pair = torch.bmm(d_rows, sums_of_groups).view_as(pair)
+    d_first, d_second = (d_rows.mT * rows).view(2, *weight.shape[:2], 1, 1)
+    return d_pair, torch.addcmul(d_first, weight.to(d.dtype), d_second, value=2.0)

@@ -1,20 +1,24 @@
 """Predictions of a model's layers, what they have in common evaluated once a forward pass.
 
-What precedes the layers of a model is made of the same norms, and of few kinds of activations.
-:class:`Shared` evaluates all of it in one go: affine parameters side by side, then activations,
-those that follow upon the same number of others together. That a pass is another one than the
-latest shows in an optimiser's step, in parameters that changed, or in the first layer asking again.
+What precedes the layers of a model is made of the same norms, and of few kinds of activations and
+convolutions. :class:`Shared` evaluates all of it in one go: affine parameters side by side, then
+activations, those that follow upon the same number of others together, then convolutions, those of
+one shape together. That a pass is another one than the latest shows in an optimiser's step, in
+parameters that changed, or in the first layer asking again.
 
 Values are shared, graphs are not. Each layer's prediction has one node of its own
-(:class:`_Predicted`), whose backward pass walks its expression in closed form; backward passes that
-run one by one, recomputation in checkpoints, and DDP's buckets find what they would without.
+(:class:`_Predicted`), whose backward pass is in closed form; backward passes that run one by one,
+recomputation in checkpoints, and DDP's buckets find what they would without. Between a convolution
+and the norms before it channels do not mix: the derivatives of two moments by two parameters of a
+norm are 2x2 numbers a channel, its Jacobian, and are shared values, too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from . import clock
 from .expression import At, Expression, Held, Unusable
-from .prediction import Activation, Conv, FrozenNorm, NormOutput
-from .propagation import (
-    activated_with_slopes,
-    convolution_gradient,
-    convolved,
-    pulled_through,
-    tap_sums,
-)
+from .prediction import Activation, Conv, FrozenNorm, NormOutput, Pooled, Sum
+from .propagation import activated_with_slopes, convolution_gradient, convolved, tap_sums
 
 State = list[tuple[Tensor, int, int]]
 
@@ -37,15 +35,19 @@ State = list[tuple[Tensor, int, int]]
 class _Layout:
     """Which parts of some expressions are equal, and which can be evaluated together."""
 
-    def __init__(self, sources: list[Expression]) -> None:
-        self.sources = sources
+    def __init__(self, chains: list[Conv]) -> None:
+        self.chains = chains
         self.same: dict[Expression, Expression] = {}  # each part's representative
+        self.widths: dict[Expression, int] = {}
         self.norms: list[NormOutput] = []
         self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth, operation, options
         self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
-        for source in sources:
-            self._add(source)
+        for chain in chains:
+            self._add(chain)
         self.levels = dict(sorted(self.levels.items(), key=lambda item: item[0][0]))
+        self.leaves: dict[Expression, list[Expression]] = {}  # of what has a gradient
+        for chain in chains:
+            self._add_leaves(chain.source)
 
     def _add(self, part: Expression) -> tuple[Expression, int]:
         added = [self._add(p) for p in part.parts()]
@@ -54,12 +56,30 @@ class _Layout:
         if key not in self._known:
             depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
             self._known[key] = part, depth
+            self.widths[part] = part.width
             if isinstance(part, Activation):
                 self.levels.setdefault((depth, part.operation, part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
                 self.norms.append(part)
         self.same[part] = self._known[key][0]
         return self._known[key]
+
+    def _add_leaves(self, root: Expression) -> None:
+        root = self.same[root]
+        if root not in self.leaves:
+            self.leaves[root] = list(self._leaves(root))
+            for leaf in self.leaves[root]:
+                for part in leaf.parts():
+                    self._add_leaves(part)
+
+    def _leaves(self, part: Expression) -> Iterator[Expression]:
+        """What its channels are made of one by one: norms, and what mixes channels or has
+        parameters of its own."""
+        if isinstance(part, (Activation, Pooled, Sum)):
+            for inner in part.parts():
+                yield from self._leaves(inner)
+        else:
+            yield self.same[part]
 
 
 def _identity(value: Any) -> Any:
@@ -69,29 +89,32 @@ def _identity(value: Any) -> Any:
 
 
 class Shared(At):
-    """Moments of expressions as they are now, and the derivatives of the activations in them.
+    """Moments of expressions as they are now, and their derivatives.
 
     Args:
-        made_of: the expressions, with the tensors that each is made of.
+        made_of: what precedes some layers, with the tensors that each is made of.
         like: a tensor of the dtype and device of the moments.
         layout: of an earlier pass.
     """
 
     def __init__(
-        self, made_of: dict[Expression, list[Tensor]], like: Tensor, layout: _Layout | None
+        self, made_of: dict[Conv, list[Tensor]], like: Tensor, layout: _Layout | None
     ) -> None:
         super().__init__(like)
-        sources = list(made_of)
-        fits = layout is not None and len(layout.sources) == len(sources)
-        if not (fits and all(a is b for a, b in zip(layout.sources, sources, strict=True))):
-            layout = _Layout(sources)
+        chains = list(made_of)
+        fits = layout is not None and len(layout.chains) == len(chains)
+        if not (fits and all(a is b for a, b in zip(layout.chains, chains, strict=True))):
+            layout = _Layout(chains)
         self.layout = layout
         self.clock = clock.now()
         self.first: weakref.ref[Any] | None = None
         self._own: dict[Expression, tuple[Tensor | None, ...]] = {}
         self._moments: dict[Expression, Tensor] = {}
-        self._slopes: dict[Expression, Tensor] = {}
-        self._made_of = {source: _state(tensors) for source, tensors in made_of.items()}
+        #: derivatives [2, 2, C] of the moments by those of each leaf, in the leaves' order; None
+        #: for the leaf itself
+        self._derivatives: dict[Expression, list[Tensor | None]] = {}
+        self._by_weight: dict[Expression, Tensor] = {}
+        self._made_of = {chain: _state(tensors) for chain, tensors in made_of.items()}
         # not in a caller's inference mode: a backward pass could not use its tensors
         with torch.inference_mode(False), torch.no_grad():
             self._evaluate()
@@ -101,19 +124,81 @@ class Shared(At):
         if norms:
             pairs = zip(*map(self.own, norms), strict=True)
             weights, biases = (torch.cat(tensors).to(self.like.dtype) for tensors in pairs)
-            self._keep(self._moments, norms, torch.stack((biases, weights.square())))
+            self._moments.update(self._split(norms, torch.stack((biases, weights.square()))))
+            self._by_weight.update(self._split(norms, 2.0 * weights))
         for (_, operation, options), parts in self.layout.levels.items():
-            before = [self(part.source) for part in parts]
-            before = before[0] if len(before) == 1 else torch.cat(before, 1)
+            before = _side_by_side([self(part.source) for part in parts])
             moments, slopes = activated_with_slopes(before, operation, options)
-            self._keep(self._moments, parts, moments)
-            self._keep(self._slopes, parts, slopes)
-        for source in self.layout.sources:
-            self(source)
+            self._moments.update(self._split(parts, moments))
+            self._differentiate(self._split(parts, slopes))
+        self._predict()
+        self._make_jacobians()
 
-    def _keep(self, where: dict[Any, Tensor], parts: list[Any], values: Tensor) -> None:
-        widths = [part.width for part in parts]
-        where.update(zip(parts, values.split(widths, -1), strict=True))
+    def _split(self, parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
+        widths = [self.layout.widths[part] for part in parts]
+        return dict(zip(parts, values.split(widths, -1), strict=True))
+
+    def _differentiate(self, activations: dict[Activation, Tensor]) -> None:
+        """Activations, with their slopes [2, 2, C], by the chain rule."""
+        pairs = [(s, d) for a, s in activations.items() for d in self._by_leaf(a.source)]
+        later = [pair for pair in pairs if pair[1] is not None]
+        if later:
+            outer, inner = (_side_by_side(factors) for factors in zip(*later, strict=True))
+            products = (outer.unsqueeze(2) * inner).sum(1)
+            products = iter(products.split([d.shape[-1] for _, d in later], -1))
+        for a, s in activations.items():
+            inner = self._by_leaf(a.source)
+            self._derivatives[a] = [s if d is None else next(products) for d in inner]
+
+    def _by_leaf(self, part: Expression) -> list[Tensor | None]:
+        part = self.layout.same[part]
+        if isinstance(part, (Pooled, Sum)):
+            return [d for inner in part.parts() for d in self._by_leaf(inner)]
+        return self._derivatives.get(part, [None])
+
+    def _predict(self) -> None:
+        """Convolutions, those of one shape together."""
+        alike = defaultdict(list)
+        for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
+            weight, *bias = self.own(chain)
+            alike[weight.shape, chain.groups, len(bias)].append(chain)
+        self._predictions = {}
+        for chains in alike.values():
+            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
+            sums = tap_sums(weights, self.like.dtype)
+            pairs = _stacked([self(chain.source) for chain in chains])
+            moments = convolved(pairs, sums, *biases)
+            for i, chain in enumerate(chains):
+                self._predictions[chain] = i, pairs, sums, moments
+
+    def prediction(self, chain: Conv) -> Tensor:
+        """The moments [2, C_out] of a convolution's output."""
+        i, *_, moments = self._predictions[self.layout.same[chain]]
+        return moments[i]
+
+    def _make_jacobians(self) -> None:
+        """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
+        moments of other leaves, [2, 2, leaves, C]."""
+        roots, widths = self.layout.leaves, self.layout.widths
+        leaves = [leaf for of_root in roots.values() for leaf in of_root]
+        pairs = zip(leaves, (d for root in roots for d in self._by_leaf(root)), strict=True)
+        itself = torch.eye(2, dtype=self.like.dtype, device=self.like.device).unsqueeze(2)
+        rows = [itself.expand(2, 2, widths[leaf]) if d is None else d for leaf, d in pairs]
+        jacobians = torch.cat(rows, -1)
+        jacobians[:, 1].mul_(_side_by_side([self._factor(leaf) for leaf in leaves]))
+        parts = jacobians.split([len(of) * widths[root] for root, of in roots.items()], -1)
+        self._jacobians = {
+            root: part.unflatten(-1, (-1, widths[root]))
+            for root, part in zip(roots, parts, strict=True)
+        }
+
+    def _factor(self, leaf: Expression) -> Tensor:
+        """Derivative [C] of a norm's variance by its weight, 1 for other leaves."""
+        if leaf in self._by_weight:
+            return self._by_weight[leaf]
+        if isinstance(leaf, NormOutput):
+            return leaf.by_weight(self)
+        return self.like.new_ones(self.layout.widths[leaf])
 
     def __call__(self, expression: Expression) -> Tensor:
         expression = self.layout.same[expression]
@@ -131,33 +216,52 @@ class Shared(At):
         """Whether another forward pass runs when ``layer`` asks."""
         return self.clock != clock.now() or self.first() is layer
 
-    def serves(self, layer: Any, source: Expression, like: Tensor) -> bool:
-        """Whether these are the moments of ``source`` in the forward pass that runs."""
+    def serves(self, layer: Any, chain: Conv, like: Tensor) -> bool:
+        """Whether what is here of ``chain`` is of the forward pass that runs."""
         return (
             not self.is_past(layer)
             and (self.like.dtype, self.like.device) == (like.dtype, like.device)
-            and source in self._made_of
-            and _equal(self._made_of[source], _state(source.made_of()))
+            and chain in self._made_of
+            and _equal(self._made_of[chain], _state(chain.made_of()))
         )
 
-    def trained(self, source: Expression) -> Iterable[Tensor]:
-        """The tensors that ``source`` is made of and that are trained."""
-        return {id(t): t for t, *_ in self._made_of[source] if t.requires_grad}.values()
+    def trained(self, chain: Conv) -> Iterable[Tensor]:
+        """The tensors that ``chain`` is made of and that are trained."""
+        return {id(t): t for t, *_ in self._made_of[chain] if t.requires_grad}.values()
 
-    def pull(self, source: Expression, d: Tensor) -> dict[Tensor, Tensor]:
-        """Gradients of the parameters from that of the moments of ``source``, ``d`` [2, C]."""
+    def pull(self, chain: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
+        """Gradients of the parameters from that of the moments after ``chain``, ``d`` [2, C]; no
+        two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
+        i, before, sums, _ = self._predictions[self.layout.same[chain]]
+        d_before, d_weight = convolution_gradient(d, before[i], weight, sums[i])
         found: dict[Tensor, Tensor] = {}
-        waiting: list[tuple[Expression | Tensor, Tensor]] = [(source, d)]
+        weight, *bias = self.own(chain)
+        waiting = [(chain.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
         while waiting:
             target, gradient = waiting.pop()
             if isinstance(target, Tensor):
                 found[target] = found[target] + gradient if target in found else gradient
-            elif isinstance(target, Activation):
-                slopes = self._slopes[self.layout.same[target]]
-                waiting.append((target.source, pulled_through(slopes, gradient)))
             else:
-                waiting.extend(target.pull(gradient, self))
+                waiting.extend(self._pulled(self.layout.same[target], gradient))
         return found
+
+    def _pulled(self, root: Expression, d: Tensor) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+        by_leaf = (self._jacobians[root] * d[:, None, None]).sum(0)
+        for leaf, gradient in zip(self.layout.leaves[root], by_leaf.unbind(1), strict=True):
+            if isinstance(leaf, NormOutput):
+                weight, bias = self.own(leaf)[:2]
+                pairs = zip((bias, weight), gradient.unbind(), strict=True)
+                yield from (pair for pair in pairs if pair[0] is not None)
+            else:
+                yield from leaf.pull(gradient, self)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _state(tensors: Iterable[Tensor]) -> State:
@@ -176,60 +280,50 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     Raises:
         Unusable: a parameter of ``first`` is not to be had.
     """
-    sources = {}
+    chains = {}
     for layer in layers:
         chain = layer.chain
         if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
             try:
-                tensors = list(chain.source.made_of())
+                tensors = list(chain.made_of())
                 if all(tensor.device == like.device for tensor in tensors):
-                    sources[layer] = chain.source, tensors
+                    chains[layer] = chain, tensors
             except Unusable:
                 if layer is first:
                     raise
     latest = first._shared
     layout = None if latest is None else latest.layout
-    shared = Shared(dict(sources.values()), like, layout)
+    shared = Shared(dict(chains.values()), like, layout)
     shared.first = weakref.ref(first)
-    for layer in sources:
+    for layer in chains:
         layer.__dict__["_shared"] = shared
     return shared
 
 
-def _apart(gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """The same, no two of which are one memory (both norms of a sum have the same gradient by their
-    biases): torch takes them for ``.grad`` as they are, and adds to them in place later."""
-    taken = set()
-    for target, gradient in gradients.items():
-        place = gradient.untyped_storage()._cdata, gradient.storage_offset()
-        gradients[target] = gradient.clone() if place in taken else gradient
-        taken.add(place)
-    return gradients
+class Use(Protocol):
+    """What a layer makes of its prediction [2, C]."""
+
+    def __call__(self, prediction: Tensor) -> tuple[Tensor, ...]: ...
+
+    def pull(self, *d: Tensor) -> Tensor:
+        """The gradient of the prediction from those of what was made of it."""
 
 
 class _Predicted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, shared: Shared, source: Expression, weight: Tensor, bias: Any, *others: Tensor
-    ) -> Tensor:
-        sums, pair = tap_sums(weight, shared.like.dtype), shared(source)
-        ctx.shared, ctx.source, ctx.others = shared, source, others
-        ctx.save_for_backward(weight, sums, pair)
-        return convolved(pair, sums, bias)
+    def forward(ctx: Any, shared: Shared, chain: Conv, use: Use, *trained: Tensor) -> Any:
+        ctx.shared, ctx.chain, ctx.use, ctx.trained = shared, chain, use, trained
+        ctx.save_for_backward(shared.own(chain)[0])
+        return use(shared.prediction(chain))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        weight, sums, pair = ctx.saved_tensors
-        d_pair, d_weight = convolution_gradient(d, pair, weight, sums)
-        found = ctx.shared.pull(ctx.source, d_pair) if ctx.others else {}
-        found = _apart(found)
-        d_bias = d[0] if ctx.needs_input_grad[3] else None
-        return None, None, d_weight, d_bias, *(found.get(tensor) for tensor in ctx.others)
+    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, ctx.use.pull(*d))
+        return None, None, None, *(found[tensor] for tensor in ctx.trained)
 
 
-def predicted(shared: Shared, chain: Conv) -> Tensor:
-    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
-    weight, *bias = chain.own()
-    others = shared.trained(chain.source)
-    return _Predicted.apply(shared, chain.source, weight, *(bias or [None]), *others)
+def predicted(shared: Shared, chain: Conv, use: Use) -> tuple[Tensor, ...]:
+    """What ``use`` makes of the moments [2, C] of a convolution's output, with the gradients of all
+    parameters in them."""
+    return _Predicted.apply(shared, chain, use, *shared.trained(chain))
