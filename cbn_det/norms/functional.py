@@ -259,7 +259,8 @@ class _Normalize(torch.autograd.Function):
         d_mean = d_var = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             gain = invstd if w is None else w * invstd
-            d_mean, d_var = -gain * sum_g, -0.5 * gain * invstd * sum_gx
+            d_mean, d_var = torch._foreach_mul([gain, gain * invstd], [sum_g, sum_gx])
+            torch._foreach_mul_([d_mean, d_var], [-1.0, -0.5])
         weight_dtype, bias_dtype = ctx.affine_dtypes
         d_weight = d_bias = None
         if ctx.needs_input_grad[3]:
@@ -287,16 +288,15 @@ def _fused_backward(
     if not ctx.needs_input_grad[0]:
         return None, sum_gx, sum_g
     count = x.numel() // x.shape[1]
-    if isinstance(ctx.share, Tensor):
-        sum_dy, sum_dy_xmu = sum_dy * ctx.share, sum_dy_xmu * ctx.share
-    elif (
-        ctx.share and (1.0 / ctx.share).is_integer()
-    ):  # as of so many mini-batches, all others of which are 0
-        count = round(count / ctx.share)
+    sums, share = [sum_dy, sum_dy_xmu], ctx.share
+    if isinstance(share, Tensor):
+        torch._foreach_mul_(sums, share.view(()) if share.numel() == 1 else [share, share])
+    elif share and (1.0 / share).is_integer():
+        count = round(count / share)  # as of several mini-batches, all others of which are 0
     else:
-        torch._foreach_mul_([sum_dy, sum_dy_xmu], ctx.share)
+        torch._foreach_mul_(sums, share)
     count = _as_tensor(count, x.device)
-    dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, w, sum_dy, sum_dy_xmu, count)
+    dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, w, *sums, count)
     return dx, sum_gx, sum_g
 
 
