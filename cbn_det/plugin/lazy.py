@@ -27,6 +27,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
+from ..config_files import find_config
 from ..norms import find_chain_at_call, format_norm_table, norm_rows
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         layout = read_layout(args)
+        args.config_file = find_config(args.config_file)
         cfg, notes = _load(args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,8 +93,6 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """The config as this machine can run it, and a line for everything that was replaced."""
     register()  # before anything is instantiated, in every process
-    if not Path(args.config_file).is_file():
-        raise ConfigError(f"--config-file {args.config_file!r}: no such file")
     cfg = _built(f"--config-file {args.config_file}", lambda: LazyConfig.load(args.config_file))
     for word in args.opts:
         _built(word, partial(LazyConfig.apply_overrides, cfg, [word]))
