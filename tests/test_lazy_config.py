@@ -270,9 +270,8 @@ def test_what_cannot_run_is_one_line(
 
 
 def test_without_a_file_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from cbn_det.plugin.lazy import main
-
     from cbn_det.launch import main as launch
+    from cbn_det.plugin.lazy import main
 
     assert main(["--config-file", str(tmp_path / "absent.py")]) == 2
     words = ["--config-file", "examples/mask_rcnn_R_50_FPN_1x_cbn", "train.max_iter"]

@@ -27,11 +27,9 @@ exit codes: 0 ready   1 problems, each on a line   2 wrong arguments   130 stopp
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..cli import reader_left
 from ..config_files import CONFIGS
 from ..data import DataError, default_root
 from ..data.coco_folder import (
@@ -46,6 +44,7 @@ from ..data.coco_folder import (
 from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
 from ..data.progress import StatusLine
+from .lines import tell
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,23 +114,4 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.sample < 0 or args.runs < 1:
         parser.error("--sample must be 0 or more, --runs 1 or more")
-    status = StatusLine(sys.stderr)
-    problems = 0
-    try:
-        for finding in findings(args, status):
-            status.clear()
-            problems += finding.level == PROBLEM
-            label = finding.level.upper() if finding.level == PROBLEM else finding.level
-            print(f"{label:8s}{finding.text}", flush=True)
-    except KeyboardInterrupt:
-        status.clear()
-        print("stopped: nothing was changed", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return reader_left()
-    except OSError as error:  # no permission, a disk that went away
-        status.clear()
-        print(f"check_coco: {error}", file=sys.stderr)
-        return 1
-    print(f"{problems} problem{'s' * (problems != 1)} found" if problems else "ready for training")
-    return 1 if problems else 0
+    return tell("check_coco", lambda status: findings(args, status))
