@@ -23,7 +23,7 @@ ROOMS = {
     "standalone": ({"norms", "data", "run"}, ENGINES),
     "benchmark": ({"norms", "run", "plugin", "standalone"}, ENGINES),
     "study": (set(), ENGINES | {"torch", "torchvision"}),
-    "commands": ({"data", "run", "study", "plugin", "standalone"}, ENGINES),
+    "commands": ({"norms", "data", "run", "study", "plugin", "standalone"}, ENGINES),
 }
 
 

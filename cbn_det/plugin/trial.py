@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import cycle, islice
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
@@ -51,6 +52,10 @@ class Detectron2Trial(Trial):
         place(trainer.data_loader, trainer.seed)
         self.optimizer, self.unused_norms = trainer.optimizer, trainer.unused_norms
         return trainer.bare_model
+
+    def repeat(self, batches: int) -> None:
+        kept = list(islice(iter(self._trainer.data_loader), batches))
+        self._trainer.step.reset_data_loader(lambda: cycle(kept))
 
     def step(self, iteration: int) -> None:
         with EventStorage() as self._trainer.storage:

@@ -1,4 +1,4 @@
-"""A training that is only tried: what ``cbn-det check`` asks of an engine."""
+"""A training that is only tried: what ``cbn-det check`` and the benchmark ask of an engine."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ class Trial(ABC):
         Raises:
             ValueError: it cannot be built from the config, or the weights do not fit.
         """
+
+    @abstractmethod
+    def repeat(self, batches: int) -> None:
+        """Reads so many mini-batches; the steps take them in turn from now on."""
 
     @abstractmethod
     def step(self, iteration: int) -> None:

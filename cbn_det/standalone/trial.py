@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -45,6 +46,9 @@ class StandaloneTrial(Trial):
         self._loader = batches(dataset, cfg)
         self.optimizer = self._trainer.optimizer
         return model.train()
+
+    def repeat(self, batches: int) -> None:
+        self._loader = cycle(list(islice(self._loader, batches)))
 
     def step(self, iteration: int) -> None:
         self._trainer.iter = iteration
