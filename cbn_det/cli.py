@@ -22,6 +22,8 @@ COMMANDS = {
 }
 #: those whose first word may be the config
 _OF_CONFIG = ("train", "check")
+#: those that need the extra "compare"
+_OF_STUDY = ("compare", "reproduce", "demo")
 _MODULE = "python -m cbn_det"
 
 
@@ -49,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == __package__:
             raise
+        extra = "compare" if name in _OF_STUDY else "standalone"
         print(
-            f"error: {name} needs the package {error.name}: pip install 'cbn-det[standalone]' has"
-            " all that the commands need",
+            f"error: {name} needs the package {error.name}: pip install 'cbn-det[{extra}]'",
             file=sys.stderr,
         )
         return 2

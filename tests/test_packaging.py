@@ -451,9 +451,17 @@ model.eval()
 with cbn_det.norms.image_share(model, 0.5) as layers:
     print(len(layers), bool(model(torch.rand(1, 3, 8, 8)).isfinite().all()))
 print(len(cbn_det.deploy.fold(model).folded))
+from cbn_det.cli import main
+print(main(["check", "x.yaml"]), main(["compare"]), main(["train", "x.yaml"]))
 """
     done = in_wheel(wheel_python, tmp_path, "python", "-c", code)
-    assert done.stdout.split() == ["1", "1", "True", "1"], done.stdout + done.stderr
+    assert done.stdout.split() == [*("1", "1", "True", "1"), *"222"], done.stdout + done.stderr
+    told = done.stderr.splitlines()
+    assert [line.partition(": pip")[2] for line in told[:2]] == [
+        " install 'cbn-det[standalone]'",
+        " install 'cbn-det[compare]'",
+    ]
+    assert "--config-file x.yaml: no such file" in told[2]
 
 
 @pytest.mark.parametrize(
