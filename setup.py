@@ -11,24 +11,28 @@ DETECTRON2 = (
     f"detectron2 @ git+https://github.com/facebookresearch/detectron2.git@{DETECTRON2_COMMIT}"
 )
 
-REQUIRES = ["torch>=2.1", "numpy", "fvcore", "pycocotools", "opencv-python"]
+# The layers, convert_norm, PreciseBN, EvalNorm and fold. Nothing asks for OpenCV: its four builds
+# (plain, headless, each with contrib) share one folder and overwrite each other, so the one that is
+# there is best left alone, and nothing here needs it.
+REQUIRES = ["torch>=2.1"]
+# Both engines: configs, data sets with the built-in digits, evaluation, pictures, curves.
+_TRAINING = [
+    *("numpy", "torchvision", "fvcore", "pycocotools", "pillow", "tqdm", "tabulate"),
+    *("scikit-learn", "tensorboard"),
+]
+_COMPARE = [*_TRAINING, "matplotlib", "rich", "jinja2"]
 EXTRAS = {
     # detectron2.model_zoo imports pkg_resources, which setuptools dropped in version 81. Its build
     # imports torch: install this extra with `pip install --no-build-isolation`.
-    "detectron2": ["setuptools<81", DETECTRON2],
-    # The standalone engine, the built-in digits set, the comparison tool and its report.
-    "demo": [
-        "torchvision",
-        "scikit-learn",
-        "matplotlib",
-        "rich",
-        "tabulate",
-        "tensorboard",
-        "jinja2",
-    ],
-    # compare_norms.py --submit: runs as jobs of a SLURM cluster.
-    "slurm": ["submitit"],
-    "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
+    "detectron2": [*_TRAINING, "setuptools<81", DETECTRON2],
+    # cbn-det train, check, deploy and predict on torchvision's parts.
+    "standalone": _TRAINING,
+    # cbn-det compare, reproduce and demo: tables, curves and the report.
+    "compare": _COMPARE,
+    # ... --submit: runs as jobs of a SLURM cluster.
+    "slurm": [*_COMPARE, "submitit"],
+    # What make runs: demo, tests and lint.
+    "dev": [*_COMPARE, "pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
 }
 
 
@@ -45,10 +49,18 @@ def read_version() -> str:
     return found.group(1)
 
 
+def config_folders() -> list[str]:
+    """The folders of ``configs/``, dotted."""
+    folders = sorted(path for path in (HERE / "configs").rglob("*") if any(path.glob("*.*")))
+    return [".".join(path.relative_to(HERE / "configs").parts) for path in folders]
+
+
 def main() -> None:
     """Call setuptools. It is imported here so that the lists above can be read without it."""
     from setuptools import find_packages, setup
 
+    # configs/ has its home at the top; in a wheel it is a folder of the package
+    configs = ["cbn_det.configs", *(f"cbn_det.configs.{name}" for name in config_folders())]
     setup(
         name="cbn-det",
         version=read_version(),
@@ -58,8 +70,14 @@ def main() -> None:
         author="The cbn_det authors",
         license="Apache-2.0",
         python_requires=">=3.10",
-        packages=find_packages(include=["cbn_det", "cbn_det.*"]),
-        package_data={"cbn_det": ["py.typed"], "cbn_det.study": ["*.jinja"]},
+        packages=[*find_packages(include=["cbn_det", "cbn_det.*"]), *configs],
+        package_dir={"cbn_det.configs": "configs"},
+        package_data={
+            "cbn_det": ["py.typed"],
+            "cbn_det.study": ["*.jinja"],
+            **{name: ["*.yaml"] for name in configs},
+        },
+        entry_points={"console_scripts": ["cbn-det = cbn_det.cli:main"]},
         install_requires=REQUIRES,
         extras_require=EXTRAS,
     )

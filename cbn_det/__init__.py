@@ -1,19 +1,34 @@
 """Small-batch detection for detectron2: ``NORM: "CBN"`` in any config.
 
 ``cbn_det.register()`` makes the norms of :mod:`cbn_det.norms` valid wherever detectron2 takes a
-norm; ``cbn_det.convert_norm(model, "CBN")`` swaps the BatchNorms of any torch model.
+norm, ``cbn_det.NormHook`` gives them what they need of your trainer, and
+``cbn_det.convert_norm(model, "CBN")`` swaps the BatchNorms of any torch model. The rooms
+``cbn_det.norms`` and ``cbn_det.deploy`` are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing torch takes seconds, and not everything here needs it
     from torch import nn
 
+    from . import deploy, norms
     from .norms.convert import Conversion
+    from .plugin.norm_hook import NormHook
 
 __version__ = "0.1.0"
+
+__all__ = ["NormHook", "convert_norm", "deploy", "norms", "register", "unregister"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("norms", "deploy"):
+        return importlib.import_module(f".{name}", __name__)
+    if name == "NormHook":  # needs detectron2
+        return importlib.import_module(".plugin.norm_hook", __name__).NormHook
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:

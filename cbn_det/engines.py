@@ -33,7 +33,7 @@ def resolve_engine(name: str = "auto") -> str:
         "detectron2": ("detectron2.layers", "installing detectron2 is described in README.md"),
         "standalone": (
             "torchvision.ops",
-            "install a matching pair of torch and torchvision, such as make demo does",
+            "pip install 'cbn-det[standalone]', with a matching pair of torch and torchvision",
         ),
     }[name]
     try:

@@ -38,6 +38,7 @@ FORKING = {
     "test_convert.py",
     "test_detector_ranks.py",
     "test_exact_resume.py",
+    "test_norm_hook.py",
     "test_norms_ddp.py",
 }
 

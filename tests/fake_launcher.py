@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
 AP = {"GN": 40.0, "BN": 20.0}
 
@@ -65,7 +65,8 @@ def main() -> None:
     if norm == "pretrain":
         write_checkpoint(out / "model_final.pth", args.engine)
     (out / "pictures").mkdir(exist_ok=True)
-    cv2.imwrite(str(out / "pictures" / "000001.png"), np.full((40, 80, 3), 127, np.uint8))
+    picture = Image.fromarray(np.full((40, 80, 3), 127, np.uint8))
+    picture.save(out / "pictures" / "000001.png")
     ap = AP.get(norm, 30.0) + seed
     result = {
         "status": "finished",

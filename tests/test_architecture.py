@@ -23,6 +23,7 @@ ROOMS = {
     "standalone": ({"norms", "data", "run"}, ENGINES),
     "benchmark": ({"norms", "run", "plugin", "standalone"}, ENGINES),
     "study": (set(), ENGINES | {"torch", "torchvision"}),
+    "commands": ({"norms", "data", "run", "study", "plugin", "standalone"}, ENGINES),
 }
 
 
@@ -137,7 +138,9 @@ def test_the_standalone_engine_is_assembled_not_written() -> None:
     assert sorted(modules) == ["BoxPredictor", "MaskPredictor"]
 
 
-@pytest.mark.parametrize("module", ["cbn_det", "cbn_det.norms", "cbn_det.study.compare"])
+@pytest.mark.parametrize(
+    "module", ["cbn_det", "cbn_det.cli", "cbn_det.norms", "cbn_det.commands.compare"]
+)
 def test_imports_without_detectron2(module: str, source_env: dict[str, str]) -> None:
     blocked = ["detectron2"] + (["fvcore", "pycocotools", "cv2"] if "norms" in module else [])
     code = f"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -385,10 +384,8 @@ def test_ctrl_c_and_a_folder_without_permission_are_one_line(
     def fail(folder: Path) -> list[str]:
         raise error
 
-    path = REPOSITORY / "tools" / "check_coco.py"
-    spec = importlib.util.spec_from_file_location("check_coco_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    from cbn_det.commands import check_coco as tool
+
     monkeypatch.setattr(coco_folder.os, "listdir", fail)
     assert tool.main([str(tiny.root)]) == code
     (line,) = [line for line in capsys.readouterr().err.splitlines() if said in line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -71,10 +70,8 @@ def test_those_that_are_not_there(
 def test_a_comparison_is_refused_before_it_starts(
     boxes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = REPOSITORY / "tools" / "compare_norms.py"
-    spec = importlib.util.spec_from_file_location("compare_norms", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    from cbn_det.commands import compare as tool
+
     head = ["--engine", "standalone", "--dry-run", "--norms", "BN", "--output", str(tmp_path)]
     absent = ["--coco-dataset", "a", str(tmp_path / "absent.json"), str(boxes / "images")]
     own = ["--opts", "DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -24,24 +23,23 @@ LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
     """main() of the demo with the fake launcher and no data to write; takes its arguments."""
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "demo.py"))
-    inside = tool["run"].__globals__
+    from cbn_det.commands import demo as tool
 
     class QuickPlan(Plan):
         def __init__(self, *args, **settings) -> None:
             super().__init__(*args, launcher=LAUNCHER, **settings)
 
-    monkeypatch.setitem(inside, "Plan", QuickPlan)
-    monkeypatch.setitem(inside, "write_digits", lambda: Path("datasets/digits"))
+    monkeypatch.setattr(tool, "Plan", QuickPlan)
+    monkeypatch.setattr(tool, "write_digits", lambda: Path("datasets/digits"))
 
     def start(*arguments: str, **replaced) -> int:
         for name, value in replaced.items():
-            monkeypatch.setitem(inside, name, value)
+            monkeypatch.setattr(tool, name, value)
         output = str(tmp_path / "out")
         monkeypatch.setattr(sys, "argv", ["tools/demo.py", *arguments, "--output", output])
-        return tool["main"]()
+        return tool.main()
 
-    start.period = tool["evaluation_period"]
+    start.period = tool.evaluation_period
     return start
 
 

@@ -8,10 +8,11 @@ import json
 import multiprocessing
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+import torch
+from PIL import Image, ImageFilter
 from pycocotools.coco import COCO
 
 from cbn_det.data import DataError, digits, digits_paths, write_digits
@@ -41,7 +42,7 @@ def test_layout_and_counts(folder):
         )
         assert [c["name"] for c in coco.cats.values()] == list("0123456789")
         for image_id, record in coco.imgs.items():
-            pixels = cv2.imread(str(folder / split / record["file_name"]))
+            pixels = np.asarray(Image.open(folder / split / record["file_name"]))
             assert pixels.shape == (160, 160, 3)
             assert 2 <= len(coco.getAnnIds(image_id)) <= 6
 
@@ -67,9 +68,10 @@ def test_mask_pixels_show_a_digit(folder):
     contrasts = []
     for ann in coco.anns.values():
         record = coco.imgs[ann["image_id"]]
-        pixels = cv2.imread(str(folder / "train" / record["file_name"])).astype(float)
+        pixels = np.asarray(Image.open(folder / "train" / record["file_name"])).astype(float)
         mask = mask_util.decode(ann["segmentation"])
-        ring = cv2.dilate(mask, np.ones((15, 15))) - cv2.dilate(mask, np.ones((7, 7)))
+        near, far = (Image.fromarray(mask).filter(ImageFilter.MaxFilter(n)) for n in (7, 15))
+        ring = np.asarray(far) - np.asarray(near)
         contrasts.append(np.abs(pixels[mask == 1].mean(0) - pixels[ring == 1].mean(0)).mean())
     assert np.median(contrasts) > 30
 
@@ -200,7 +202,7 @@ def test_without_scikit_learn_the_error_names_the_extra(tmp_path, monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_sklearn)
-    with pytest.raises(DataError, match=r'pip install "cbn-det\[demo\]"'):
+    with pytest.raises(DataError, match=r'pip install "cbn-det\[standalone\]"'):
         write_digits(tmp_path, train_images=1, val_images=1)
     assert not (tmp_path / "digits").exists()
 
@@ -219,3 +221,17 @@ def test_root_comes_from_the_environment(tmp_path, monkeypatch):
     )
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert digits_paths()["digits_train"][1] == Path("datasets/digits/train")
+
+
+@pytest.mark.parametrize(("n", "size"), [(8, 24), (8, 33), (8, 56), (3, 160), (15, 160)])
+def test_digits_are_enlarged_cubically(n: int, size: int) -> None:
+    """Oracle: torch's bicubic interpolation."""
+    values = np.random.default_rng(n).random((n, n, 3), dtype=np.float32)
+    batch = torch.from_numpy(values).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(batch, (size, size), mode="bicubic")
+    np.testing.assert_allclose(
+        digits._enlarge(values, size), expected[0].permute(1, 2, 0).numpy(), atol=2e-6
+    )
+    np.testing.assert_array_equal(
+        digits._enlarge(values[:, :, 0], size), digits._enlarge(values, size)[:, :, 0]
+    )

@@ -59,7 +59,7 @@ def test_refusals_name_the_key_and_show_no_traceback(
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("absent.yaml", "absent.yaml: no such file"), ("model.py", "cbn_det.register()")],
+    [("absent.yaml", "absent.yaml: no such file"), ("model.py", "model.py: no such file")],
 )
 def test_config_files_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, expected: str

@@ -177,7 +177,7 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from detectron2.engine import hooks
     from fvcore.common.param_scheduler import LinearParamScheduler
 
-    from cbn_det.plugin import lazy
+    from cbn_det.plugin import lazy, norm_hook
 
     words = ("train.max_iter=5", "train.eval_period=2", "train.checkpointer.period=3")
     cfg = config(tmp_path, *words, 'model.backbone.norm="MBN(burn_in=0)"')
@@ -193,9 +193,9 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(owner, name, noted)
 
-    note(lazy, "sync_running_stats", "pool")
+    note(norm_hook, "sync_running_stats", "pool")
     note(lazy, "evaluate", "evaluate")
-    note(lazy.DoubleForward, "refresh", "second pass")
+    note(norm_hook.DoubleForward, "refresh", "second pass")
     note(lazy.AtomicCheckpointer, "save", "save")
     note(hooks.IterationTimer, "before_step", "step")
     with run_loggers_removed():
@@ -222,12 +222,61 @@ def test_the_norms_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {group["weight_decay"] for group in groups} == {0.0, 0.07}  # norms, others
     memory = trainer.optimizer.state[again.backbone.fpn_lateral2.weight]["momentum_buffer"]
     assert memory.isfinite().all() and memory.any()
-    assert again.backbone.fpn_lateral2.norm.steps == 5, "its burn-in began anew"
+    layer = again.backbone.fpn_lateral2.norm
+    assert layer.steps == 5, "its burn-in began anew"
+    assert len(layer.memory) == 5, "what it remembers began anew"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "error: dataloader.train: [Errno 2] No such file or directory: "),
+        (["train.amp.enabled=True"], "error: train.amp.enabled needs a GPU"),
+        (["model.backbone.norm=CBNN"], "error: model: unknown norm 'CBNN'. Known: "),
+        (["model.backbone.norm=CBN(window=8)"], "error: model.backbone.norm=CBN(window=8): "),
+        (["train.init_checkpoint=absent.pth"], "error: train.init_checkpoint absent.pth: "),
+    ],
+)
+def test_what_cannot_run_is_one_line(
+    coco_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    """Without a GPU and without data, and where the config is wrong."""
+    import torch
+    from detectron2.data import DatasetCatalog
+
+    from cbn_det.plugin import lazy
+    from cbn_det.plugin.datasets import register_coco
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = [*SMALL, f"train.output_dir={tmp_path}", "train.device=cuda"]
+    if words:
+        name, coco = f"few_{coco_root.name}", coco_root / "coco"
+        if name not in DatasetCatalog.list():
+            register_coco(name, coco / "annotations" / "instances_val2017.json", coco / "val2017")
+        options += [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
+    with run_loggers_removed():
+        assert lazy.main(["--config-file", str(EXAMPLE), *options, *words]) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if "Warning" not in line]
+    assert sum(line.startswith("error: ") for line in err) == 1
+    assert any(line.startswith(said) for line in err), err
+    assert not any("Traceback" in line for line in err)
+    if not words:
+        assert "note: train.device: no GPU here, 'cuda' is replaced by 'cpu'" in err
 
 
 def test_without_a_file_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from cbn_det.launch import main as launch
     from cbn_det.plugin.lazy import main
 
+    assert main(["--config-file", str(tmp_path / "absent.py")]) == 2
+    words = ["--config-file", "examples/mask_rcnn_R_50_FPN_1x_cbn", "train.max_iter"]
+    assert launch(words) == 2  # it is a LazyConfig
+    assert "error: train.max_iter: " in capsys.readouterr().err
     assert main(["--config-file", str(tmp_path / "absent.py")]) == 2
     assert "absent.py" in capsys.readouterr().err
     assert main(["--config-file", str(EXAMPLE), "--num-gpus", "0"]) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -87,7 +89,12 @@ def test_setup_reads_the_version_without_importing() -> None:
     setup = runpy.run_path(str(REPOSITORY / "setup.py"))
     assert setup["read_version"]() == cbn_det.__version__
     assert any(line.startswith("torch") for line in setup["REQUIRES"])
-    assert re.fullmatch(r"detectron2 @ git\+\S+@[0-9a-f]{40}", setup["EXTRAS"]["detectron2"][1])
+    assert re.fullmatch(r"detectron2 @ git\+\S+@[0-9a-f]{40}", setup["EXTRAS"]["detectron2"][-1])
+    everything = [
+        *setup["REQUIRES"],
+        *(line for lines in setup["EXTRAS"].values() for line in lines),
+    ]
+    assert not [line for line in everything if "opencv" in line], "it would overwrite another build"
     assert "setuptools<81" in setup["EXTRAS"]["detectron2"]
 
 
@@ -129,7 +136,7 @@ def test_the_script_tries_every_requirement() -> None:
     setup = runpy.run_path(str(REPOSITORY / "setup.py"))
     script = (REPOSITORY / "tools" / "run_python.sh").read_text("utf-8")
     modules = re.search(r'^MODULES="(.*)"$', script, re.MULTILINE).group(1).split()
-    required = setup["REQUIRES"] + setup["EXTRAS"]["demo"] + setup["EXTRAS"]["test"]
+    required = setup["REQUIRES"] + setup["EXTRAS"]["dev"]
     assert len(modules) + 2 == len(required)
 
 
@@ -324,3 +331,151 @@ def test_skipped_tests_are_counted_in_one_loud_line(tmp_path, source_env) -> Non
         "*** 2 TESTS SKIPPED, DETECTRON2 IS MISSING: make detectron2 builds it. ***" in done.stdout
     )
     assert "*** 1 TESTS SKIPPED, THE EXAMPLE DATA IS MISSING" in done.stdout
+
+
+# ---- the wheel -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a virtual environment with this package's wheel, over the packages of this
+    one; the repository is not on its path."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, venv = folder / "source", folder / "venv"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("cbn_det", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*build, str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    install = [*pip[:3], "--python", str(python), *pip[3:], "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True)
+    # --system-site-packages would show another python's packages where this is an environment
+    (site,) = venv.glob("lib/python*/site-packages")
+    outer = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "outer.pth").write_text("".join(f"{path}\n" for path in outer))
+    return python
+
+
+def in_wheel(python: Path, cwd: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command of the wheel's environment."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
+    command = [str(python.with_name(words[0])), *words[1:]]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_the_wheel_is_complete(wheel_python: Path, tmp_path: Path) -> None:
+    code = (
+        "import cbn_det, cbn_det.config_files as c, os; print(os.path.dirname(cbn_det.__file__));"
+        "[print(p.relative_to(c.CONFIGS)) for p in c.CONFIGS.rglob('*.*') if p.suffix != '.pyc']"
+    )
+    done = in_wheel(wheel_python, tmp_path, "python", "-c", code)
+    place, *files = done.stdout.splitlines()
+    assert Path(place).is_relative_to(wheel_python.parents[1]), done.stderr
+    configs = REPOSITORY / "configs"
+    ours = {str(p.relative_to(configs)) for p in configs.rglob("*.*") if p.suffix != ".pyc"}
+    assert set(files) == ours and len(ours) > 140
+    modules = {
+        p.relative_to(REPOSITORY / "cbn_det") for p in (REPOSITORY / "cbn_det").rglob("*.py")
+    }
+    assert not [path for path in modules if not Path(place, path).exists()]
+
+
+def test_the_wheel_trains_compares_and_plans(wheel_python: Path, tmp_path: Path) -> None:
+    """Five iterations on the built-in digits, in a folder that knows nothing of the repository."""
+    short = ["SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"]
+    small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0"]
+    config = "quickstart/faster_rcnn_R_18_FPN_digits_cbn"
+    try:
+        import detectron2.layers  # noqa: F401
+
+        engines = ["standalone", "detectron2"]
+    except Exception:  # a broken build fails with more than ImportError
+        engines = ["standalone"]
+    for engine in engines:
+        words = ["cbn-det", "train", config, "--engine", engine, *short, *small]
+        done = in_wheel(wheel_python, tmp_path, *words, "OUTPUT_DIR", engine)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = json.loads((tmp_path / engine / "result.json").read_text())
+        assert (result["status"], result["iterations"]) == ("finished", 5)
+        assert result["engine"] == engine
+        assert result["command"].startswith(
+            f"cbn-det train --config-file {config} --engine {engine}"
+        )
+    words = ["--norms", "CBN", "--engine", "standalone", "--iters", "5", "--output", "out"]
+    opts = ["--opts", *small]
+    words += ["--precise-bn-iters", "0", *opts]
+    done = in_wheel(wheel_python, tmp_path, "cbn-det", "compare", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list((tmp_path / "out" / "runs").glob("*/result.json"))
+    assert [json.loads(path.read_text())["iterations"] for path in runs] == [5]
+    report = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert report["command"].startswith("cbn-det compare --norms CBN")
+    plan = ["reproduce", "mask_rcnn_R_50_FPN_1x", "--rows", "cbn_2img", "--dry-run"]
+    done = in_wheel(wheel_python, tmp_path, "cbn-det", *plan)
+    words = shlex.split(done.stdout)
+    assert words[:4] == ["python", "-m", "cbn_det", "train"], done.stderr
+    assert Path(words[words.index("--config-file") + 1]).is_file()
+
+
+def test_what_needs_torch_only(wheel_python: Path, tmp_path: Path) -> None:
+    """convert_norm, the layers, PreciseBN, EvalNorm and fold, with nothing else to import."""
+    code = """
+import sys
+finders = sys.meta_path[:]
+class TorchOnly:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numpy", "torchvision", "fvcore", "pycocotools", "PIL", "yaml",
+                                  "tqdm", "tabulate", "sklearn", "tensorboard", "detectron2"):
+            return None
+        found = (finder.find_spec(name, path, target) for finder in finders)
+        return next((spec for spec in found if spec), None)
+sys.meta_path[:] = [TorchOnly()]
+import torch, cbn_det
+from torch import nn
+from cbn_det.run.precise_bn import recompute_statistics
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+assert cbn_det.convert_norm(model, "CBN(window=2)", max_iter=3).converted
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    model(torch.rand(2, 3, 8, 8)).mean().backward()
+    optimizer.step()
+print(recompute_statistics(model, iter([torch.rand(2, 3, 8, 8)] * 2), 2))
+model.eval()
+with cbn_det.norms.image_share(model, 0.5) as layers:
+    print(len(layers), bool(model(torch.rand(1, 3, 8, 8)).isfinite().all()))
+print(len(cbn_det.deploy.fold(model).folded))
+from cbn_det.cli import main
+print(main(["check", "x.yaml"]), main(["compare"]), main(["train", "x.yaml"]))
+"""
+    done = in_wheel(wheel_python, tmp_path, "python", "-c", code)
+    assert done.stdout.split() == [*("1", "1", "True", "1"), *"222"], done.stdout + done.stderr
+    told = done.stderr.splitlines()
+    assert [line.partition(": pip")[2] for line in told[:2]] == [
+        " install 'cbn-det[standalone]'",
+        " install 'cbn-det[compare]'",
+    ]
+    assert "--config-file x.yaml: no such file" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "error: there is no command 'trian': did you mean train?"),
+        (["nonsense"], "error: there is no command 'nonsense': known are train, compare,"),
+        (["train", "quickstart/faster_rcnn_R_18_FPN_digit_cbn"], "did you mean quickstart/faster"),
+        (["train", "coco/mask_rcnn_R_50_FPN_1x/cbn_3img"], "did you mean coco/mask_rcnn_R_50_FPN"),
+        (["train", "mine.yaml"], "--config-file mine.yaml: no such file, and no config of this"),
+        (["compare", "--config-file", "mine.yaml"], "compare: --config-file mine.yaml: no such"),
+    ],
+)
+def test_what_the_command_refuses(wheel_python, tmp_path, words: list[str], said: str) -> None:
+    done = in_wheel(wheel_python, tmp_path, "cbn-det", *words)
+    assert done.returncode == 2 and not done.stdout
+    assert said in done.stderr and done.stderr.count("\n") == 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from cbn_det.study import files
 from cbn_det.study.figures import COLOURS, colours, to_svg
@@ -62,7 +63,7 @@ def write_run(folder: Path, ap: float | None = None, size: tuple[int, int] = (40
     (folder / "pictures").mkdir(parents=True)
     for name in ("000002", "000001"):
         picture = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
-        cv2.imwrite(str(folder / "pictures" / f"{name}.png"), picture)
+        Image.fromarray(picture).save(folder / "pictures" / f"{name}.png")
     lines = [{"iteration": i, "total_loss": 2.0 - i / 100} for i in range(19, 100, 20)]
     if ap is not None:
         lines += [{"iteration": i, "bbox/AP": ap * i / 99} for i in (49, 99)]
@@ -226,8 +227,8 @@ def test_pictures_are_sorted_shrunk_and_whole(tmp_path) -> None:
     strip = picture_strip(tmp_path / "run")
     assert [name for name, _ in strip] == ["000001", "000002"]
     data = base64.b64decode(strip[0][1].split(",")[1])
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    assert image.shape == (100, MAX_WIDTH, 3)
+    image = Image.open(io.BytesIO(data))
+    assert (image.size, image.mode) == ((MAX_WIDTH, 100), "RGB")
 
 
 def test_pictures_are_of_runs_that_left_some_and_stand_image_by_image(tmp_path) -> None:

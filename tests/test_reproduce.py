@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import re
 import shlex
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cbn_det.study.reproduce import CONFIGS, Reproduction, differences, means
+from cbn_det.study.reproduce import COCO_TABLES as CONFIGS
+from cbn_det.study.reproduce import Reproduction, differences, means
 from cbn_det.study.reproduce_data import CBN, TABLES, ZOO
 from cbn_det.study.reproduce_report import document, overview, table_text
 
@@ -25,10 +25,9 @@ FASTER, MASK = "faster_rcnn_R_50_FPN_1x_cbn_authors", "mask_rcnn_R_50_FPN_1x_cbn
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("reproduce", REPOSITORY / "tools/reproduce.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+    from cbn_det.commands import reproduce
+
+    return reproduce
 
 
 @pytest.fixture
@@ -393,8 +392,8 @@ def test_list_and_dry_run_of_every_table(capsys, monkeypatch) -> None:
     assert len(commands) == 106
     for command in commands:
         words = shlex.split(command)
-        assert words[:3] == ["python", "tools/train_net.py", "--config-file"]
-        assert (REPOSITORY / words[3]).exists()
+        assert words[:5] == ["python", "-m", "cbn_det", "train", "--config-file"]
+        assert (REPOSITORY / words[5]).exists()
     assert len({shlex.split(command)[-1] for command in commands}) == 106
 
 
@@ -407,7 +406,7 @@ def test_the_launcher_understands_each_command() -> None:
     for name, gpus in (("mask_rcnn_R_50_FPN_1x", 4), ("mask_rcnn_R_50_FPN_9x_scratch", 8)):
         reproduction = Reproduction(Path("out"), gpus=gpus)
         for row in reproduction.rows(TABLES[name], ["gn"]):
-            command = reproduction.run(row, 1).command[2:]
+            command = reproduction.run(row, 1).command[4:]
             args: argparse.Namespace = argument_parser().parse_args(
                 [*command, "MODEL.DEVICE", "cpu"]
             )

@@ -142,7 +142,7 @@ def test_a_run_leaves_the_whole_folder(inputs: Path, trained: Path) -> None:
         assert result[key] > 0, key
     name = dataset_name(inputs)
     assert result["dataset"] == {"train": [name], "test": [name]}
-    assert "train_net.py --engine standalone" in result["command"]
+    assert "cbn-det train --engine standalone" in result["command"]
     assert (trained / "last_checkpoint").read_text() == "model_final.pth"
     models = {path.name for path in trained.glob("*.pth")}
     assert models == {"model_0000001.pth", "model_0000003.pth", "model_final.pth"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import runpy
 import shlex
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbn_det.commands import compare as compare_norms
 from cbn_det.study import engine, progress, runner
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.compare import compare
@@ -394,12 +394,11 @@ def test_bad_splits_are_refused(text) -> None:
 
 
 def test_the_tool_parses_its_own_examples(capsys, monkeypatch) -> None:
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "compare_norms.py"))
-    text = tool["__doc__"].replace("\\\n", " ")
-    examples = [line for line in text.splitlines() if "python tools/compare_norms.py" in line]
+    text = compare_norms.__doc__.replace("\\\n", " ")
+    examples = [line for line in text.splitlines() if line.strip().startswith("cbn-det compare ")]
     assert len(examples) >= 4
     for example in examples:
-        args = tool["make_parser"]().parse_args(shlex.split(example)[2:])
+        args = compare_norms.make_parser().parse_args(shlex.split(example)[2:])
         assert args.norms and len(args.opts) % 2 == 0
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import runpy
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cbn_det
+from cbn_det.commands import compare as compare_norms
 from cbn_det.study import gpus
 from cbn_det.study.compare import compare
 from cbn_det.study.gpus import Places, visible_gpus
@@ -77,11 +77,10 @@ def test_a_run_is_known_by_all_that_its_config_builds_on(tmp_path) -> None:
 
 def test_a_config_that_is_none_is_a_line_and_no_traceback(tmp_path, capsys) -> None:
     (tmp_path / "base.yaml").write_text("MODEL: [unclosed\n")
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "compare_norms.py"))
     words = ["--config-file", str(tmp_path / "base.yaml"), "--engine", "detectron2"]
-    assert tool["main"]([*words, "--output", str(tmp_path / "out")]) == 2
+    assert compare_norms.main([*words, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"compare_norms: {tmp_path / 'base.yaml'}: ") and said.count("\n") == 1
+    assert said.startswith(f"compare: {tmp_path / 'base.yaml'}: ") and said.count("\n") == 1
 
 
 def test_a_norm_named_twice_is_one_row(tmp_path) -> None:
@@ -455,16 +454,14 @@ def test_gpus_of_this_machine(tmp_path, monkeypatch) -> None:
     ],
 )
 def test_arguments_that_do_not_go_together(capsys, words, expected) -> None:
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "compare_norms.py"))
     with pytest.raises(SystemExit):
-        tool["main"](words.split())
+        compare_norms.main(words.split())
     assert expected in capsys.readouterr().err
 
 
 def test_the_tool_plans_the_whole_matrix(tmp_path, capsys) -> None:
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "compare_norms.py"))
     words = "--norms none KN --images-per-gpu 1 2 --seeds 1 2 --num-gpus 4 --engine detectron2 "
-    assert tool["main"]([*words.split(), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert compare_norms.main([*words.split(), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert sum("SOLVER.IMS_PER_BATCH 4 " in line for line in lines) == 4

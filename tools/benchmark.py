@@ -59,6 +59,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.engines import ENGINES  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.benchmark import (  # noqa: E402
@@ -164,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         return benchmark_norms(settings, args.shapes, args.device)
     detector = Detector(
         recipe=args.recipe,
-        config=args.config_file,
+        config=args.config_file and Path(find_config(str(args.config_file))),
         norm_keys=args.norm_keys,
         engine=args.engine,
         device=args.device,

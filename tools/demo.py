@@ -1,50 +1,12 @@
-"""What `make demo` runs: GN, BN and CBN trained and compared at 2 images per GPU, on CPU."""
+#!/usr/bin/env python3
+"""The command `cbn-det demo` of a clone that is not installed; see --help."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cbn_det.data.digits import write_digits  # noqa: E402
-from cbn_det.engines import ENGINES  # noqa: E402
-from cbn_det.study.compare import compare, guarded  # noqa: E402
-from cbn_det.study.engine import resolve_engine  # noqa: E402
-from cbn_det.study.plan import Plan, Split  # noqa: E402
-
-NORMS = ["GN", "BN", "CBN"]
-
-
-def evaluation_period(iterations: int) -> int:
-    """About a quarter of the training; divides it, so that the last evaluation ends it."""
-    times = min((n for n in range(1, 9) if iterations % n == 0), key=lambda n: abs(n - 4))
-    return iterations // times
-
-
-def run(args: argparse.Namespace) -> int:
-    print("[1/3] data: the digits set, 1000 training and 150 validation images", flush=True)
-    print(f"digits: {write_digits()}", flush=True)
-    plan = Plan(
-        args.output,
-        NORMS,
-        [Split(1, 2)],
-        [1],
-        engine=resolve_engine(args.engine),
-        iterations=args.iters,
-        overrides=["TEST.EVAL_PERIOD", str(evaluation_period(args.iters))],
-    )
-    return compare(plan, jobs=args.jobs, steps_before=1)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iters", type=int, default=600, help="iterations of each run")
-    parser.add_argument("--jobs", type=int, default=2, help="one-thread runs side by side")
-    parser.add_argument("--output", type=Path, default=Path("output/demo"))
-    parser.add_argument("--engine", choices=ENGINES, default="auto")
-    args = parser.parse_args()
-    return guarded("demo", lambda: run(args))
-
+from cbn_det.commands.demo import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 TORCH_PAIR=${TORCH_PAIR:-torch==2.14.1 torchvision==0.29.1}
-MODULES="numpy fvcore pycocotools cv2 sklearn matplotlib rich tabulate tensorboard jinja2 pytest pytest_timeout xdist black ruff"
+MODULES="numpy fvcore pycocotools PIL tqdm tabulate sklearn tensorboard matplotlib rich jinja2 pytest pytest_timeout xdist black ruff"
 NEEDS_GB=9 # CUDA build of torch: 6 GB in place and its wheels on the way
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -84,10 +84,8 @@ pip_install() {
     fail "pip failed: $(grep -i '^error' <<<"$errors" | tail -n 1) Read .make/install.log, then run the same command again."
 }
 
-# The headless build of OpenCV: the other one needs libGL, which a machine without a screen lacks.
 requirements() {
-    "$base" -c "import runpy; m = runpy.run_path('$root/setup.py'); print('\n'.join(m['REQUIRES'] + m['EXTRAS']['demo'] + m['EXTRAS']['test']))" |
-        sed 's/^opencv-python$/&-headless/'
+    "$base" -c "import runpy; m = runpy.run_path('$root/setup.py'); print('\n'.join(m['REQUIRES'] + m['EXTRAS']['dev']))"
 }
 
 # What the python looks like now; it changes when a package is installed or removed.

@@ -34,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.engines import ENGINES  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.compare import guarded  # noqa: E402
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         iterations=args.iters,
         recipe=args.recipe,
-        config=args.config_file,
+        config=args.config_file and Path(find_config(str(args.config_file))),
         datasets=args.coco_dataset,
         overrides=args.opts,
     )

@@ -134,7 +134,7 @@ def check_weights(files: list[PretrainedFile], *, offline: bool = False) -> Iter
         offline: nothing can be downloaded: a missing file is a problem.
     """
     for file in files:
-        needed = f"{file.spec} (of {file.num_configs} configs)"
+        needed = file.spec + (f" (of {file.num_configs} configs)" if file.num_configs > 1 else "")
         if file.is_whole():
             yield Finding(OK, f"{needed}: '{file.path}'")
         elif file.path.exists():

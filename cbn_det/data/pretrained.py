@@ -66,7 +66,12 @@ def pretrained_files(configs: Iterable[str | os.PathLike]) -> list[PretrainedFil
         spec = loaded.get("MODEL", {}).get("WEIGHTS", "")
         if spec:
             numbers[spec] = numbers.get(spec, 0) + 1
-    return [PretrainedFile(spec, *_locate(spec), number) for spec, number in numbers.items()]
+    return [pretrained_file(spec, number) for spec, number in numbers.items()]
+
+
+def pretrained_file(spec: str, num_configs: int = 1) -> PretrainedFile:
+    """The file that a value of ``MODEL.WEIGHTS`` stands for."""
+    return PretrainedFile(spec, *_locate(spec), num_configs)
 
 
 def _locate(spec: str) -> tuple[Path, str | None]:

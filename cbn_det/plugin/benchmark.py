@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import cycle, islice
+from itertools import islice
+from pathlib import Path
 
 import detectron2
 import torch
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..run.job import built
 from .config import build_config
 from .job import Detectron2Job
-from .loading import place
 from .trainer import Trainer
+from .trial import Detectron2Trial
 
 
 def training_step(
@@ -34,21 +34,11 @@ def training_step(
     Raises:
         ValueError: a config that cannot be run.
     """
-    cfg, _ = build_config(args, world_size=1)
-    Detectron2Job(cfg, args).prepare(eval_only=False)
-    trainer = built(lambda: Trainer(cfg, args.accumulate))
-    if cfg.MODEL.WEIGHTS:
-        built(lambda: trainer.resume_or_load(resume=False))
-    place(trainer.data_loader, trainer.seed)
-    kept = list(islice(iter(trainer.data_loader), batches))
-    trainer.step.reset_data_loader(lambda: cycle(kept))
-
-    def step_on(iteration: int) -> None:
-        with EventStorage() as trainer.storage:
-            trainer.iter = iteration
-            trainer.run_step()
-
-    return trainer.bare_model, step_on, {"detectron2": detectron2.__version__}
+    trial = Detectron2Trial(args)
+    trial.prepare()
+    model = trial.build(Path(trial.cfg.OUTPUT_DIR), bool(trial.cfg.MODEL.WEIGHTS))
+    trial.repeat(batches)
+    return model, trial.step, {"detectron2": detectron2.__version__}
 
 
 def inference_step(

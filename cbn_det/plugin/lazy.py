@@ -1,18 +1,21 @@
-"""Trains a LazyConfig as detectron2's ``tools/lazyconfig_train_net.py`` does, with what the norms
-need: a burn-in that knows its schedule, pooled running statistics, MBN's second pass."""
+"""Trains a LazyConfig as detectron2's ``tools/lazyconfig_train_net.py`` does, with
+:class:`~.norm_hook.NormHook`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from typing import Any
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
-    HookBase,
     SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
@@ -22,27 +25,22 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..norms import (
-    DoubleForward,
-    check_bindings,
-    find_chain_at_call,
-    format_norm_table,
-    norm_rows,
-    resolve_burn_in,
-    sync_running_stats,
-)
+from ..config_files import find_config
+from ..norms import find_chain_at_call, format_norm_table, norm_rows
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
 from .checkpointer import AtomicCheckpointer
 from .launch import read_layout
+from .norm_hook import NormHook
 from .processes import run_processes
 from .registry import register
 from .step import OptimizerOfConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,12 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         layout = read_layout(args)
-        device = _load(args).train.device
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        args.config_file = find_config(args.config_file)
+        cfg, notes = _load(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return USAGE
+    if layout.is_first:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     try:
-        code, death = run_processes(layout, device, run, (args,))
+        code, death = run_processes(layout, cfg.train.device, run, (args,))
     except KeyboardInterrupt:
         return STOPPED
     if death:
@@ -67,11 +69,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Trains or evaluates in one process of several, and returns the exit code."""
-    cfg = _load(args)
+    cfg, _ = _load(args)
     default_setup(cfg, args)
-    model = instantiate(cfg.model).to(cfg.train.device)
-    logger.info(format_norm_table(norm_rows(model)))
     try:
+        model = _built("model", lambda: instantiate(cfg.model).to(cfg.train.device))
+        logger.info(format_norm_table(norm_rows(model)))
         if args.eval_only:
             path = cfg.train.init_checkpoint
             AtomicCheckpointer(model).load_complete(path, f"train.init_checkpoint {path}")
@@ -80,15 +82,40 @@ def run(args: argparse.Namespace) -> int:
         else:
             train(cfg, model, resume=args.resume)
     except ConfigError as error:
+        with open(Path(cfg.train.output_dir, "log.txt"), "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
         if comm.is_main_process():
             print(f"error: {one_line(error)}", file=sys.stderr)
         return USAGE
     return 0
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """The config as this machine can run it, and a line for everything that was replaced."""
     register()  # before anything is instantiated, in every process
-    return LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = _built(f"--config-file {args.config_file}", lambda: LazyConfig.load(args.config_file))
+    for word in args.opts:
+        _built(word, partial(LazyConfig.apply_overrides, cfg, [word]))
+    device = _built("train.device", lambda: str(cfg.train.device))
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return cfg, []
+    if cfg.train.amp.enabled:
+        raise ConfigError("train.amp.enabled needs a GPU, and there is none here: set it to False")
+    cfg.train.device = "cpu"
+    return cfg, [f"train.device: no GPU here, '{device}' is replaced by 'cpu'"]
+
+
+def _built(key: str, make: Callable[[], T]) -> T:
+    """While things are built from the config, whatever goes wrong is told with its key."""
+    try:
+        return make()
+    except ConfigError:
+        raise
+    except Exception as error:  # a LazyConfig calls any code
+        message = one_line(error) or type(error).__name__
+        if key.startswith("dataloader") and isinstance(error, FileNotFoundError):
+            message += ": the variable DETECTRON2_DATASETS names the folder of detectron2's sets"
+        raise ConfigError(f"{key}: {message}") from error
 
 
 def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
@@ -99,51 +126,46 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
             and ``train``.
         model: instantiated, on its device.
         resume: go on from the last checkpoint in ``train.output_dir``, with the optimizer's options
-            and the schedule of ``cfg``. What norms remember starts anew, their burn-in goes on.
+            and the schedule of ``cfg``.
 
     Returns:
         The trainer, after its last iteration.
+
+    Raises:
+        ConfigError: something cannot be built from ``cfg``; names its key.
     """
     options = cfg.train
-    check_bindings(model)
+    loader = _built("dataloader.train", lambda: instantiate(cfg.dataloader.train))
+    if "evaluator" in cfg.dataloader:  # missing files are told now, not after hours
+        _built("dataloader.test", lambda: instantiate(cfg.dataloader.test))
+    norms = _built("model", lambda: NormHook(model))
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = _built("optimizer", lambda: instantiate(cfg.optimizer))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # at resume, too, the schedule's is the config's
     on_gpu = next(model.parameters()).is_cuda
     devices = [torch.cuda.current_device()] if on_gpu else None
     wrapped = create_ddp_model(model, **{"device_ids": devices, **options.ddp})
-    loader = instantiate(cfg.dataloader.train)
     kind = _MixedPrecision if options.amp.enabled else OptimizerOfConfig
     trainer = kind(wrapped, loader, optimizer)
     checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
-    main_process = comm.is_main_process()
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            NormHook(model, options.eval_period, options.checkpointer.period),
-            (
-                hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer)
-                if main_process
-                else None
-            ),
-            hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, model)),
-            (
-                hooks.PeriodicWriter(
-                    default_writers(options.output_dir, options.max_iter),
-                    period=options.log_period,
-                )
-                if main_process
-                else None
-            ),
-        ]
+    schedule = _built("lr_multiplier", lambda: instantiate(cfg.lr_multiplier))
+    of_all_ranks = [norms, hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)]
+    evaluation = hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, model))
+    if comm.is_main_process():
+        save = hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer)
+        writers = default_writers(options.output_dir, options.max_iter)
+        write = hooks.PeriodicWriter(writers, period=options.log_period)
+        trainer.register_hooks([*of_all_ranks, save, evaluation, write])
+    else:
+        trainer.register_hooks([*of_all_ranks, evaluation])
+    weights = options.init_checkpoint
+    _built(
+        f"train.init_checkpoint {weights}",
+        lambda: checkpointer.resume_or_load(weights, resume=resume),
     )
-    checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
-    started = resume and checkpointer.has_checkpoint()
-    start_iter = trainer.iter + 1 if started else 0
-    resolve_burn_in(model, options.max_iter, start_iter)
-    trainer.train(start_iter, options.max_iter)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
     return trainer
 
 
@@ -151,34 +173,12 @@ class _MixedPrecision(OptimizerOfConfig, AMPTrainer):
     pass
 
 
-class NormHook(HookBase):
-    """What the norms of a model need of a training loop besides a resolved burn-in; for any of
-    detectron2's trainers, on all ranks, before the hooks that save and evaluate.
-
-    Args:
-        model: bare, not wrapped for several processes.
-        periods: of evaluations and checkpoints, in iterations; 0 is never but at the end.
-    """
-
-    def __init__(self, model: nn.Module, *periods: int) -> None:
-        self._model = model
-        self._double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
-        self._periods = [period for period in periods if period > 0]
-        find_chain_at_call(model)
-
-    def after_step(self) -> None:
-        with EventStorage():  # what heads log of the second pass is dropped
-            self._double_forward.refresh()
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
-            sync_running_stats(self._model)
-
-
 def evaluate(cfg: Any, model: nn.Module) -> dict[str, Any] | None:
     """Results on ``dataloader.test``; None without a ``dataloader.evaluator``."""
     if "evaluator" not in cfg.dataloader:
         return None
-    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    loader = _built("dataloader.test", lambda: instantiate(cfg.dataloader.test))
+    evaluator = _built("dataloader.evaluator", lambda: instantiate(cfg.dataloader.evaluator))
     results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results

@@ -7,44 +7,44 @@ import argparse
 from ..engines import ENGINES
 
 _EXAMPLES = """
+A config is a file, or the name of one that this package has, such as coco/... and quickstart/...
+CONFIG alone in front stands for --config-file CONFIG in "cbn-det train"; tools/train_net.py is the
+same command in a clone that is not installed.
+
 examples
 
   The built-in digits set with Cross-Iteration Batch Normalization, on the CPU, a few minutes:
-    python tools/train_net.py \\
-        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn
+    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn
 
   The same with other options of the norm, and another norm in the box head:
-    python tools/train_net.py \\
-        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn8 \\
+    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn8 \\
         MODEL.FPN.NORM "CBN(window=8)" MODEL.ROI_BOX_HEAD.NORM GN
 
   The same without detectron2, on torchvision's parts (one process, CPU or one GPU):
-    python tools/train_net.py --engine standalone \\
-        --config-file configs/quickstart/faster_rcnn_R_18_FPN_digits_cbn.yaml OUTPUT_DIR out/cbn
+    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn --engine standalone OUTPUT_DIR out/cbn
 
   Your own images, with annotations in COCO format (also wants MODEL.ROI_HEADS.NUM_CLASSES):
-    python tools/train_net.py --config-file my.yaml \\
+    cbn-det train my.yaml \\
         --coco-dataset shapes_train shapes/train.json shapes/images \\
         --coco-dataset shapes_val shapes/val.json shapes/images \\
         DATASETS.TRAIN "('shapes_train',)" DATASETS.TEST "('shapes_val',)"
 
   COCO 2017 on 8 GPUs with one image each; learning rate and schedule follow the number of GPUs:
-    python tools/train_net.py --num-gpus 8 \\
-        --config-file configs/coco/mask_rcnn_R_50_FPN_1x/cbn_1img.yaml
+    cbn-det train coco/mask_rcnn_R_50_FPN_1x/cbn_1img --num-gpus 8
 
   Eight images a step as 4 processes of 2 images; without so many GPUs they share one, or the CPU:
-    python tools/train_net.py --num-gpus 4 --config-file my.yaml SOLVER.IMS_PER_BATCH 8
-    torchrun --nproc-per-node 4 tools/train_net.py --config-file my.yaml SOLVER.IMS_PER_BATCH 8
+    cbn-det train my.yaml --num-gpus 4 SOLVER.IMS_PER_BATCH 8
+    torchrun --nproc-per-node 4 -m cbn_det train my.yaml SOLVER.IMS_PER_BATCH 8
 
   Sixteen images a step where only two fit into memory: eight forward and backward passes, one
   optimiser step (norms still see two images at a time):
-    python tools/train_net.py --accumulate 8 --config-file my.yaml SOLVER.IMS_PER_BATCH 2
+    cbn-det train my.yaml --accumulate 8 SOLVER.IMS_PER_BATCH 2
 
   Go on after Ctrl-C or a crash; evaluate a checkpoint, also with PreciseBN statistics:
-    python tools/train_net.py --config-file my.yaml --resume OUTPUT_DIR out/cbn
-    python tools/train_net.py --config-file my.yaml --eval-only --precise-bn-iters 200 \\
+    cbn-det train my.yaml --resume OUTPUT_DIR out/cbn
+    cbn-det train my.yaml --eval-only --precise-bn-iters 200 \\
         OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
-    python tools/train_net.py --config-file my.yaml --eval-only --image-share auto \\
+    cbn-det train my.yaml --eval-only --image-share auto \\
         OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
 
 exit codes
@@ -79,12 +79,13 @@ def share_of_images(text: str) -> float | str:
 def argument_parser() -> argparse.ArgumentParser:
     """detectron2's launcher arguments and a few more."""
     parser = argparse.ArgumentParser(
-        prog="train_net.py",
         description="Trains and evaluates a detector whose norms may be those of cbn_det.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML config")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a YAML config, or a LazyConfig (.py)"
+    )
     parser.add_argument(
         "--engine",
         choices=ENGINES,

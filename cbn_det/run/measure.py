@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +19,14 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def reset_peak_memory() -> None:
+    """Lets :func:`peak_memory_mb` begin anew, where the system can: on Linux and GPUs."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norms import SmallBatchNorm2d, settle
 from ..norms.numbers import kept_numbers
@@ -71,7 +71,11 @@ def recompute_statistics(
     Raises:
         ValueError: ``batches`` ended early.
     """
-    layers = [layer for layer in get_bn_modules(model) if layer.running_mean is not None]
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
+    ]
     if not layers:
         return 0
     moments = [PooledMoments(m.num_features, m.running_mean.device) for m in layers]

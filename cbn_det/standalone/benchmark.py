@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import cycle, islice
+from itertools import islice
+from pathlib import Path
 
 import torch
 import torchvision
@@ -13,11 +14,9 @@ from torch import nn
 from ..run.job import built
 from .job import StandaloneJob
 from .launch import build_config
-from .loading import batches as training_batches
 from .loading import in_order
 from .model import build_model
-from .trainer import Trainer
-from .weights import load_weights
+from .trial import StandaloneTrial
 
 
 def training_step(
@@ -36,23 +35,11 @@ def training_step(
     Raises:
         ValueError: a config that cannot be run.
     """
-    cfg, _ = build_config(args)
-    job = StandaloneJob(cfg, args)
-    job.prepare(eval_only=False)
-    torch.manual_seed(cfg.SEED)
-    model = built(lambda: build_model(cfg)).to(cfg.MODEL.DEVICE)
-    dataset = job._training_set()
-    trainer = built(lambda: Trainer(cfg, model, dataset, dict, args.accumulate))
-    if cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS)
-    kept = cycle(list(islice(training_batches(dataset, cfg), batches)))
-    model.train()
-
-    def step_on(iteration: int) -> None:
-        trainer.iter = iteration
-        trainer._step(kept)
-
-    return model, step_on, {"torchvision": torchvision.__version__}
+    trial = StandaloneTrial(args)
+    trial.prepare()
+    model = trial.build(Path(trial.cfg.OUTPUT_DIR), bool(trial.cfg.MODEL.WEIGHTS))
+    trial.repeat(batches)
+    return model, trial.step, {"torchvision": torchvision.__version__}
 
 
 def inference_step(

@@ -28,7 +28,6 @@ def launch(args: argparse.Namespace) -> int:
         args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
     """
     try:
-        _check_processes(args)
         cfg, notes = build_config(args)
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -57,6 +56,7 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     Raises:
         ConfigError: a file, key or value that cannot be run.
     """
+    _check_processes(args)
     cfg = read_config(args.config_file, args.opts)
     check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     notes = []

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from cbn_det.cli import typed_words
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.disk import advice
 from cbn_det.study.files import write_files
@@ -88,7 +89,7 @@ def compare(
             plan,
             results=[(o.run, o.result) for o in outcomes],
             rows=make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes]),
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join(typed_words()),
             seconds=time.monotonic() - started,
             reused=sum(o.reused for o in outcomes),
             config_iterations=length,

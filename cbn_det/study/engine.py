@@ -12,13 +12,18 @@ from pathlib import Path
 
 from cbn_det.engines import ENGINES
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LAUNCHER = (sys.executable, str(REPOSITORY / "tools" / "train_net.py"))
+LAUNCHER = (sys.executable, "-m", "cbn_det", "train")
+#: the folder that this package is imported from
+HOME = Path(__file__).resolve().parents[2]
 
 
 def source_environment() -> dict[str, str]:
     """The environment in which a child process finds this package, installed or not."""
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    if {"site-packages", "dist-packages"} & set(
+        HOME.parts
+    ):  # there anyway, and behind python's own
+        return dict(os.environ)
+    paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

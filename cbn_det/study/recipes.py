@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from cbn_det.study.engine import REPOSITORY
+from cbn_det.config_files import CONFIGS
 
-QUICKSTART = REPOSITORY / "configs" / "quickstart"
+QUICKSTART = CONFIGS / "quickstart"
 
 HEAD_NORM_KEYS = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 # Of models that only detectron2 has, which a config of the user's own may describe.

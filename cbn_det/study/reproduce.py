@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cbn_det.study.engine import LAUNCHER, REPOSITORY
+from cbn_det.config_files import CONFIGS
+from cbn_det.study.engine import LAUNCHER
 from cbn_det.study.plan import Run
 from cbn_det.study.recipes import read_yaml, schedule
 from cbn_det.study.reproduce_data import TABLES, Published, Table, Values
 from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
 from cbn_det.study.runner import is_running
 
-CONFIGS = REPOSITORY / "configs" / "coco"
+COCO_TABLES = CONFIGS / "coco"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 #: norms that differences are taken to, where a table has them
 BASELINES = ("none", "bn", "syncbn", "gn")
@@ -124,7 +125,7 @@ class Reproduction:
     precise_bn: int = 200
     datasets: list[list[str]] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
-    configs: Path = CONFIGS
+    configs: Path = COCO_TABLES
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cbn_det.study.compare import EXIT_FAILED, announce
-from cbn_det.study.engine import REPOSITORY
+from cbn_det.study.engine import HOME
 from cbn_det.study.gpus import visible_gpus
 from cbn_det.study.plan import Run
 from cbn_det.study.recipes import device
@@ -64,6 +64,6 @@ def runs_of(reproduction: Reproduction, rows: Sequence[Row], seeds: Sequence[int
 
 
 def as_typed(words: Sequence[str]) -> str:
-    """A python command line as one would type it in the present folder."""
-    home = f"{REPOSITORY}{os.sep}" if Path.cwd() == REPOSITORY else ""
-    return shlex.join(["python", *(word.removeprefix(home) for word in words)])
+    """A command line as one would type it in the present folder."""
+    home = f"{HOME}{os.sep}" if Path.cwd() == HOME else ""
+    return shlex.join([word.removeprefix(home) for word in words])

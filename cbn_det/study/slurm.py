@@ -107,7 +107,7 @@ class Cluster:
 
     def _executor(self, run: Run, folder: Path) -> Any:
         # the job finds this package as we do
-        place = f"PYTHONPATH={shlex.quote(source_environment()['PYTHONPATH'])}"
+        place = f"PYTHONPATH={shlex.quote(source_environment().get('PYTHONPATH', ''))}"
         settings = {
             "python": f"env {place} {shlex.quote(sys.executable)}",
             "max_num_timeout": MAX_TIMEOUTS,

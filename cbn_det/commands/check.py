@@ -1,0 +1,179 @@
+"""All that can be known of a training before it starts: takes the words of `cbn-det train`.
+
+Reads the config, checks the data sets as training would and whether images are in both, looks for
+the weights, then builds the model and makes three training steps with it, the second and third as
+after burn-in: which norms are bound to which convolutions, what they need of memory and time, what
+checkpoints need of the disk, and whether the trained model folds. Nothing is written to OUTPUT_DIR
+and nothing downloaded; the built-in digits set is written where it is used.
+
+Each line says ok, note (nothing has to be done) or PROBLEM (and what to do).
+
+examples:
+  cbn-det check quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn
+  cbn-det check coco/mask_rcnn_R_50_FPN_1x/cbn_2img --num-gpus 8
+  cbn-det check my.yaml --coco-dataset cells_train train.json images/ \\
+      DATASETS.TRAIN "('cells_train',)" MODEL.ROI_HEADS.NUM_CLASSES 3
+
+exit codes: 0 ready   1 problems, each on a line   2 wrong arguments   130 stopped by Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fvcore.common.config import CfgNode
+
+from ..config_files import find_config
+from ..data.coco_folder import NOTE, OK, PROBLEM, Finding, check_overlap, check_weights
+from ..data.pretrained import pretrained_file
+from ..data.progress import StatusLine
+from ..engines import resolve_engine
+from ..run.arguments import argument_parser
+from ..run.errors import one_line
+from .lines import tell
+
+if TYPE_CHECKING:
+    from ..run.trial import Trial
+
+T = TypeVar("T")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argument_parser()
+    parser.description = __doc__
+    parser.epilog = None
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    args.command = ""
+    return tell("check", partial(findings, args))
+
+
+def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
+    """Ends early where what follows would need what is missing."""
+    status.show("reading the config")
+    with heard("cbn_det") as lines:
+        trial, refused = _tried(lambda: _read(args))
+    yield from (*lines, *refused)
+    if trial is None:
+        return
+    cfg = trial.cfg
+    place = cfg.MODEL.DEVICE + (f", {trial.world_size} processes" if trial.world_size > 1 else "")
+    yield Finding(OK, f"config: {args.config_file}, {args.engine} engine, {place}")
+    for note in trial.notes:
+        yield Finding(NOTE, note)
+    status.show("checking the data sets")
+    with heard("cbn_det.data") as lines:
+        files, refused = _tried(trial.prepare)
+    yield from (*lines, *refused)
+    if files is not None:
+        yield from _overlap(cfg, files, status)
+    there = yield from _weights(cfg)
+    if files is None:
+        yield Finding(NOTE, "nothing else was tried: a training step needs the data")
+        return
+    from .trial import try_out  # imports torch
+
+    with heard("cbn_det") as lines:
+        yield from try_out(trial, args.accumulate, there, status)
+    for finding in lines:
+        if finding.level == NOTE:
+            yield finding
+
+
+def _read(args: argparse.Namespace) -> Trial:
+    args.config_file = find_config(args.config_file)
+    if args.config_file.endswith(".py"):
+        raise ValueError(f"--config-file {args.config_file}: a LazyConfig cannot be checked")
+    args.engine = resolve_engine(args.engine)
+    if args.engine == "detectron2":
+        from ..plugin.trial import Detectron2Trial as kind
+    else:
+        from ..standalone.trial import StandaloneTrial as kind
+    return kind(args)
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, list[Finding]]:
+    """What is made, or why it is refused."""
+    try:
+        return make(), []
+    except (ValueError, ImportError) as error:
+        return None, [Finding(PROBLEM, one_line(error))]
+
+
+def _overlap(
+    cfg: CfgNode, files: dict[str, tuple[Path, Path]], status: StatusLine
+) -> Iterator[Finding]:
+    groups = {f"DATASETS.{key}": _images(cfg.DATASETS[key], files) for key in ("TRAIN", "TEST")}
+    if all(groups.values()):
+        yield check_overlap(groups, status.show)
+    if not cfg.DATASETS.TEST:
+        yield Finding(NOTE, "DATASETS.TEST is empty: nothing will be evaluated")
+
+
+def _images(names: list[str], files: dict[str, tuple[Path, Path]]) -> list[Path]:
+    found = []
+    for name in names:
+        if name in files:
+            annotations, images = files[name]
+            records = json.loads(annotations.read_text(encoding="utf-8-sig"))["images"]
+            found += [images / record["file_name"] for record in records]
+    return found
+
+
+def _weights(cfg: CfgNode) -> Iterator[Finding]:
+    """Returns whether there are weights to load without a download."""
+    spec = cfg.MODEL.WEIGHTS
+    if not spec:
+        frozen = "FrozenBN" in cfg.MODEL.RESNETS.NORM or cfg.MODEL.BACKBONE.FREEZE_AT > 0
+        if frozen:
+            yield Finding(
+                PROBLEM,
+                "MODEL.WEIGHTS is empty, and the backbone has frozen layers, which stay random:"
+                " name weights, or set MODEL.BACKBONE.FREEZE_AT 0 and MODEL.RESNETS.NORM BN",
+            )
+        else:
+            yield Finding(OK, "weights: none, training starts from scratch")
+        return False
+    file = pretrained_file(spec)
+    yield from check_weights([file])
+    return file.is_whole()
+
+
+@contextmanager
+def heard(logger: str) -> Iterator[list[Finding]]:
+    """What a logger says meanwhile as findings, each once: information is ok, a warning a note.
+    Python's warnings are notes."""
+    lines: list[Finding] = []
+
+    def add(level: str, text: str) -> None:
+        finding = Finding(level, " ".join(text.split()))
+        if finding not in lines:
+            lines.append(finding)
+
+    handler = logging.Handler()
+    handler.emit = lambda r: add(NOTE if r.levelno >= logging.WARNING else OK, r.getMessage())
+    source = logging.getLogger(logger)
+    before = source.level, source.propagate, source.handlers[:]
+    source.handlers[:] = [handler]
+    source.setLevel(logging.INFO)
+    source.propagate = False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            yield lines
+    finally:
+        source.level, source.propagate, source.handlers[:] = before
+        for warning in caught:
+            if Path(warning.filename).is_relative_to(Path(__file__).parents[1]):
+                add(NOTE, str(warning.message))

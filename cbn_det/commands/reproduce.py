@@ -1,0 +1,149 @@
+"""Reproduce published tables on COCO 2017, row by row.
+
+A table is a folder of configs/coco, a row a config in it. Without --run a table is printed: what is
+published and where, what has been measured so far, and the differences, between norms as well.
+With --run the rows are trained; started again, finished ones are kept and broken-off ones go on.
+
+examples:
+  cbn-det reproduce --list                       # the tables
+  cbn-det reproduce TABLE                        # one of them, as far as it is
+  cbn-det reproduce TABLE --dry-run              # the command of each row
+  python tools/check_coco.py                          # before days are spent
+
+  # two rows on the GPUs of this machine; "cbn" is every CBN row, "cbn_2img" the one at 2 images
+  cbn-det reproduce TABLE --rows cbn_2img gn_2img --run
+
+  # on one GPU: gradients are accumulated, so that the total batch and the mini-batches stay
+  cbn-det reproduce TABLE --rows cbn_2img --num-gpus 1 --run
+
+  # three seeds, 16 GPUs as 2 nodes of a SLURM cluster
+  cbn-det reproduce TABLE --rows cbn_1img --seeds 1 2 3 --run \\
+      --submit slurm --num-machines 2 --sbatch time=24:00:00 partition=gpu
+
+  # all tables as one Markdown file
+  cbn-det reproduce all --markdown MODEL_ZOO.md
+
+  # to see that a row runs here: 20 iterations of small images on CPU, in a folder of its own and
+  # marked as changed
+  cbn-det reproduce TABLE --rows cbn_2img --num-gpus 1 --iters 20 --run \\
+      --opts MODEL.DEVICE cpu INPUT.MIN_SIZE_TRAIN "(128,)" INPUT.MIN_SIZE_TEST 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..cli import typed_words
+from ..run.arguments import add_datasets
+from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
+from ..study.files import write_text
+from ..study.reproduce import Reproduction
+from ..study.reproduce_data import TABLES
+from ..study.reproduce_report import LEGEND, document, overview, table_text
+from ..study.reproduce_run import as_typed, on_gpu, run_rows, runs_of
+from ..study.slurm import CLUSTERS, Cluster
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("table", nargs="?", metavar="TABLE", help="a name of --list, or all")
+    add("--list", action="store_true", help="the tables, and how much of each has been measured")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="rows or norms (default: all rows)")
+    add("--run", action="store_true", help="train the rows that are not finished")
+    add("--dry-run", action="store_true", help="print the command of each row")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
+    add("--seeds", nargs="+", type=int, default=[1], metavar="S", help="default 1")
+    add(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="GPUs of a run on each machine (default: all that its config is for)",
+    )
+    add("--num-machines", type=int, default=1, metavar="N", help="nodes of a SLURM job (default 1)")
+    add("--gpus", nargs="+", metavar="ID", help="GPUs to use (default: all visible ones)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: one a GPU)")
+    add("--submit", choices=CLUSTERS, help="submit each run as a job; see cbn-det compare --help")
+    add("--sbatch", nargs="+", default=[], metavar="KEY=VALUE", help="options of sbatch")
+    add(
+        "--output",
+        type=Path,
+        default=Path("output/reproduce"),
+        metavar="DIR",
+        help="where runs are, and are looked for (default output/reproduce)",
+    )
+    add(
+        "--precise-bn-iters",
+        type=int,
+        default=200,
+        metavar="N",
+        help="iterations of PreciseBN for a second evaluation (default 200; 0: none)",
+    )
+    add("--iters", type=int, metavar="N", help="another length of training, to try a row out")
+    add_datasets(parser, help="a data set to try a row out on")
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every row")
+    return parser
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    reproduction = Reproduction(
+        output=args.output,
+        gpus=args.num_gpus,
+        machines=args.num_machines,
+        iterations=args.iters,
+        precise_bn=args.precise_bn_iters,
+        datasets=args.coco_dataset,
+        overrides=args.opts,
+    )
+    if args.list:
+        print(overview(reproduction, list(TABLES.values())), end="")
+        return 0
+    names = list(TABLES) if args.table == "all" else [args.table]
+    tables = [reproduction.table(name) for name in names]
+    rows = {table.name: reproduction.rows(table, args.rows) for table in tables}
+    chosen = [row for group in rows.values() for row in group]
+    if args.dry_run or args.run:
+        for caveat in filter(None, map(reproduction.caveat, chosen)):
+            print(f"note: {caveat}", file=sys.stderr)
+    if args.dry_run:
+        for run in runs_of(reproduction, chosen, args.seeds):
+            print(as_typed(["python", *run.command[1:]]))
+        return 0
+    code = 0
+    if args.run:
+        submit = None
+        if args.submit:
+            options = dict(word.split("=", 1) for word in args.sbatch)
+            asks = on_gpu(chosen, args.opts)
+            submit = Cluster(args.submit, args.num_machines, asks, options).submit
+        code = run_rows(reproduction, chosen, args.seeds, args.jobs, args.gpus, submit)
+        print()
+    for table in tables:
+        print(table_text(reproduction, table, rows[table.name]))
+    print(LEGEND)
+    if args.markdown:
+        text = document(reproduction, tables, as_typed(typed_words()))
+        print(f"Written: {write_text(args.markdown, text)}")
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if not args.table and not args.list:
+        parser.error("TABLE is missing: --list shows the tables")
+    if len(args.opts) % 2:
+        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+    if odd := [word for word in args.sbatch if "=" not in word]:
+        parser.error(f"--sbatch takes KEY=VALUE, got {odd[0]}")
+    if args.num_machines > 1 and not (args.submit or args.dry_run):
+        parser.error("--num-machines needs --submit slurm, which knows the machines")
+    numbers = [args.num_gpus, args.num_machines, args.jobs, args.iters]
+    if any(number is not None and number < 1 for number in numbers) or args.precise_bn_iters < 0:
+        parser.error("--num-gpus, --num-machines, --jobs and --iters are 1 or more")
+    stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
+    return guarded("reproduce", lambda: reproduce(args), stopped)
