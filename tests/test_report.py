@@ -16,9 +16,8 @@ import pytest
 from cbn_det.study import files
 from cbn_det.study.figures import COLOURS, colours, to_svg
 from cbn_det.study.final_ap import ap_over_images, final_ap
-from cbn_det.study.pictures import MAX_WIDTH, picture_strip
 from cbn_det.study.plan import Plan, Run, Split
-from cbn_det.study.report import Comparison
+from cbn_det.study.report import MAX_WIDTH, Comparison, picture_strip
 from cbn_det.study.results import Row, Spread, make_rows
 
 ODD = """<b>"X"&'$a$_1"""

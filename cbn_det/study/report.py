@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -10,14 +12,17 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from cbn_det.study import tables
 from cbn_det.study.figures import ONE_PANEL, colours, to_svg
-from cbn_det.study.pictures import picture_strip
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.results import Row
 
 TEMPLATE = "report.html.jinja"
+# Of each run; and in pixels, so that an enlarged one shows the names of classes.
+MAX_PICTURES = 4
+MAX_WIDTH = 1600
 
 
 @dataclass
@@ -125,6 +130,27 @@ def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
         for name, uri in pictures:
             scenes.setdefault(name, []).append((run, uri))
     return list(scenes.items())
+
+
+def picture_strip(folder: Path) -> list[tuple[str, str]]:
+    """(name, data URI) of the first few of `folder/pictures`; unreadable files are left out.
+
+    Sorted by name, so that runs evaluated on the same images show the same ones.
+    """
+    paths = sorted(p for p in (folder / "pictures").glob("*") if p.suffix in (".png", ".jpg"))
+    strip = []
+    for path in paths[:MAX_PICTURES]:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError):  # of a run that was ended while it wrote
+            continue
+        image.thumbnail((MAX_WIDTH, image.height))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=82)
+        data = base64.b64encode(jpeg.getvalue()).decode("ascii")
+        strip.append((path.stem, f"data:image/jpeg;base64,{data}"))
+    return strip
 
 
 def _run_facts(run: Run, result: dict) -> dict[str, str]:
