@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and not everything here need
     from torch import nn
 
     from .norms.convert import Conversion
+    from .run.detector import Detector
 
 __version__ = "0.1.0"
 
@@ -42,3 +43,11 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
     from .norms.convert import convert_norm as _convert_norm
 
     return _convert_norm(model, spec, max_iter=max_iter)
+
+
+def load_run(run: str, weights: str | None = None) -> Detector:
+    """The trained detector of a run's folder: call it with an image; see
+    :func:`cbn_det.predict.load_run`."""
+    from .predict import load_run as _load_run
+
+    return _load_run(run, weights)
