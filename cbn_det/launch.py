@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 from .engines import resolve_engine
 from .run.arguments import argument_parser
+from .shell import join
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the launcher and returns its exit code (see ``--help``); bad arguments exit with 2."""
     args = argument_parser().parse_args(argv)
     words = sys.argv if argv is None else ["train_net.py", *argv]
-    args.command = shlex.join(["python", *words])
+    args.command = join(["python", *words])
     try:
         args.engine = resolve_engine(args.engine)
     except ImportError as error:

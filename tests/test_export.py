@@ -81,9 +81,9 @@ def build(folder: Path, engine: str, norms: dict[str, str], arch: str = "rcnn") 
     (folder / "set.json").write_text(json.dumps({"images": records}))
     made = [{"image_id": i, "score": 0.5} for i in range(2)]
     (run / "coco_instances_results.json").write_text(json.dumps(made))
-    dataset = {"annotations": str(folder / "set.json"), "images": str(folder)}
-    dataset["classes"] = ["orange", "blue"]
-    (run / "result.json").write_text(json.dumps({"dataset": dataset}))
+    test_set = {"annotations": str(folder / "set.json"), "images": str(folder)}
+    test_set["classes"] = ["orange", "blue"]
+    (run / "result.json").write_text(json.dumps({"test_set": test_set}))
     return run
 
 

@@ -71,7 +71,7 @@ class Detector(ABC):
         self.model = model.eval()
         self.run = run
         self.result = result
-        self.class_names: list[str] = result.get("dataset", {}).get("classes") or []
+        self.class_names: list[str] = (result.get("test_set") or {}).get("classes", [])
 
     def __call__(self, image: ImageLike) -> Predictions:
         """

@@ -187,8 +187,8 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor], side: int) -
 
 def _surest_images(detector: Detector) -> list[Path]:
     """The test images with the surest predictions; none where the run left no predictions."""
-    data, predictions = detector.result.get("dataset", {}), detector.run / PREDICTIONS
-    if not (data.get("annotations") and predictions.exists()):
+    data, predictions = detector.result.get("test_set"), detector.run / PREDICTIONS
+    if not (data and predictions.exists()):
         return []
     best: dict[Any, float] = {}
     for one in json.loads(predictions.read_text(encoding="utf-8")):

@@ -270,7 +270,7 @@ class Job(ABC):
         """For whoever loads the model: the names of its classes, and images to try it on."""
         annotations, images = self.test_files()
         names = class_names(annotations)
-        self.result["dataset"] |= {"annotations": annotations, "images": images, "classes": names}
+        self.result["test_set"] = {"annotations": annotations, "images": images, "classes": names}
 
     def _show_classes(self) -> None:
         table = class_table(self.result["results"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cbn_det.shell import join
 from cbn_det.study import tables
 from cbn_det.study.figures import ONE_PANEL, colours, to_svg
 from cbn_det.study.plan import Plan, Run, Split
@@ -49,6 +49,15 @@ class Comparison:
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
 
     @property
+    def wall(self) -> str:
+        """How long it took, for a reader; where nothing was left to train, how long that took."""
+        if not self.results or self.reused < len(self.results):
+            return _duration(self.seconds)
+        trained = sum(result.get("train_seconds") or 0.0 for _, result in self.results)
+        runs = "the run was" if self.reused == 1 else f"all {self.reused} runs were"
+        return f"{runs} finished before, after {_duration(trained)} of training in all"
+
+    @property
     def title(self) -> str:
         plan = self.plan
         recipe = f"recipe '{plan.recipe}', " if plan.config is None else ""
@@ -74,7 +83,8 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
             (table.heading, list(zip(table.rows, table.lines, strict=True)))
             for table in tables.make_tables(comparison.rows)
         ],
-        notes=tables.notes(comparison.rows, comparison.config_iterations),
+        classes=[(table.heading, table.lines) for table in tables.of_classes(comparison.rows)],
+        notes=tables.notes(comparison.rows, comparison.config_iterations, comparison.plan.expected),
         figures=[
             (caption, Markup(to_svg(f)), f.get_figwidth() > ONE_PANEL)
             for caption, f in figures.items()
@@ -84,7 +94,7 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
         machines=tables.machines(comparison.results),
         versions=tables.versions(comparison.results),
         runs=[(run, _run_facts(run, result), result) for run, result in comparison.results],
-        commands=[(run.label, shlex.join(run.command)) for run, _ in comparison.results],
+        commands=[(run.label, join(run.command)) for run, _ in comparison.results],
         colours=colours([row.norm for row in comparison.rows]),
         words=tables.in_words,
     )
@@ -109,7 +119,7 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "splits": _either([_split(split) for split in plan.splits]),
         "train": _either(list(dict.fromkeys(n for d in data for n in d.get("train", [])))),
         "test": _either(list(dict.fromkeys(n for d in data for n in d.get("test", [])))),
-        "wall": _duration(comparison.seconds),
+        "wall": comparison.wall,
     }
 
 
