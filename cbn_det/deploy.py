@@ -359,13 +359,15 @@ def main(arguments: list[str] | None = None) -> int:
     """``cbn-det deploy``; returns the exit code."""
     args = make_parser().parse_intermixed_args(arguments)
     output = args.output or args.run / f"deployed-{args.format}"
+    # a traced model has the device in it that it was traced on
+    device = [] if args.format == "torch" else ["MODEL.DEVICE", "cpu"]
     try:
         from .predict import load_run
         from .run.detector import without_notices_of_torch
         from .run.export import export
 
         with without_notices_of_torch():
-            detector = load_run(args.run, args.weights, args.opts)
+            detector = load_run(args.run, args.weights, [*device, *args.opts])
             report, files = export(detector, args.format, output, args.images)
     except (ValueError, ImportError) as error:  # ConfigError is one
         print(f"error: {error}", file=sys.stderr)

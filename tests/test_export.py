@@ -249,6 +249,12 @@ def test_torchscript_loads_without_this_package(run: Path, tmp_path: Path, capsy
     for found, want in zip(torch.load(tmp_path / "found.pth"), expected, strict=True):
         assert len(want) == 4 and len(want[1]) >= 4
         assert_same(found, want)
+    detector = load_run(run)
+    for i, (_, scores, labels, _) in enumerate(torch.load(tmp_path / "found.pth")):
+        ready = detector(run.parent / f"{i}.png")  # test_predict compares it with an evaluation
+        keep = ready.scores > 0.1
+        np.testing.assert_allclose(scores[scores > 0.1].detach(), ready.scores[keep], atol=1e-4)
+        assert labels[scores > 0.1].tolist() == ready.labels[keep].tolist() and keep.sum() >= 2
     graph = str(torch.jit.load(str(output / "model.ts")).inlined_graph)
     assert "aten::batch_norm" not in graph and "aten::_convolution" in graph
 
@@ -267,6 +273,25 @@ def test_onnx_puts_out_what_torch_does_at_any_size(run: Path, tmp_path: Path, on
     for one, want in zip(images, expected, strict=True):
         assert len(want[1]) >= 4
         assert_same(session.run(None, {"image": one.numpy()}), want)
+
+
+def test_onnx_on_photographs(run: Path, tmp_path: Path, shared_data: Path, onnx: None) -> None:
+    """Of two sizes, neither the one that it was traced with."""
+    from onnxruntime import InferenceSession
+
+    words = [str(run), "--format", "onnx", "--output", str(tmp_path / "deployed")]
+    assert deploy.main([*words, "--image", str(run.parent / "0.png")]) == 0
+    path = str(tmp_path / "deployed" / "model.onnx")
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    detector, shapes = load_run(run), set()
+    for photo in sorted((shared_data / "balloon" / "images").iterdir())[:6]:
+        image = detector.model_input(np.array(Image.open(photo).convert("RGB")))
+        with torch.no_grad():
+            want = list(detector.traceable(image)(image))
+        assert len(want[1]) >= 4
+        assert_same(session.run(None, {"image": image.numpy()}), want)
+        shapes.add(tuple(image.shape))
+    assert len(shapes) >= 2
 
 
 @pytest.mark.detectron2

@@ -105,6 +105,12 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: Any) -> None:
         cbn_det.load_run(str(run))(np.zeros((8, 8)))
 
 
+def test_values_that_would_be_cut_off_are_refused(run: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ConfigError, match="convert it to 8 bits"):
+        cbn_det.load_run(str(run))(tmp_path / "deep.png")
+
+
 def test_a_run_without_a_result_has_numbers_for_names(run: Path, tmp_path: Path) -> None:
     """One that was killed, or that was never evaluated."""
     for name in ("config.yaml", "model_final.pth", "last_checkpoint"):

@@ -17,6 +17,7 @@ from fvcore.common.config import CfgNode
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from ..data.image_check import BROKEN_IMAGE, clipped_mode
 from .errors import ConfigError, one_line
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -158,6 +159,8 @@ def read_rgb(image: ImageLike) -> np.ndarray:
         return np.array(image.convert("RGB"))
     try:
         with Image.open(image) as file:
+            if clipped := clipped_mode(file):
+                raise ValueError(f"{clipped}: convert it to 8 bits")
             return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BROKEN_IMAGE as error:
         raise ConfigError(f"{image}: not an image that can be read ({one_line(error)})") from error
