@@ -90,12 +90,12 @@ def _write_graph(
         example = inputs[int(np.argmax(found))]
         traced = detector.traceable(example)
         expected = [traced(image) for image in inputs]
-        _check(trained, expected, inputs, "folded")
+        check_same(trained, expected, inputs, "folded")
         path = output / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
         write = _write_torchscript if format == "torchscript" else _write_onnx
         read = write(traced, example, len(expected[0]), path)
         if read is not None:
-            _check(expected, [read(image) for image in inputs], inputs, "written")
+            check_same(expected, [read(image) for image in inputs], inputs, "written")
     return report, [path]
 
 
@@ -136,13 +136,17 @@ def _write_onnx(model: torch.nn.Module, example: Tensor, outputs: int, path: Pat
     ]
 
 
-def _check(
+def check_same(
     expected: Sequence[Sequence[Tensor]],
     found: Sequence[Sequence[Tensor]],
     inputs: Sequence[Tensor],
     what: str,
 ) -> None:
-    """
+    """Compares detections, see :func:`difference`.
+
+    Args:
+        what: the model that ``found`` is of, for the error.
+
     Raises:
         RuntimeError: an output differs by more than `TOLERANCE`.
     """

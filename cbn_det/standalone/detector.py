@@ -17,7 +17,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
+from ..deploy import fold
 from ..run.detector import Detector
+from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
 from .config import read_config
 from .model import build_model
@@ -64,18 +66,15 @@ class StandaloneDetector(Detector):
         return _Traceable(self.model)
 
     def write_plain(self, folder: Path, images: list[Tensor]) -> tuple[Any, list[Path]]:
-        from ..deploy import fold
-
         report = fold(self.model, partly=True)
         plain = plain_torchvision(self.model).cpu()
         path = folder / "model.pth"
         replace_file(path, lambda file: torch.save(plain, file))
-        read = torch.load(path, weights_only=False)
+        read = torch.load(path, weights_only=False).to(self.cfg.MODEL.DEVICE)
         with torch.no_grad():
-            for image in images:
-                expected, found = self.model([image])[0], read([image.cpu()])[0]
-                if any(not torch.equal(found[key], expected[key].cpu()) for key in expected):
-                    raise RuntimeError("the written model puts out something else")
+            expected = [_in_order(self.model([image])[0]) for image in images]
+            found = [_in_order(read([image])[0]) for image in images]
+        check_same(expected, found, images, "written")
         return report, [path]
 
     def _tensor(self, image: np.ndarray) -> Tensor:
@@ -83,6 +82,10 @@ class StandaloneDetector(Detector):
         if self.cfg.INPUT.FORMAT == "BGR":
             tensor = tensor.flip(0)
         return tensor.to(self.cfg.MODEL.DEVICE)
+
+
+def _in_order(output: dict[str, Tensor]) -> list[Tensor]:
+    return [output[name] for name in OUTPUTS if name in output]
 
 
 class _Traceable(nn.Module):
