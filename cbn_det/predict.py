@@ -41,6 +41,11 @@ def load_run(
     config = run / CONFIG
     if not config.is_file():
         raise ConfigError(f"{run}: not the folder of a run, it has no {CONFIG}")
+    if "_target_:" in config.read_text(encoding="utf-8"):
+        raise ConfigError(
+            f"{config}: a LazyConfig; build its model with detectron2's instantiate(cfg.model),"
+            " load the checkpoint, and call cbn_det.deploy.to_batchnorm or fold on it"
+        )
     path = _last_checkpoint(run) if weights is None else Path(weights)
     if not path.is_file():
         raise ConfigError(f"--weights {path}: no such file")

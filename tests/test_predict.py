@@ -101,6 +101,11 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: Any) -> None:
         assert predict.main(words) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and said in printed and printed.count("\n") == 1
+    lazy = tmp_path / "lazy"
+    lazy.mkdir()
+    (lazy / "config.yaml").write_text("model: {_target_: some.Model}\n")
+    assert predict.main([str(lazy), image]) == 2
+    assert "a LazyConfig; build its model with" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"RGB values as uint8 \[H, W, 3\]"):
         cbn_det.load_run(str(run))(np.zeros((8, 8)))
 
