@@ -141,6 +141,7 @@ def test_a_comparison_that_was_finished_before_says_what_its_training_took(tmp_p
     comparison.reused = 2
     expected = "all 2 runs were finished before, after 6 min 10 s of training in all"
     assert comparison.wall == expected and expected in page_of(comparison).text
+    assert page_of(comparison).text.count("finished before") == 1
 
 
 def test_ap_of_each_class_is_on_the_page(tmp_path) -> None:
