@@ -17,10 +17,11 @@ if TYPE_CHECKING:  # importing torch takes seconds, and not everything here need
     from . import deploy, norms
     from .norms.convert import Conversion
     from .plugin.norm_hook import NormHook
+    from .run.detector import Detector
 
 __version__ = "0.1.0"
 
-__all__ = ["NormHook", "convert_norm", "deploy", "norms", "register", "unregister"]
+__all__ = ["NormHook", "convert_norm", "deploy", "load_run", "norms", "register", "unregister"]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,3 +58,11 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
     from .norms.convert import convert_norm as _convert_norm
 
     return _convert_norm(model, spec, max_iter=max_iter)
+
+
+def load_run(run: str, weights: str | None = None) -> Detector:
+    """The trained detector of a run's folder: call it with an image; see
+    :func:`cbn_det.predict.load_run`."""
+    from .predict import load_run as _load_run
+
+    return _load_run(run, weights)

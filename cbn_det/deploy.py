@@ -3,16 +3,19 @@
 In evaluation all norms of :mod:`cbn_det.norms` but GKN are BatchNorm, so a trained model needs
 neither this package nor any time for them. :func:`to_batchnorm` makes them ``nn.BatchNorm2d``,
 :func:`fold` takes them into the weights of the convolutions before them. Both work on any torch
-model; ``tools/deploy.py`` does the first to a checkpoint of detectron2.
+model. :func:`main` writes the model of a training run as a file that loads without this package.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .norms.sites import STATE, LeftNorm, reasons, some, survey
 from .norms.spec import name_of
+from .norms.trace import find_no_chain_at_call
 
 #: norms that take their statistics from their own input in evaluation, too
 _OF_THEIR_INPUT = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
@@ -86,10 +90,11 @@ def to_batchnorm(model: nn.Module) -> Deployment:
     for module in list(model.modules()):
         if "plain_class" in vars(type(module)):
             module.__class__ = type(module).plain_class
+        find_no_chain_at_call(module)
     return Deployment(tuple(converted), (), tuple(left))
 
 
-def fold(model: nn.Module) -> Deployment:
+def fold(model: nn.Module, *, partly: bool = False) -> Deployment:
     """Folds the BatchNorms of a model in evaluation mode into the convolutions before them, in
     place.
 
@@ -104,11 +109,13 @@ def fold(model: nn.Module) -> Deployment:
 
     Args:
         model: in evaluation mode.
+        partly: norms of others that take their statistics from their own input (GN, LN) are left,
+            and listed.
 
     Raises:
         ValueError: the model is itself a norm or in training mode, or a norm cannot be folded in
-            principle because it takes its statistics from its own input (GKN, GN, LN); names the
-            layers. The model is then as it was.
+            principle because it takes its statistics from its own input (GKN; unless ``partly``,
+            GN and LN too); names the layers. The model is then as it was.
     """
     _refuse_a_norm(model)
     _, left = survey(model)
@@ -120,11 +127,11 @@ def fold(model: nn.Module) -> Deployment:
             + (f" ({some(training)}: in training mode)" if training else "")
         )
     of_input = [row for row in left if _takes_own_statistics(layers[row.name])]
-    if of_input:
+    if of_input and not partly:
         raise ValueError(
             f"{len(of_input)} norm layers cannot be folded; nothing was changed:\n"
             + "\n".join(_of_input_said(of_input, layers))
-            + "\nParts without them can be: fold(model.backbone), say."
+            + "\nfold(model, partly=True) folds all others."
         )
     converted = to_batchnorm(model).converted
     folded, left = _fold_all(model)
@@ -313,3 +320,61 @@ def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Paramete
     weight = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
     trained = conv.weight.requires_grad
     return nn.Parameter(weight, trained), nn.Parameter(shift.to(weight.dtype), trained)
+
+
+# ---- a training run --------------------------------------------------------------------------
+
+_DESCRIPTION = """Writes the trained model of a run as files that load without this package.
+
+  torch        detectron2: config.yaml and model.pth of stock detectron2, our norms as "BN";
+               standalone: model.pth, a detector of torchvision's classes, for torch.load
+  torchscript  model.ts for torch.jit.load, with torchvision imported
+  onnx         model.onnx
+
+Norms are folded into their convolutions, except in detectron2's own format, whose configs cannot
+express that. What was written is tried beside the trained model before it is left there. model.json
+says what goes into the model and what comes out.
+
+Exit codes: 0 written, 1 outputs differ, 2 refused.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "cbn-det deploy", description=_DESCRIPTION, formatter_class=raw
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a training run")
+    add("--format", choices=("torch", "torchscript", "onnx"), default="torch")
+    add("--weights", type=Path, metavar="PTH", help="another checkpoint than the run's last")
+    add("--output", type=Path, help="a new or an empty folder (RUN/deployed-FORMAT)")
+    said = "try the model on it, not on test images of the run; may be repeated"
+    add("--image", action="append", dest="images", type=Path, metavar="FILE", help=said)
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides, such as MODEL.DEVICE cpu")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``cbn-det deploy``; returns the exit code."""
+    args = make_parser().parse_intermixed_args(arguments)
+    output = args.output or args.run / f"deployed-{args.format}"
+    # a traced model has the device in it that it was traced on
+    device = [] if args.format == "torch" else ["MODEL.DEVICE", "cpu"]
+    try:
+        from .predict import load_run
+        from .run.detector import without_notices_of_torch
+        from .run.export import export
+
+        with without_notices_of_torch():
+            detector = load_run(args.run, args.weights, [*device, *args.opts])
+            report, files = export(detector, args.format, output, args.images)
+    except (ValueError, ImportError) as error:  # ConfigError is one
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report)
+    print(f"Files: {', '.join(map(str, files))}")
+    return 0

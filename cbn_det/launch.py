@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 from .cli import typed_words
@@ -10,12 +9,13 @@ from .config_files import find_config
 from .engines import resolve_engine
 from .run.arguments import argument_parser
 from .run.errors import ConfigError
+from .shell import join
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the launcher and returns its exit code (see ``--help``); bad arguments exit with 2."""
     args = argument_parser().parse_args(argv)
-    args.command = shlex.join(typed_words() if argv is None else ["cbn-det", "train", *argv])
+    args.command = join(typed_words() if argv is None else ["cbn-det", "train", *argv])
     try:
         args.config_file = find_config(args.config_file)
         if args.config_file.endswith(".py"):  # has fewer options, and says so

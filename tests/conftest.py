@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 NO_DETECTRON2 = "detectron2 is missing"
 NO_SHARED_DATA = "the example data is missing"
 NO_SUBMITIT = "submitit is missing"
+NO_ONNX = "onnx is missing"
 NO_LIBRARY = "no training library"  # tests/stacks: a file of tests for each
 
 
@@ -58,6 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         NO_DETECTRON2: "make detectron2 builds it",
         NO_SHARED_DATA: "they expect ../shared/data beside the repository",
         NO_SUBMITIT: "pip install submitit",
+        NO_ONNX: "pip install onnx onnxruntime",
     }
     for reason, remedy in counts.items():
         number = sum(reason in text for text in reasons)
@@ -95,6 +97,13 @@ def submitit() -> None:
     """Skips where there is no submitit."""
     if importlib.util.find_spec("submitit") is None:
         pytest.skip(NO_SUBMITIT)
+
+
+@pytest.fixture(scope="session")
+def onnx() -> None:
+    """Skips where there is no onnx, or nothing to run it with."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
+        pytest.skip(NO_ONNX)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ ENGINES = {"detectron2"}
 ROOMS = {
     "norms": (set(), ENGINES),
     "data": (set(), ENGINES),
-    "run": ({"norms"}, ENGINES),
+    "run": ({"norms", "data"}, ENGINES),
     "plugin": ({"norms", "data", "run"}, set()),
     "standalone": ({"norms", "data", "run"}, ENGINES),
     "benchmark": ({"norms", "run", "plugin", "standalone"}, ENGINES),
@@ -135,7 +135,7 @@ def test_the_standalone_engine_is_assembled_not_written() -> None:
             for base in node.bases
         )
     ]
-    assert sorted(modules) == ["BoxPredictor", "MaskPredictor"]
+    assert sorted(modules) == ["BoxPredictor", "MaskPredictor", "_Traceable"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
-"""cbn_det.deploy: plain BatchNorm, folded convolutions, a checkpoint for stock detectron2."""
+"""cbn_det.deploy: plain BatchNorm and folded convolutions."""
 
 from __future__ import annotations
 
 import io
 import pickletools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from cbn_det.deploy import fold, to_batchnorm
-from cbn_det.norms import build_norm, convert_norm
+from cbn_det.norms import build_norm, convert_norm, find_chain_at_call
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -98,6 +96,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("spec", NORMS)
 def test_every_norm_becomes_a_batchnorm(spec: str) -> None:
     model = trained(spec)
+    find_chain_at_call(model)
     expected, x = model(images()), images()
     report = to_batchnorm(model)
     assert torch.equal(model(x), expected)
@@ -347,6 +346,17 @@ def test_looking_at_a_forward_leaves_no_trace() -> None:
     assert fold(model).folded == ("norm",) and model.calls == 0
 
 
+def test_norms_of_their_own_input_are_left_where_the_others_are_wanted() -> None:
+    model = with_history(model_with(nn.BatchNorm2d)).append(nn.GroupNorm(2, 4)).eval()
+    expected = model(images())
+    report = fold(model, partly=True)
+    assert report.folded == ("1", "3.bn1", "3.bn2") and [row.name for row in report.left] == ["4"]
+    assert relative(model(images()), expected) < 1e-5
+    model.append(build_norm("GKN(groups=2)", 4)).eval()
+    with pytest.raises(ValueError, match=r"1 GKN2d \(5\): takes its statistics"):
+        fold(model, partly=True)
+
+
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4)])
 def test_norms_of_their_own_input_are_refused(norm: nn.Module) -> None:
     model = model_with(nn.BatchNorm2d).append(norm).eval()
@@ -463,145 +473,3 @@ def test_detectron2_detectors(name: str, norm: str) -> None:
         assert len(norm_layers(model)) == 20
     else:
         assert not report.left and len(report.folded) == layers and not norm_layers(model)
-
-
-# ---- a checkpoint ----------------------------------------------------------------------------
-
-STOCK = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "cbn_det":
-            raise ImportError("cbn_det is blocked")
-sys.meta_path.insert(0, Blocker())
-import numpy as np, torch
-from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
-config, image, output = sys.argv[1:]
-cfg = get_cfg()
-cfg.merge_from_file(config)
-found = DefaultPredictor(cfg)(np.load(image))["instances"]
-torch.save({"boxes": found.pred_boxes.tensor, "scores": found.scores}, output)
-"""
-
-
-def retinanet(text: str) -> str:
-    return (
-        text.replace("GeneralizedRCNN", "RetinaNet")
-        .replace("build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
-        .replace("OUT_FEATURES: [res2,", "OUT_FEATURES: [")
-        .replace("FPN: {IN_FEATURES: [res2,", "FPN: {IN_FEATURES: [")
-        + "\n"
-    )
-
-
-def checkpoint(folder: Path, arch: str, norms: dict[str, str]) -> tuple[Path, Path, nn.Module]:
-    """A config, a checkpoint of it, and the model."""
-    import tiny_run
-    from detectron2.checkpoint import DetectionCheckpointer
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-
-    import cbn_det
-
-    text = tiny_run.CONFIG if arch == "rcnn" else retinanet(tiny_run.CONFIG)
-    cfg = get_cfg()
-    (folder / "source.yaml").write_text(text)
-    cfg.merge_from_file(str(folder / "source.yaml"))
-    cfg.MODEL.BACKBONE.FREEZE_AT = 2  # layers that were ours and are frozen
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.RETINANET.NUM_CONVS = 2
-    for key, norm in norms.items():
-        cfg.merge_from_list([f"MODEL.{key}.NORM", norm])
-    cbn_det.register()
-    torch.manual_seed(0)
-    model = with_history(build_model(cfg)).eval()
-    for layer in norm_layers(model):
-        if layer.weight is not None:
-            layer.weight.data *= 0.3
-    DetectionCheckpointer(model, str(folder)).save("trained", iteration=3)
-    (folder / "trained.yaml").write_text(cfg.dump())
-    return folder / "trained.yaml", folder / "trained.pth", model
-
-
-def run_tool(*words: Any, env: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "tools" / "deploy.py"), *map(str, words)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-@pytest.mark.detectron2
-@pytest.mark.parametrize(
-    ("arch", "norms"),
-    [
-        (
-            "rcnn",
-            {
-                "RESNETS": "KN",
-                "FPN": "CBN(window=2, burn_in=0)",
-                "ROI_BOX_HEAD": "MBN(window=2)",
-            },
-        ),
-        ("retinanet", {"RESNETS": "BRN", "FPN": "BGN(groups=4)", "RETINANET": "CBN"}),
-    ],
-    ids=["rcnn", "retinanet"],
-)
-def test_stock_detectron2_loads_a_deployed_checkpoint(
-    arch: str, norms: dict[str, str], tmp_path: Path, source_env: dict[str, str]
-) -> None:
-    import numpy as np
-    from detectron2.config import get_cfg
-    from detectron2.engine import DefaultPredictor
-
-    import cbn_det
-
-    config, weights, _ = checkpoint(tmp_path, arch, norms)
-    image = np.random.default_rng(0).integers(0, 255, (96, 120, 3), dtype=np.uint8)
-    np.save(tmp_path / "image.npy", image)
-    cfg = get_cfg()
-    cfg.merge_from_file(str(config))
-    cfg.MODEL.WEIGHTS = str(weights)
-    try:
-        expected = DefaultPredictor(cfg)(image)["instances"]
-    finally:
-        cbn_det.unregister()
-    assert len(expected) >= 8
-
-    output = tmp_path / "deployed"
-    files = ("--config-file", config, "--weights", weights, "--output", output)
-    done = run_tool(*files, env=source_env)
-    assert done.returncode == 0, done.stderr
-    assert "became plain BatchNorm" in done.stdout
-    stock = [sys.executable, "-c", STOCK, output / "config.yaml", tmp_path / "image.npy"]
-    done = subprocess.run([*map(str, stock), str(tmp_path / "found.pth")], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    found = torch.load(tmp_path / "found.pth")
-    assert torch.equal(found["scores"], expected.scores)
-    assert torch.equal(found["boxes"], expected.pred_boxes.tensor)
-    state = torch.load(output / "model.pth")["model"]
-    assert not [key for key in state if "gain" in key]
-    text = (output / "config.yaml").read_text()
-    assert not [name for name in ("CBN", "KN", "MBN", "BGN", "BRN") if name in text]
-
-    refused = run_tool(*files, env=source_env)
-    assert refused.returncode == 2 and "new or an empty folder" in refused.stderr
-
-
-@pytest.mark.detectron2
-def test_a_checkpoint_that_cannot_be_deployed_is_refused(tmp_path: Path) -> None:
-    import cbn_det
-    from cbn_det.plugin.deploy import deploy_checkpoint
-    from cbn_det.run.errors import ConfigError
-
-    config, weights, _ = checkpoint(tmp_path, "rcnn", {"FPN": "GKN(groups=4)"})
-    output = tmp_path / "deployed"
-    try:
-        with pytest.raises(ConfigError, match=r"MODEL\.FPN\.NORM: GKN\(groups=4\) cannot become"):
-            deploy_checkpoint(str(config), str(weights), output)
-        with pytest.raises(ConfigError, match="no such file"):
-            deploy_checkpoint(str(config), str(tmp_path / "nowhere.pth"), output)
-        wider = ["MODEL.FPN.NORM", "CBN", "MODEL.ROI_BOX_HEAD.NUM_CONV", "2"]
-        with pytest.raises(ConfigError, match="of another model: .* more tensors do not fit"):
-            deploy_checkpoint(str(config), str(weights), output, wider)
-    finally:
-        cbn_det.unregister()
-    assert not output.exists()

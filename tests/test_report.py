@@ -17,9 +17,9 @@ from PIL import Image
 from cbn_det.study import files
 from cbn_det.study.figures import COLOURS, colours, to_svg
 from cbn_det.study.final_ap import ap_over_images, final_ap
-from cbn_det.study.pictures import MAX_WIDTH, picture_strip
 from cbn_det.study.plan import Plan, Run, Split
-from cbn_det.study.report import Comparison
+from cbn_det.study.recipes import QUICKSTART
+from cbn_det.study.report import MAX_WIDTH, Comparison, picture_strip
 from cbn_det.study.results import Row, Spread, make_rows
 
 ODD = """<b>"X"&'$a$_1"""
@@ -129,8 +129,55 @@ def test_the_page_says_what_was_compared_and_what_came_out(tmp_path) -> None:
     assert "1 h 2 min" in text
     facts = next(c for _, c in page.rows if c[:3] == ["GN", "1x2", "2"])
     assert facts == "GN,1x2,2,22.0,0.250,512,3 min 5 s,13.96 M,3.20 G,cpu,finished".split(",")
-    assert text.count("python tools/compare_norms.py --norms GN") == 2
+    assert text.count("python tools/compare_norms.py --norms GN") == 1, "at its end, not its head"
+    assert "To be expected of this recipe" in text
     assert "python train_net.py CBN" in text
+
+
+def test_a_comparison_that_was_finished_before_says_what_its_training_took(tmp_path) -> None:
+    comparison = compared(tmp_path, [("GN", 1, finished(20.0)), ("GN", 2, finished(22.0))])
+    assert comparison.wall == "1 h 2 min"
+    comparison.reused, comparison.seconds = 1, 0.2
+    assert comparison.wall == "0 s"
+    comparison.reused = 2
+    expected = "all 2 runs were finished before, after 6 min 10 s of training in all"
+    assert comparison.wall == expected and expected in page_of(comparison).text
+    assert page_of(comparison).text.count("finished before") == 1
+
+
+def test_ap_of_each_class_is_on_the_page(tmp_path) -> None:
+    results = [finished(20.0), finished(10.0)]
+    for result, ap in zip(results, (12.5, 3.5), strict=True):
+        result["results"]["bbox"]["AP-red cell"] = ap
+    page = page_of(compared(tmp_path, [("GN", 1, results[0]), ("CBN", 1, results[1])]))
+    assert page.row("class") == ["class", "GN", "CBN"]
+    assert page.row("red cell") == ["red cell", "12.5", "3.5"]
+    none = page_of(compared(tmp_path / "none", [("GN", 1, finished(20.0))]))
+    assert "of each class" not in none.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": QUICKSTART / "faster_rcnn_R_18_FPN_digits_gn.yaml"},
+        {"splits": [Split(1, 4)]},
+        {"recipe": "finetune"},
+        {"sites": ["fpn"]},
+    ],
+    ids=["config", "split", "recipe", "sites"],
+)
+def test_nothing_is_expected_of_what_was_never_measured(tmp_path, changes) -> None:
+    page = page_of(compared(tmp_path, [("GN", 1, finished(20.0))], **changes))
+    assert "To be expected" not in page.text
+
+
+def test_pictures_can_be_enlarged(tmp_path) -> None:
+    """Without a script: an element that opens and closes by click or key holds each."""
+    comparison = compared(tmp_path, [("GN", 1, finished(20.0))])
+    page_of(comparison)
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    zoomed = r'<details class="zoom"><summary title="enlarge"><img [^>]*></summary></details>'
+    assert len(re.findall(zoomed, source)) == source.count("<img ") == 2
 
 
 def test_the_page_needs_no_script_no_network_and_no_other_file(tmp_path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -24,7 +23,6 @@ from cbn_det.standalone import evaluation
 from cbn_det.standalone.config import get_cfg
 from cbn_det.standalone.datasets import CocoFiles, DetectionDataset
 from cbn_det.standalone.evaluation import evaluate
-from cbn_det.standalone.pictures import draw_predictions
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 Output = dict[str, torch.Tensor]
@@ -228,11 +226,10 @@ def test_progress_and_tables_are_logged(digits, tmp_path, caplog, monkeypatch):
 
 def test_the_mode_is_put_back_when_the_model_fails(digits, tmp_path):
     dataset = DetectionDataset(digits, config(), training=False)
-    for job in (evaluate, draw_predictions):
-        model = Replay([]).train()
-        with pytest.raises(StopIteration):
-            job(model, dataset, config(), tmp_path)
-        assert model.training
+    model = Replay([]).train()
+    with pytest.raises(StopIteration):
+        evaluate(model, dataset, config(), tmp_path)
+    assert model.training
 
 
 @pytest.mark.detectron2
@@ -279,67 +276,3 @@ def test_scores_are_those_of_detectron2(files, tmp_path, predicted):
         for who in ("ours", "theirs")
     )
     assert ours == theirs
-
-
-@pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_pictures_show_predictions_beside_annotations(digits, tmp_path, order):
-    cfg = config(masks=False)
-    cfg.INPUT.FORMAT = order
-    dataset = DetectionDataset(digits, cfg, training=False)
-    indexes = [0, 3, 6, 9]
-    outputs = [
-        {
-            "boxes": torch.tensor([[80.0, 90, 120, 130], [10, 20, 30, 40]]),
-            "labels": torch.tensor([1, 2]),
-            "scores": torch.tensor([0.9, 0.4]),
-        }
-        for _ in indexes
-    ]
-    draw_predictions(Replay(outputs), dataset, cfg, tmp_path / "pictures")
-    names = [f"{i + 1:06d}.png" for i in indexes]
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
-    for name in names:
-        stored = Image.open(digits.images / name)
-        plain = np.asarray(stored.resize((400, 400), Image.Resampling.BILINEAR))
-        picture = np.asarray(Image.open(tmp_path / "pictures" / name))
-        assert picture.shape == (400, 800, 3)
-        left = np.abs(picture[:, :400].astype(int) - plain).max(axis=2) > 40
-        right = np.abs(picture[:, 400:].astype(int) - plain).max(axis=2) > 40
-        assert left[230:320, 198:204].all(axis=0).any()  # an edge of the sure box
-        assert not left[:190].any()  # the unsure one is left out
-        record = int(Path(name).stem)
-        for annotation in dataset.coco.imgToAnns[record]:
-            x, y, _, h = (round(2.5 * v) for v in annotation["bbox"])
-            assert right[y + 5 : y + h - 5, max(x - 3, 0) : x + 4].mean(axis=0).max() > 0.6
-
-
-def test_the_best_three_are_drawn_where_nothing_is_sure(digits, tmp_path):
-    dataset = DetectionDataset(digits, config(), training=False)
-    boxes = torch.tensor([[10.0 + 30 * i, 100, 30 + 30 * i, 120] for i in range(5)])
-    masks = torch.zeros(5, 1, 160, 160)
-    for i, box in enumerate(boxes.int().tolist()):
-        masks[i, 0, box[1] : box[3], box[0] : box[2]] = 1
-    output = {
-        "boxes": boxes,
-        "labels": torch.ones(5, dtype=torch.int64),
-        "scores": torch.tensor([0.1, 0.3, 0.05, 0.4, 0.2]),
-        "masks": masks,
-    }
-    draw_predictions(Replay([output]), dataset, config(), tmp_path, count=1)
-    (path,) = tmp_path.iterdir()
-    picture = np.asarray(Image.open(path)).astype(int)[:, :400]
-    stored = Image.open(digits.images / path.name)
-    plain = np.asarray(stored.resize((400, 400), Image.Resampling.BILINEAR)).astype(int)
-    changed = np.abs(picture - plain).max(axis=2) > 12
-    inside = [changed[275, 50 + 75 * i] for i in range(5)]  # the middle of each mask
-    assert inside == [False, True, False, True, True]
-
-
-def test_an_image_without_objects_and_predictions(shared_data, tmp_path):
-    folder = shared_data / "coco2017_subset"
-    files = CocoFiles("subset", folder / "val.json", folder / "images")
-    dataset = DetectionDataset(files, config(), training=False)
-    empty = [i for i in dataset.image_ids if not dataset.coco.imgToAnns[i]]
-    dataset.image_ids = empty
-    draw_predictions(Replay(nothing(dataset)), dataset, config(), tmp_path)
-    assert len(list(tmp_path.iterdir())) == len(empty) > 0

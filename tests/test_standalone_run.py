@@ -167,10 +167,33 @@ def test_metrics_hold_losses_evaluations_and_the_norms_state(trained: Path) -> N
     first, last = lines_of(trained)
     assert (first["iteration"], last["iteration"]) == (2, 4)
     for line in (first, last):
-        losses = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+        losses = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
         assert {"total_loss", "lr", "bbox/AP", "norm/clamped", *losses} <= set(line)
         assert line["lr"] == 0.01
     assert last["bbox/AP"] == result_of(trained)["results"]["bbox"]["AP"]
+
+
+def test_every_line_of_metrics_is_printed(trained: Path) -> None:
+    """The last one too: a run shorter than the period has no other."""
+    printed = re.findall(r"iter: (\d+)  .*total_loss: ([\d.]+)", (trained / "log.txt").read_text())
+    lines = lines_of(trained)
+    assert [int(i) for i, _ in printed] == [line["iteration"] for line in lines] == [2, 4]
+    for (_, loss), line in zip(printed, lines, strict=True):
+        assert float(loss) == pytest.approx(line["total_loss"], abs=1e-3)
+
+
+@pytest.mark.detectron2
+def test_losses_are_named_as_detectron2_names_them(inputs: Path, tmp_path: Path) -> None:
+    """So that curves of both engines overlay."""
+    names = []
+    for engine, config in (("detectron2", "tiny.yaml"), ("standalone", "standalone.yaml")):
+        out = tmp_path / engine
+        words = ("--engine", engine, "SOLVER.MAX_ITER", "1", *NO_TEST, *MASKS)
+        with run_loggers_removed():
+            assert main(arguments(inputs, out, *words, config=config)) == 0
+        (line,) = lines_of(out)
+        names.append({name for name in line if "loss" in name})
+    assert names[0] == names[1] and len(names[0]) == 6
 
 
 def test_tensorboard_has_what_metrics_json_has(trained: Path) -> None:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cbn_det.data.image_check import BROKEN_IMAGE
-from cbn_det.data.lettering import Lettering
+from cbn_det.data.pictures import GREY, Lettering, Mark, Scenes, draw
 
 __all__ = ["ImageScore", "score_images", "write_worst_images"]
 
@@ -34,7 +32,7 @@ _COLUMNS = 3
 _PICTURE = (300, 220)  # pixels of an image on the sheet; a place holds two of them and a caption
 _CAPTION = 18
 _GAP = 6
-_GREEN, _RED, _ORANGE, _GREY = (40, 180, 60), (230, 40, 40), (255, 150, 0), (130, 130, 130)
+_GREEN, _RED, _ORANGE = (40, 180, 60), (230, 40, 40), (255, 150, 0)
 _LEGEND = (
     "left: predictions (green: right, red: false alarm); right: annotations (green: found, orange: "
     "missed, grey: crowd)"
@@ -142,23 +140,17 @@ def write_worst_images(
     Writes one PNG of the images with the lowest scores, predictions beside annotations.
 
     Args:
-        predictions: JSON file in COCO's result format.
-        annotations: JSON file in COCO's instance format.
-        images: folder that the ``file_name`` of each image is relative to.
+        predictions, annotations, images: see :class:`~cbn_det.data.pictures.Scenes`.
         path: of the PNG; its folder is there.
         count: of images on the sheet, less where fewer have an error.
 
     Returns:
         the scores of the images on the sheet; without any there is no sheet, nor an older one.
     """
-    made = json.loads(Path(predictions).read_text(encoding="utf-8"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(annotations))
-    worst = [score for score in score_images(coco, made) if score.f1 < 1][:count]
+    scenes = Scenes(predictions, annotations, images)
+    worst = [s for s in score_images(scenes.coco, scenes.predictions) if s.f1 < 1][:count]
     if worst:
-        lettering = Lettering([coco.cats[i]["name"] for i in sorted(coco.cats)])
-        places = [_place(coco, made, Path(images), score, lettering) for score in worst]
-        _sheet(places, lettering).save(path)
+        _sheet([_place(scenes, score) for score in worst], scenes.lettering).save(path)
     else:
         Path(path).unlink(missing_ok=True)
     return worst
@@ -173,63 +165,39 @@ def _sheet(places: list[Image.Image], lettering: Lettering) -> Image.Image:
     for i, place in enumerate(places):
         at = (i % columns * (width + _GAP) + _GAP, i // columns * (height + _GAP) + _GAP)
         sheet.paste(place, at)
-    _write(sheet, (_GAP, sheet.height - _CAPTION), _LEGEND, "black", lettering)
+    _write(sheet, (_GAP, sheet.height - _CAPTION), _LEGEND, lettering)
     return sheet
 
 
-def _place(
-    coco: COCO, predictions: list[dict], folder: Path, score: ImageScore, lettering: Lettering
-) -> Image.Image:
+def _place(scenes: Scenes, score: ImageScore) -> Image.Image:
     """The image twice, side by side, under a caption."""
-    record = coco.imgs[score.image_id]
-    try:
-        with Image.open(folder / record["file_name"]) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")  # boxes lie on it as shown
-    except BROKEN_IMAGE:
-        image = Image.new("RGB", (record["width"], record["height"]), _GREY)
+    image = scenes.image(score.image_id)
     scale = min(_PICTURE[0] / image.width, _PICTURE[1] / image.height)
-    image = image.resize([max(1, round(side * scale)) for side in image.size])
-    left, right = image.copy(), image
-    made = [
-        (i, p)
-        for i, p in enumerate(predictions)
-        if p["image_id"] == score.image_id and p["score"] >= CONFIDENCE
+    small = image.resize([max(1, round(side * scale)) for side in image.size])
+
+    def drawn(marks: list[Mark]) -> Image.Image:
+        scaled = [replace(mark, box=[scale * side for side in mark.box]) for mark in marks]
+        return draw(small, scaled, scenes.lettering, min_side=1, text_size=10)
+
+    left = [
+        scenes.mark(one, _GREEN if one["index"] in score.right_predictions else _RED, masks=False)
+        for one in scenes.predicted(score.image_id, CONFIDENCE)
     ]
-    names = dict(zip(sorted(coco.cats), lettering.names, strict=True))
-    for i, one in sorted(made, key=lambda pair: pair[1]["score"]):
-        color = _GREEN if i in score.right_predictions else _RED
-        text = f"{names[one['category_id']]} {one['score']:.0%}"
-        _box(left, one["bbox"], scale, text, color, lettering)
-    for one in coco.imgToAnns[score.image_id]:
+    right = []
+    for one in scenes.annotated(score.image_id):
         color = _GREEN if one["id"] in score.found_annotations else _ORANGE
-        color = _GREY if one.get("iscrowd") else color
-        _box(right, one["bbox"], scale, names[one["category_id"]], color, lettering)
+        right.append(scenes.mark(one, GREY if one.get("iscrowd") else color, masks=False))
     place = Image.new("RGB", (2 * _PICTURE[0] + 2, _PICTURE[1] + _CAPTION), (235, 235, 235))
-    place.paste(left, (0, _CAPTION))
-    place.paste(right, (_PICTURE[0] + 2, _CAPTION))
+    place.paste(drawn(left), (0, _CAPTION))
+    place.paste(drawn(right), (_PICTURE[0] + 2, _CAPTION))
     caption = (
-        f"{record['file_name']}: F1 {score.f1:.2f}, {score.found} found, {score.missed} missed, "
-        f"{score.false} false"
+        f"{scenes.coco.imgs[score.image_id]['file_name']}: F1 {score.f1:.2f}, {score.found} found,"
+        f" {score.missed} missed, {score.false} false"
     )
-    _write(place, (3, 2), caption, "black", lettering)
+    _write(place, (3, 2), caption, scenes.lettering)
     return place
 
 
-def _box(
-    image: Image.Image, box: list[float], scale: float, text: str, color, lettering: Lettering
-) -> None:
-    x, y, width, height = (side * scale for side in box)
-    canvas = ImageDraw.Draw(image)
-    canvas.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=color, width=2)
-    font = lettering.font(10)
-    length, top = canvas.textlength(text, font) + 2, max(0.0, y - 11)
-    left = max(0.0, min(x, image.width - length))
-    canvas.rectangle((left, top, left + length, top + 11), fill=color)
-    canvas.text((left + 1, top - 1), text, fill="white", font=font)
-
-
-def _write(
-    image: Image.Image, at: tuple[int, int], text: str, color: str, lettering: Lettering
-) -> None:
+def _write(image: Image.Image, at: tuple[int, int], text: str, lettering: Lettering) -> None:
     text = lettering.drawable(text)
-    ImageDraw.Draw(image).text(at, text, fill=color, font=lettering.font(12))
+    ImageDraw.Draw(image).text(at, text, fill="black", font=lettering.font(12))

@@ -307,5 +307,9 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         clock.install()
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        shown = self.options()
+        for name in getattr(self, "timed", ()):  # of .schedule: in steps, once they are known
+            steps = getattr(self, f"{name}_steps")
+            shown[name] = round(shown[name], 3) if steps is None else steps
+        options = ", ".join(f"{key}={value!r}" for key, value in shown.items())
         return f"{self.num_features}, {options}"

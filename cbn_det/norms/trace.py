@@ -83,6 +83,13 @@ def find_chain_at_call(model: nn.Module) -> None:
         model.register_forward_pre_hook(_before_call, with_kwargs=True)
 
 
+def find_no_chain_at_call(model: nn.Module) -> None:
+    """Takes back what :func:`find_chain_at_call` did."""
+    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _before_call]:
+        del model._forward_pre_hooks[key]  # not by its handle, which copies don't have
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_backward():
         return
@@ -94,9 +101,7 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if lost:
             find_chain(model, *args, **kwargs)
         return
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _before_call]:
-        del model._forward_pre_hooks[key]  # not by its handle, which copies don't have
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    find_no_chain_at_call(model)
     unknown = any(m.predicts and (m.chain is None or m._chain_unsure) for m in layers)
     if not (lost or unknown and _hides_something(model)):
         return

@@ -32,7 +32,7 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     Raises:
         ValueError: a file, key or value that cannot be run.
     """
-    cfg = _read(args)
+    cfg = read_config(args)
     check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
     notes = []
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -61,7 +61,12 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     return cfg, notes
 
 
-def _read(args: argparse.Namespace) -> CfgNode:
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config of ``args.config_file`` with the KEY VALUE pairs of ``args.opts``.
+
+    Raises:
+        ConfigError: a file, key or value that detectron2 does not take.
+    """
     if args.config_file.endswith(".py"):
         raise ConfigError(
             f"--config-file {args.config_file}: a LazyConfig is for"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,70 +17,56 @@ from ..deploy import Deployment, to_batchnorm
 from ..norms import known_norms, norm_class, parse_spec
 from ..run.errors import ConfigError
 from ..run.files import replace_file
-from .checkpointer import AtomicCheckpointer
-from .config import _read
-from .registry import check_config_norms, norm_keys, norms_in_use, register
+from .registry import norm_keys, norms_in_use
 
-#: longest side, in pixels, of the image that both models are tried on
-TRIED_SIZE = 320
 #: largest difference of an output, relative to its largest value
 TOLERANCE = 1e-5
 
 
-def deploy_checkpoint(
-    config: str, weights: str, output: Path, overrides: list[str] | None = None
-) -> Deployment:
+def write_plain(
+    cfg: CfgNode, trained: nn.Module, folder: Path, images: list[Tensor]
+) -> tuple[Deployment, list[Path]]:
     """Writes ``config.yaml`` and ``model.pth``: the same detector with plain BatchNorm.
 
     Norms of ours become "BN" in the config; keys and shapes of the weights are then those of
     detectron2's own model. Before anything is written, that model is built, given the weights and
-    tried on an image beside the one that was trained.
+    tried on images beside the one that was trained. The config names the weights by their absolute
+    path, so that it loads from any current folder.
 
     Args:
-        config: YAML file of the run (its ``config.yaml``).
-        weights: checkpoint of the run.
-        output: folder for the two files, new or empty.
-        overrides: KEY VALUE pairs for the config, such as ``MODEL.DEVICE cpu``.
+        cfg: of the run.
+        trained: its model; our norms in it become BatchNorm.
+        folder: for the two files.
+        images: as detectron2's mapper gives them, float [3, H, W].
 
     Returns:
-        What became of the norm layers.
+        What became of the norm layers, and the files.
 
     Raises:
-        ConfigError: a file, key or norm that does not allow it; names it.
+        ConfigError: a norm that does not allow it; names its key.
         RuntimeError: the two models differ in what they put out.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: expected a new or an empty folder")
-    if not os.path.isfile(weights):
-        raise ConfigError(f"--weights {weights}: no such file")
-    cfg = _read(argparse.Namespace(config_file=config, opts=overrides or []))
-    register()
-    check_config_norms(cfg)
     plain_cfg = _plain_config(cfg)
-    trained = build_model(cfg).eval()
-    AtomicCheckpointer(trained, cfg=cfg).load_complete(weights, f"--weights {weights}")
-    batch = [{"image": _image(cfg)}]
-    expected = _outputs(trained, batch)
-    try:
-        report = to_batchnorm(trained)
-    except ValueError as error:
-        raise ConfigError(f"--weights {weights}: {error}") from error
+    batches = [[{"image": image}] for image in images]
+    expected = [_outputs(trained, batch) for batch in batches]
+    report = to_batchnorm(trained)
     state = trained.state_dict()
     plain = build_model(plain_cfg).eval()
     plain.load_state_dict(state, strict=True)
-    error = _difference(expected, _outputs(plain, batch))
+    found = [_outputs(plain, batch) for batch in batches]
+    error = max(map(_difference, expected, found))
     if error > TOLERANCE:
         raise RuntimeError(
             f"the model with plain BatchNorm puts out something else: it differs by {error:.1e} of"
             " the largest value. Nothing was written; please report this config"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    replace_file(output / "model.pth", lambda file: torch.save({"model": state}, file))
-    plain_cfg.MODEL.WEIGHTS = str(output / "model.pth")
-    plain_cfg.OUTPUT_DIR = str(output)
+    weights, config = folder.absolute() / "model.pth", folder.absolute() / "config.yaml"
+    replace_file(weights, lambda file: torch.save({"model": state}, file))
+    plain_cfg.MODEL.WEIGHTS = str(weights)
+    plain_cfg.OUTPUT_DIR = str(folder.absolute())
     text = plain_cfg.dump()
-    replace_file(output / "config.yaml", lambda file: file.write(text.encode()))
-    return report
+    replace_file(config, lambda file: file.write(text.encode()))
+    return report, [config, weights]
 
 
 def _plain_config(cfg: CfgNode) -> CfgNode:
@@ -100,15 +84,6 @@ def _plain_config(cfg: CfgNode) -> CfgNode:
             )
         plain.merge_from_list([key, "BN"])
     return plain
-
-
-def _image(cfg: CfgNode) -> Tensor:
-    """Noise of the size that images are tested at, up to `TRIED_SIZE`: [3, H, W], 0 to 255."""
-    side = min(cfg.INPUT.MIN_SIZE_TEST or TRIED_SIZE, TRIED_SIZE)
-    generator = torch.Generator().manual_seed(0)
-    channels = len(cfg.MODEL.PIXEL_MEAN)
-    coarse = torch.rand(1, channels, side // 16 + 1, side // 16 + 1, generator=generator)
-    return 255.0 * nn.functional.interpolate(coarse, (side, side), mode="bilinear")[0]
 
 
 def _outputs(model: nn.Module, batch: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -18,14 +19,13 @@ from torch import nn
 
 from ..run.errors import ConfigError
 from ..run.files import replace_file
-from ..run.folder import CONFIG, EVALUATION, WORST_IMAGES, describe
+from ..run.folder import CONFIG, EVALUATION, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.statistics_error import Request
 from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
 from .flops import count_flops
-from .pictures import draw_predictions, draw_worst
 from .registry import check_config_norms, norms_in_use, register
 from .statistics import StatisticsHook
 from .step import has_sync_norm
@@ -136,10 +136,9 @@ class Detectron2Job(Job):
     def count_flops(self, model: nn.Module) -> int | None:
         return count_flops(self.cfg, model)
 
-    def draw(self, model: nn.Module, folder: Path) -> None:
-        draw_predictions(self.cfg, model, folder)
-        if self.args.eval_only:
-            draw_worst(self.cfg, self.output / WORST_IMAGES)
+    def test_files(self) -> tuple[str, str]:
+        metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
+        return metadata.json_file, metadata.get("image_root") or ""
 
     def _within(self, folder: str) -> str:
         return f"{EVALUATION}/{folder}" if self.args.eval_only else folder

@@ -80,6 +80,7 @@ def describe(
         "norm": dict(norms),
         "weights": cfg.MODEL.WEIGHTS or None,
         "dataset": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
+        "test_set": None,
         "images_per_gpu": cfg.SOLVER.IMS_PER_BATCH // world_size,
         "world_size": world_size,
         "accumulate": accumulate,

@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from fvcore.common.config import CfgNode
+from PIL import Image
 from torch import nn
 
+from ..data.pictures import class_names, write_pictures
+from ..data.worst_images import write_worst_images
 from ..norms import image_share
 from . import folder as run_folder
 from .class_table import class_table
@@ -111,8 +115,21 @@ class Job(ABC):
         """Multiply-adds of one test image, if they can be counted."""
 
     @abstractmethod
-    def draw(self, model: nn.Module, folder: Path) -> None:
-        """Writes pictures of predictions beside annotations into ``folder``."""
+    def test_files(self) -> tuple[str, str]:
+        """Annotation file and image folder of the first test set, known once it was evaluated."""
+
+    def draw(self) -> None:
+        """Writes pictures of predictions beside annotations; after an evaluation on its own also
+        the images with the lowest F1."""
+        files = (self.output / run_folder.PREDICTIONS, *self.test_files())
+        pictures = write_pictures(*files, self.output / "pictures")
+        if not self.args.eval_only:
+            _show_in_tensorboard(pictures, self.folder, self._iteration())
+            return
+        path = self.output / run_folder.WORST_IMAGES
+        worst = write_worst_images(*files, path)
+        if worst:
+            logger.info(f"the {len(worst)} images with the lowest F1: {path}")
 
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
@@ -228,7 +245,8 @@ class Job(ABC):
             if self.cfg.DATASETS.TEST:
                 self.result["flops"] = self.count_flops(model)
                 try:
-                    self.draw(model, self.output / "pictures")
+                    self._name_test_set()
+                    self.draw()
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
             self.result.update(status=FAILED if code else FINISHED, message=message)
@@ -247,6 +265,12 @@ class Job(ABC):
             results_image_share=shared,
             image_share=self.args.image_share,
         )
+
+    def _name_test_set(self) -> None:
+        """For whoever loads the model: the names of its classes, and images to try it on."""
+        annotations, images = self.test_files()
+        names = class_names(annotations)
+        self.result["test_set"] = {"annotations": annotations, "images": images, "classes": names}
 
     def _show_classes(self) -> None:
         table = class_table(self.result["results"])
@@ -331,6 +355,18 @@ def built(make: Callable[[], T]) -> T:
         return make()
     except (ValueError, KeyError, AssertionError) as error:
         raise ConfigError(one_line(error)) from error
+
+
+def _show_in_tensorboard(pictures: list[Path], folder: Path, iteration: int) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return  # whoever writes the curves has said so
+    with SummaryWriter(str(folder)) as events:
+        for path in pictures:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture)
+            events.add_image(f"predictions/{path.stem}", pixels, iteration, dataformats="HWC")
 
 
 @contextmanager

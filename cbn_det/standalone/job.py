@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset
 
 from ..run.errors import ConfigError
-from ..run.folder import WORST_IMAGES, describe
+from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
@@ -26,7 +26,6 @@ from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
 from .loading import batches
 from .model import build_model
-from .pictures import draw_predictions, draw_worst
 from .trainer import Trainer, losses_of
 from .weights import load_weights
 
@@ -136,11 +135,9 @@ class StandaloneJob(Job):
         finally:
             model.train(training)
 
-    def draw(self, model: nn.Module, folder: Path) -> None:
-        draw_predictions(model, self._test_set(), self.cfg, folder)
-        if self.args.eval_only:
-            files = self.files[self.cfg.DATASETS.TEST[0]]
-            draw_worst(files, self.output, self.output / WORST_IMAGES)
+    def test_files(self) -> tuple[str, str]:
+        files = self.files[self.cfg.DATASETS.TEST[0]]
+        return str(files.annotations), str(files.images)
 
     def _training_set(self) -> ConcatDataset:
         return ConcatDataset(

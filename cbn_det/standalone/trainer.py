@@ -45,6 +45,12 @@ from .weights import check_own
 logger = logging.getLogger(__name__)
 
 _WRITE_PERIOD = 20  # iterations between two lines of metrics.json
+# torchvision's names of what detectron2 calls otherwise, so that curves of both engines overlay
+_NAMES = {
+    "loss_classifier": "loss_cls",
+    "loss_objectness": "loss_rpn_cls",
+    "loss_rpn_box_reg": "loss_rpn_loc",
+}
 _SAMPLING = 2  # random numbers for RoI sampling; the data loader's have other tags
 
 
@@ -206,7 +212,7 @@ class Trainer:
             self.iter = last + 1
             results = self.evaluate()
             self.metrics.put_results(results)
-            self.metrics.write(last)
+            self._write_line(last)
         return results
 
     def _iterate(self, stop: StopRequest) -> None:
@@ -276,8 +282,13 @@ class Trainer:
         if self._evaluation_due(done):
             self.metrics.put_results(self.evaluate())
             self.bare_model.train()
+        self._write_line(iteration)
+
+    def _write_line(self, iteration: int) -> None:
         line = self.metrics.write(iteration)
-        left = int((self.clock.sec_per_iter or 0.0) * (end - done))
+        if "lr" not in line:
+            return  # a finished run, evaluated again
+        left = int((self.clock.sec_per_iter or 0.0) * (self.cfg.SOLVER.MAX_ITER - iteration - 1))
         losses = "  ".join(f"{k}: {v:.3f}" for k, v in line.items() if "loss" in k)
         logger.info(
             f"iter: {iteration}  eta: {left // 60}:{left % 60:02d}  {losses}"
@@ -298,4 +309,4 @@ def losses_of(model: GeneralizedRCNN, batch: list[Sample]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     images = [image.to(device) for image, _ in batch]
     targets = [{key: value.to(device) for key, value in target.items()} for _, target in batch]
-    return model(images, targets)
+    return {_NAMES.get(name, name): loss for name, loss in model(images, targets).items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from cbn_det.cli import typed_words
+from cbn_det.shell import join
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.disk import advice
 from cbn_det.study.files import write_files
@@ -89,17 +89,18 @@ def compare(
             plan,
             results=[(o.run, o.result) for o in outcomes],
             rows=make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes]),
-            command=shlex.join(typed_words()),
+            command=join(typed_words()),
             seconds=time.monotonic() - started,
             reused=sum(o.reused for o in outcomes),
             config_iterations=length,
         )
         *others, page = write_files(comparison)
     rows, results = comparison.rows, comparison.results
-    print("\n" + text_report(rows, results, comparison.title, config_iterations=length))
-    print(
-        f"Files: {', '.join(str(path) for path in others)}. Wall time {comparison.seconds:.0f} s."
+    text = text_report(
+        rows, results, comparison.title, config_iterations=length, expected=plan.expected
     )
+    print("\n" + text)
+    print(f"Files: {', '.join(str(path) for path in others)}. Wall time: {comparison.wall}.")
     print(f"Report with curves and pictures: {page}", flush=True)
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
 

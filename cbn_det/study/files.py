@@ -22,7 +22,9 @@ def write_files(comparison: Comparison) -> list[Path]:
     """
     output = comparison.plan.output
     title, rows, results = f"# {comparison.title}", comparison.rows, comparison.results
-    markdown = text_report(rows, results, title, "github", comparison.config_iterations)
+    markdown = text_report(
+        rows, results, title, "github", comparison.config_iterations, comparison.plan.expected
+    )
     figures = {
         ("ap_curves.png", "Box AP of the evaluations during training, one line a run."): ap_curves(
             results

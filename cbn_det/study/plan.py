@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cbn_det
 from cbn_det.coco_sets import check_coco_sets
 from cbn_det.engines import ENGINES
+from cbn_det.shell import join
 from cbn_det.study.engine import LAUNCHER
 from cbn_det.study.recipes import RECIPES, batch, config_texts, data_sets, device, schedule
 from cbn_det.study.sites import norm_keys, norm_words
@@ -150,6 +150,12 @@ class Plan:
         return "/".join(self.config_file.parts[-2 if self.has_config_per_norm else -1 :])
 
     @property
+    def expected(self) -> str:
+        """What is known of short runs of the recipe at 2 images; "" of any others."""
+        changed = self.config is not None or self.sites is not None or self.datasets
+        return "" if changed or self.splits != [Split(1, 2)] else RECIPES[self.recipe].expected
+
+    @property
     def has_config_per_norm(self) -> bool:
         return PLACE_OF_NORM in str(self.config_file)
 
@@ -201,7 +207,7 @@ class Plan:
         """What would be started, a line each, for a shell."""
         pretrain = self.pretrain_run()
         for run in [*([pretrain] if pretrain else []), *self.runs()]:
-            print(shlex.join(run.command))
+            print(join(run.command))
 
     def _rows(self) -> dict[Split, list[str]]:
         """The norms to compare at each split."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
+import base64
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,18 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
+from cbn_det.shell import join
 from cbn_det.study import tables
 from cbn_det.study.figures import ONE_PANEL, colours, to_svg
-from cbn_det.study.pictures import picture_strip
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.results import Row
 
 TEMPLATE = "report.html.jinja"
+# Of each run; and in pixels, so that an enlarged one shows the names of classes.
+MAX_PICTURES = 4
+MAX_WIDTH = 1600
 
 
 @dataclass
@@ -42,6 +47,15 @@ class Comparison:
     reused: int = 0
     config_iterations: int | None = None
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
+
+    @property
+    def wall(self) -> str:
+        """How long it took, for a reader; where nothing was left to train, how long that took."""
+        if not self.results or self.reused < len(self.results):
+            return _duration(self.seconds)
+        trained = sum(result.get("train_seconds") or 0.0 for _, result in self.results)
+        runs = "the run was" if self.reused == 1 else f"all {self.reused} runs were"
+        return f"{runs} finished before, after {_duration(trained)} of training in all"
 
     @property
     def title(self) -> str:
@@ -69,7 +83,8 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
             (table.heading, list(zip(table.rows, table.lines, strict=True)))
             for table in tables.make_tables(comparison.rows)
         ],
-        notes=tables.notes(comparison.rows, comparison.config_iterations),
+        classes=[(table.heading, table.lines) for table in tables.of_classes(comparison.rows)],
+        notes=tables.notes(comparison.rows, comparison.config_iterations, comparison.plan.expected),
         figures=[
             (caption, Markup(to_svg(f)), f.get_figwidth() > ONE_PANEL)
             for caption, f in figures.items()
@@ -79,7 +94,7 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
         machines=tables.machines(comparison.results),
         versions=tables.versions(comparison.results),
         runs=[(run, _run_facts(run, result), result) for run, result in comparison.results],
-        commands=[(run.label, shlex.join(run.command)) for run, _ in comparison.results],
+        commands=[(run.label, join(run.command)) for run, _ in comparison.results],
         colours=colours([row.norm for row in comparison.rows]),
         words=tables.in_words,
     )
@@ -104,7 +119,7 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "splits": _either([_split(split) for split in plan.splits]),
         "train": _either(list(dict.fromkeys(n for d in data for n in d.get("train", [])))),
         "test": _either(list(dict.fromkeys(n for d in data for n in d.get("test", [])))),
-        "wall": _duration(comparison.seconds),
+        "wall": comparison.wall,
     }
 
 
@@ -125,6 +140,27 @@ def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
         for name, uri in pictures:
             scenes.setdefault(name, []).append((run, uri))
     return list(scenes.items())
+
+
+def picture_strip(folder: Path) -> list[tuple[str, str]]:
+    """(name, data URI) of the first few of `folder/pictures`; unreadable files are left out.
+
+    Sorted by name, so that runs evaluated on the same images show the same ones.
+    """
+    paths = sorted(p for p in (folder / "pictures").glob("*") if p.suffix in (".png", ".jpg"))
+    strip = []
+    for path in paths[:MAX_PICTURES]:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError):  # of a run that was ended while it wrote
+            continue
+        image.thumbnail((MAX_WIDTH, image.height))
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=82)
+        data = base64.b64encode(jpeg.getvalue()).decode("ascii")
+        strip.append((path.stem, f"data:image/jpeg;base64,{data}"))
+    return strip
 
 
 def _run_facts(run: Run, result: dict) -> dict[str, str]:

@@ -13,6 +13,8 @@ from cbn_det.study.plan import Split
 TASKS = ("bbox", "segm")
 # The evaluations of a run, as its result.json names them.
 EVALUATIONS = ("results", "results_precise_bn", "results_image_share")
+# The AP of a class in a result: "AP-person".
+OF_CLASS = "AP-"
 # A small-batch loss has to be larger than so many standard deviations over seeds.
 LOSS_IN_SPREADS = 2.0
 
@@ -57,6 +59,7 @@ class Row:
     ap_large: dict[str, Spread | None] = field(default_factory=dict)
     ap_precise: dict[str, Spread | None] = field(default_factory=dict)
     ap_image_share: dict[str, Spread | None] = field(default_factory=dict)
+    ap_of_class: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
     sec_per_iter: Spread | None = None
     peak_memory_mb: Spread | None = None
     parameters: Spread | None = None
@@ -104,6 +107,7 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     that detects nothing at all has no AP in its result; where another evaluation has one, it is 0.
     """
     asked = metrics_with_truth(result for _, _, result in results)
+    classes = {task: _class_metrics([result for _, _, result in results], task) for task in TASKS}
     groups: dict[tuple[str, Split], list[dict]] = {}
     for norm, split, result in results:
         groups.setdefault((norm, split), []).append(result)
@@ -123,6 +127,10 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
                 (row.ap_image_share, "results_image_share", "AP"),
             ):
                 values[task] = spread_of(good, source, task, metric, asked)
+            row.ap_of_class[task] = {
+                name.removeprefix(OF_CLASS): spread_of(good, "results", task, name, asked)
+                for name in classes[task]
+            }
         for fact in ("sec_per_iter", "peak_memory_mb", "parameters", "flops"):
             setattr(row, fact, Spread.of([r.get(fact) for r in good]))
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
@@ -130,6 +138,12 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     fill_recovered(rows)
     fill_distances(rows)
     return rows
+
+
+def _class_metrics(results: list[dict], task: str) -> list[str]:
+    """Names of the metrics of single classes, in the order of the first run that has them."""
+    found = ((result.get("results") or {}).get(task) or {} for result in results)
+    return list(dict.fromkeys(name for one in found for name in one if name.startswith(OF_CLASS)))
 
 
 def metrics_with_truth(results: Iterable[dict]) -> set[tuple[str, str]]:
@@ -193,7 +207,7 @@ def fill_distances(rows: list[Row]) -> None:
     """Set how far each row's plain AP is from SyncBN's and GN's at the same split.
 
     GN normalises every image for itself, so where it was not trained at that split, GN with the
-    same total batch at another one serves as well. For SyncBN see :func:`_sync_ap`.
+    same total batch at another one serves as well.
     """
     for task in TASKS:
         ap = {(row.norm, row.split): row.ap.get(task) for row in rows}
@@ -205,8 +219,8 @@ def fill_distances(rows: list[Row]) -> None:
             same.sort(key=lambda g: g.split != row.split)
             if same and row.norm != "GN":
                 row.to_gn[task] = row.ap[task].mean - same[0].ap[task].mean
-            sync = _sync_ap(ap, row.split)
-            if sync and sync is not row.ap[task]:
+            sync = ap.get(("SyncBN", row.split))
+            if sync and row.norm != "SyncBN":
                 row.to_sync[task] = row.ap[task].mean - sync.mean
 
 

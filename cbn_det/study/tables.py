@@ -128,6 +128,22 @@ def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
     return lines
 
 
+def of_classes(rows: list[Row]) -> list[Table]:
+    """AP of each class, a column a norm, for each split and task; none for a single class."""
+    found = []
+    for split, group in by_split(rows).items():
+        for task in tasks_of(group):
+            names = list(dict.fromkeys(name for row in group for name in row.ap_of_class[task]))
+            lines = [
+                {"class": name} | {row.norm: _ap(row.ap_of_class[task].get(name)) for row in group}
+                for name in names
+            ]
+            what = f"{TASK_NAMES[task]}AP of each class"
+            if lines:
+                found.append(Table(f"{heading(split, group)}: {what}", group, lines))
+    return found
+
+
 def cost(rows: list[Row]) -> list[dict[str, str]]:
     """What training and the model take, the lines of one table."""
     return [
@@ -142,12 +158,13 @@ def cost(rows: list[Row]) -> list[dict[str, str]]:
     ]
 
 
-def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
+def notes(rows: list[Row], config_iterations: int | None = None, expected: str = "") -> list[str]:
     """What the numbers mean and what they do not say, a sentence each.
 
     Args:
         rows: of all tables.
         config_iterations: the config's own length of training, where the runs were given another.
+        expected: what short runs reach.
     """
     said = ["AP on the 0-100 scale. '-': no such number."]
     if any("finished" in row.status and row.iterations and not row.ap.get("bbox") for row in rows):
@@ -163,6 +180,7 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
             f"Short runs, {trained} of the config's {config_iterations} iterations: they show how "
             "training starts, and the order may change later."
         )
+        said += [expected] if expected else []
     if any(row.ap_precise.get("bbox") for row in rows):
         said.append("PreciseBN: the same weights, BatchNorm statistics recomputed after training.")
     if any(row.ap_image_share.get("bbox") for row in rows):
@@ -177,10 +195,7 @@ def notes(rows: list[Row], config_iterations: int | None = None) -> list[str]:
             "loss is within twice the spread."
         )
     if any(row.to_sync for row in rows):
-        said.append(
-            "AP - SyncBN: to SyncBN at the same world size and images; where that was not trained, "
-            "to BN on one process with the same total batch."
-        )
+        said.append("AP - SyncBN: to SyncBN at the same world size and images.")
     if any(row.to_gn for row in rows):
         said.append("AP - GN: to GN at the same total batch.")
     if any(row.flops for row in rows):
@@ -222,6 +237,7 @@ def text_report(
     title: str,
     style: str = "simple",
     config_iterations: int | None = None,
+    expected: str = "",
 ) -> str:
     """All tables as text; `style` is a format of tabulate."""
     parts = [title]
@@ -234,7 +250,7 @@ def text_report(
             ]
         text = tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
         parts += [table.heading, text]
-    below, made = notes(rows, config_iterations), provenance(results)
+    below, made = notes(rows, config_iterations, expected), provenance(results)
     if made:
         below.append(f"Made with: {made}.")
     return "\n\n".join([*parts, "\n".join(below)]) + "\n"
