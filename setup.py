@@ -28,6 +28,8 @@ EXTRAS = {
     ],
     # compare_norms.py --submit: runs as jobs of a SLURM cluster.
     "slurm": ["submitit"],
+    # make docs
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
 }
 
