@@ -223,6 +223,16 @@ def test_tables_are_those_of_the_csv_files() -> None:
     assert marked >= 16
 
 
+def test_the_picture_is_drawn_from_the_table(tmp_path) -> None:
+    tables = runpy.run_path(str(REPOSITORY / "docs" / "tables.py"))
+    tables["draw"].__globals__["PICTURE"] = tmp_path / "images" / "bars.png"
+    written = tables["draw"]().read_bytes()
+    assert written.startswith(b"\x89PNG") and len(written) < 60_000
+    short = tables["batch_size_short"]()
+    assert len(short) <= 8
+    assert {"norm": "CBN", "ranks x images": "4 x 2", "AP": "44.5"}.items() <= short[5].items()
+
+
 def test_readme_is_one_page() -> None:
     lines = (REPOSITORY / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 150
