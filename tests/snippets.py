@@ -1,7 +1,7 @@
 """The code blocks of README and docs, and the comments in front of them that say how to test one.
 
 - `<!-- test: skip, REASON -->`: not tested; counted by a test.
-- `<!-- test: detectron2 -->`: Python that needs detectron2.
+- `<!-- test: detectron2 -->`: needs detectron2.
 - `<!-- test: run, KEY VALUE ... -->`: a command that is run, with these words appended.
 - `<!-- setup ... -->`: Python that runs before the next block and that no reader sees.
 """

@@ -121,7 +121,12 @@ def check_other(words: list[str]) -> None:
         assert words[0] in SHELL, f"how is this tested: {shlex.join(words)}"
 
 
-@pytest.mark.parametrize("one", COMMANDS, ids=ids(COMMANDS))
+def with_marks(found: list[Snippet]) -> list[Any]:
+    needs = {"detectron2": [pytest.mark.detectron2]}
+    return [pytest.param(one, marks=needs.get(one.kind, [])) for one in found]
+
+
+@pytest.mark.parametrize("one", with_marks(COMMANDS), ids=ids(COMMANDS))
 def test_commands_are_what_the_tools_take(one: Snippet, monkeypatch, capsys) -> None:
     for words in one.commands():
         call = program(words)
@@ -242,7 +247,15 @@ def test_readme_is_one_page() -> None:
 
 def test_links_of_the_readme_exist() -> None:
     text = (REPOSITORY / "README.md").read_text("utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert links
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 20
     for link in links:
-        assert (REPOSITORY / link).exists(), link
+        path, _, anchor = link.partition("#")
+        assert (REPOSITORY / path).exists(), link
+        titles = (
+            re.findall(r"^#+ (.*)$", (REPOSITORY / path).read_text("utf-8"), re.MULTILINE)
+            if anchor
+            else []
+        )
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not anchor or anchor in slugs, link
