@@ -3,7 +3,8 @@
 - `<!-- test: skip, REASON -->`: not tested; counted by a test.
 - `<!-- test: detectron2 -->`: needs detectron2.
 - `<!-- test: run, KEY VALUE ... -->`: a command that is run, with these words appended.
-- `<!-- setup ... -->`: Python that runs before the next block and that no reader sees.
+- `<!-- setup ... -->`: Python that runs before the next block and that no reader sees;
+  `<!-- then ... -->` runs after the block before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(
     r"(?:<!-- setup\n(?P<setup>.*?)-->\n)?"
     r"(?:<!-- test: (?P<marker>[^\n]*) -->\n)?"
-    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$"
+    r"(?:\n<!-- then\n(?P<then>.*?)-->)?",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -32,7 +34,7 @@ class Snippet:
         line: of its first line of code in the page, from 1.
         language: behind the backquotes.
         marker: of its comment, "" where there is none.
-        setup: the Python that nobody sees.
+        setup, then: the Python that nobody sees, before and after it.
     """
 
     page: str
@@ -41,6 +43,7 @@ class Snippet:
     code: str
     marker: str
     setup: str
+    then: str
 
     @property
     def kind(self) -> str:
@@ -78,6 +81,7 @@ def snippets() -> list[Snippet]:
                     match["code"],
                     match["marker"] or "",
                     match["setup"] or "",
+                    match["then"] or "",
                 )
             )
     return found

@@ -38,8 +38,8 @@ def run_page(page: str, tmp_path: Path, kinds: tuple[str, ...]) -> None:
     """The blocks of a page one after the other, in one namespace, as a reader would."""
     names: dict[str, Any] = {"__name__": "__main__", "tmp": tmp_path}
     for one in (one for one in PYTHON if one.page == page and one.kind in kinds):
-        for code, line in ((one.setup, one.line - one.setup.count("\n")), (one.code, one.line)):
-            exec(compile("\n" * (line - 1) + code, str(REPOSITORY / page), "exec"), names)
+        for code in (one.setup, "\n" * (one.line - 1) + one.code, one.then):
+            exec(compile(code, str(REPOSITORY / page), "exec"), names)
 
 
 @pytest.mark.parametrize("page", of_pages([one for one in PYTHON if one.kind == ""]))
@@ -72,27 +72,37 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namesp
     """What the parser of the program makes of its arguments; nothing of it runs.
 
     Raises:
-        SystemExit: the parser refuses them.
+        SystemExit: the parser refuses them, or there is no such command.
     """
-    parse = argparse.ArgumentParser.parse_args
 
-    def stop(self: argparse.ArgumentParser, *args: Any, **rest: Any) -> None:
-        raise Parsed(parse(self, *args, **rest))
+    def stopping(name: str) -> Any:
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def stop(self: argparse.ArgumentParser, *args: Any, **rest: Any) -> None:
+            raise Parsed(parse(self, *args, **rest))
+
+        return stop
 
     with monkeypatch.context() as patch:
         patch.chdir(REPOSITORY)
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        patch.setattr(sys, "argv", words)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stopping(name))
+        patch.setattr(sys, "argv", list(words))
         patch.setattr(sys, "path", [str(Path(words[0]).parent), *sys.path])
         try:
-            runpy.run_path(words[0], run_name="__main__")
+            if words[0] == "cbn-det":
+                runpy.run_module("cbn_det", run_name="__main__")
+            else:
+                runpy.run_path(words[0], run_name="__main__")
         except Parsed as found:
             return found.args[0]
     raise AssertionError(f"{words[0]} read no arguments")
 
 
 def program(words: list[str]) -> list[str]:
-    """A command from its Python file on; empty where it is no call of Python."""
+    """A command from its Python file on, or one of `cbn-det`; empty where it is neither."""
+    if words[0] == "cbn-det":
+        return words
     files = [place for place, word in enumerate(words) if word.endswith(".py")]
     starts = words[0] in ("python", "torchrun", "docker") and files
     return words[files[0] :] if starts else []
@@ -132,16 +142,18 @@ def test_commands_are_what_the_tools_take(one: Snippet, monkeypatch, capsys) -> 
         call = program(words)
         if not call:
             check_other(words)
-        elif call[1:] == ["--help"]:
+        elif call[-1] == "--help":
             with pytest.raises(SystemExit) as end:
                 parsed(call, monkeypatch)
             assert end.value.code == 0
         else:
             args = parsed(call, monkeypatch)
-            config = getattr(args, "config_file", None)
-            if config and not str(config).startswith("output/"):
+            config = str(getattr(args, "config_file", None) or "")
+            if config and not config.startswith("output/"):
                 own = any(f"# {config}\n" in other.code for other in YAML if other.page == one.page)
-                assert own or list(REPOSITORY.glob(str(config).replace("{norm}", "*"))), config
+                path = config.replace("{norm}", "*")
+                here = [*REPOSITORY.glob(path), *REPOSITORY.glob(f"configs/{path}.yaml")]
+                assert own or here, config
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -181,8 +193,9 @@ def test_the_quick_start_runs(tmp_path, source_env) -> None:
         for words in one.commands():
             words = [*words, *shlex.split(one.rest)]
             words = [re.sub(r"^output/", f"{tmp_path}/", word) for word in words]
+            program_of = {"cbn-det": ["-m", "cbn_det"]}.get(words[0], [])
             done = subprocess.run(
-                [sys.executable, *words[1:]],
+                [sys.executable, *program_of, *words[1:]],
                 cwd=REPOSITORY,
                 env=source_env,
                 capture_output=True,
@@ -214,8 +227,9 @@ def test_what_is_skipped_is_counted_and_says_why() -> None:
     assert set(counts) <= {"python", "bash", "yaml", "text"}, "a language that no test knows"
     markers = sum(path.read_text("utf-8").count("<!-- test:") for path in pages())
     assert markers == sum(one.marker != "" for one in ALL), "a comment that no block follows"
-    setups = sum(path.read_text("utf-8").count("<!-- setup") for path in pages())
-    assert setups == sum(one.setup != "" for one in ALL), "a setup that no block follows"
+    for name in ("setup", "then"):
+        count = sum(path.read_text("utf-8").count(f"<!-- {name}\n") for path in pages())
+        assert count == sum(getattr(one, name) != "" for one in ALL), f"{name} without a block"
 
 
 def test_tables_are_those_of_the_csv_files() -> None:
