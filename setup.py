@@ -13,6 +13,8 @@ DETECTRON2 = (
 
 REQUIRES = ["torch>=2.1", "numpy", "fvcore", "pycocotools", "opencv-python"]
 EXTRAS = {
+    # make docs
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"],
     # detectron2.model_zoo imports pkg_resources, which setuptools dropped in version 81. Its build
     # imports torch: install this extra with `pip install --no-build-isolation`.
     "detectron2": ["setuptools<81", DETECTRON2],
@@ -28,8 +30,6 @@ EXTRAS = {
     ],
     # compare_norms.py --submit: runs as jobs of a SLURM cluster.
     "slurm": ["submitit"],
-    # make docs
-    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"],
     "test": ["pytest", "pytest-timeout", "pytest-xdist", "black>=26,<27", "ruff"],
 }
 
