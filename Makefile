@@ -9,11 +9,12 @@ TEST_JOBS ?= 2
 export PYTHON
 
 RUN := tools/run_python.sh
-SOURCES := cbn_det benchmarks tools tests setup.py
+SOURCES := cbn_det benchmarks tools tests docs setup.py
 DETECTRON2 ?= $(shell $(PYTHON) -c "import runpy; print(runpy.run_path('setup.py')['DETECTRON2'])")
+DOCS = $(shell $(PYTHON) -c "import runpy; print(*runpy.run_path('setup.py')['EXTRAS']['docs'])")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stacks lint detectron2 clean distclean
+.PHONY: help demo test stacks docs lint detectron2 clean distclean
 
 help: ## show this list
 	@echo "cbn_det: normalisation layers for detectors trained at 1-2 images per GPU"
@@ -30,6 +31,12 @@ test: ## run all tests; without detectron2, those that need it are skipped and c
 stacks: ## run the tests against Lightning, accelerate, fastai, schedulefree, timm, ultralytics (in .venv-stacks, made once in a minute)
 	@tools/run_stacks.sh -q
 
+docs: ## build the pages of docs/ into site/ (mkdocs in .venv-docs, made once in a minute)
+	@wanted="$(DOCS)"; [ "$$(cat .venv-docs/made-of 2>/dev/null)" = "$$wanted" ] || { \
+	  rm -rf .venv-docs && $(PYTHON) -m venv .venv-docs && \
+	  .venv-docs/bin/python -m pip install -q --disable-pip-version-check $$wanted && echo "$$wanted" >.venv-docs/made-of; }
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet && echo "docs: site/index.html"
+
 lint: ## check formatting and code style
 	@$(RUN) -m black --check --quiet $(SOURCES) || { echo "lint: run black on: $(SOURCES)"; exit 1; }
 	@$(RUN) -m ruff check $(SOURCES)
@@ -39,8 +46,8 @@ detectron2: ## build detectron2 at the tested commit into .venv (needs git and a
 	  $(RUN) -m pip install "setuptools<81" wheel ninja && $(RUN) -m pip install --no-build-isolation "$(DETECTRON2)"; fi
 
 clean: ## remove caches, build files and the demo's output
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(DEMO_OUTPUT)
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache $(DEMO_OUTPUT)
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## also remove .venv, .venv-stacks and what was remembered about the python
-	rm -rf .venv .venv-stacks .make
+distclean: clean ## also remove .venv, .venv-stacks, .venv-docs and what was remembered about the python
+	rm -rf .venv .venv-stacks .venv-docs .make

@@ -22,6 +22,8 @@ _TRAINING = [
 ]
 _COMPARE = [*_TRAINING, "matplotlib", "rich", "jinja2"]
 EXTRAS = {
+    # make docs
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"],
     # detectron2.model_zoo imports pkg_resources, which setuptools dropped in version 81. Its build
     # imports torch: install this extra with `pip install --no-build-isolation`.
     "detectron2": [*_TRAINING, "setuptools<81", DETECTRON2],

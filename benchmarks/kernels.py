@@ -27,7 +27,7 @@ examples:
   # on a GPU, where layer and iteration also time a step, by CUDA events
   python benchmarks/kernels.py layer --device cuda
 
-  # the quick-start detector's whole iteration on the CPU, norm everywhere (README's table)
+  # the quick-start detector's whole iteration on the CPU, norm everywhere (docs/results/cost.md)
   python tools/benchmark.py iteration --engine detectron2 --threads 1 --repetitions 15 \\
       --turn-seconds 0 --norms BN CBN KN "MBN(double_forward=False)" MBN BGN BRN GN
 """

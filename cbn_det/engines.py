@@ -30,7 +30,7 @@ def resolve_engine(name: str = "auto") -> str:
                 print(f"{error}; going on with the standalone engine", file=sys.stderr, flush=True)
             return resolve_engine("standalone")
     module, remedy = {
-        "detectron2": ("detectron2.layers", "installing detectron2 is described in README.md"),
+        "detectron2": ("detectron2.layers", "docs/install.md says how to install detectron2"),
         "standalone": (
             "torchvision.ops",
             "pip install 'cbn-det[standalone]', with a matching pair of torch and torchvision",

@@ -29,7 +29,7 @@ def test_detectron2_is_the_tested_commit(setup) -> None:
     assert f"{url}@{setup['DETECTRON2_COMMIT']}" in setup["DETECTRON2"]
 
 
-@pytest.mark.parametrize("path", ["README.md", "tools/run_python.sh"])
+@pytest.mark.parametrize("path", ["README.md", "docs/install.md", "tools/run_python.sh"])
 def test_torch_and_torchvision_are_the_tested_pair(path: str) -> None:
     text = (REPOSITORY / path).read_text("utf-8")
     pair = re.search(r"torch==([\d.]+)\"? \"?torchvision==([\d.]+)", text)

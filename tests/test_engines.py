@@ -60,7 +60,7 @@ def test_without_detectron2_auto_is_standalone_and_says_nothing(
     assert resolve_engine() == "standalone"
     with pytest.raises(ImportError, match=r"^the detectron2 engine does not work here") as caught:
         resolve_engine("detectron2")
-    assert str(caught.value).endswith("installing detectron2 is described in README.md")
+    assert str(caught.value).endswith("docs/install.md says how to install detectron2")
     assert capfd.readouterr().err == ""
 
 

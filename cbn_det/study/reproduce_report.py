@@ -50,19 +50,15 @@ def overview(reproduction: Reproduction, tables: Sequence[Table]) -> str:
     return tabulate(lines, headers="keys", tablefmt="simple") + "\n"
 
 
-def table_text(
-    reproduction: Reproduction, table: Table, rows: Sequence[Row], style: str = "simple"
-) -> str:
-    """A table with what has been measured so far.
+def table_text(reproduction: Reproduction, table: Table, rows: Sequence[Row]) -> str:
+    """A table with what has been measured so far, for a terminal.
 
     Args:
         rows: of :meth:`Reproduction.rows`.
-        style: a format of tabulate; "github" makes Markdown of everything.
     """
-    markdown = style == "github"
     known = reproduction.measured(table)
     measured = {row.name: known[row.name] for row in rows}
-    parts = [("## " if markdown else "") + table.title]
+    parts = [table.title]
     if reproduction.is_changed:
         words = [*(["--iters", str(reproduction.iterations)] if reproduction.iterations else [])]
         words += [
@@ -77,38 +73,69 @@ def table_text(
         lines = [_line(row, measured[row.name], task, reproduction.is_changed) for row in rows]
         if any(row.published for row in rows):
             for line, row in zip(lines, rows, strict=True):
-                line["published in"] = _place(row.published, markdown)
-        parts.append(_text(lines, style))
+                line["published in"] = _place(row.published)
+        parts.append(_text(lines))
         gains = _gains(rows, measured, task)
         if gains:
-            parts += [f"Differences between norms, {TASK_NAMES[task]} AP:", _text(gains, style)]
+            parts += [f"Differences between norms, {TASK_NAMES[task]} AP:", _text(gains)]
     if table.elsewhere:
-        lines = [_elsewhere(entry, rows[0].tasks, markdown) for entry in table.elsewhere]
-        parts += ["Published elsewhere, for orientation:", _text(lines, style)]
+        lines = [_elsewhere(entry, rows[0].tasks) for entry in table.elsewhere]
+        parts += ["Published elsewhere, for orientation:", _text(lines)]
     remarks = [*table.remarks, *_remarks(rows, measured)]
     if remarks:
         parts.append("\n".join(f"- {remark}" for remark in remarks))
     sources = _sources(table, rows)
     if sources:
-        parts.append("Sources: " + "; ".join(_link(source, markdown) for source in sources) + ".")
+        names = (f"{source.name}, {source.url}" for source in sources)
+        parts.append("Sources: " + "; ".join(names) + ".")
     return "\n\n".join(parts) + "\n"
 
 
 def document(reproduction: Reproduction, tables: Sequence[Table], command: str) -> str:
-    """Several tables as one Markdown file."""
-    head = (
-        "# Tables to reproduce\n\n"
-        f"<!-- written by {command}; do not edit -->\n\n"
-        f"{LEGEND}\n\n"
-        "A row is `configs/coco/TABLE/ROW.yaml`, which `python tools/reproduce.py TABLE --rows ROW "
-        "--run` trains.\n\n"
+    """Several tables as one page of Markdown: rows with a number, published or measured."""
+    measured = sum(
+        bool(one.results) for table in tables for one in reproduction.measured(table).values()
     )
-    texts = []
+    parts = [
+        "# Model zoo",
+        f"<!-- written by {command}; do not edit -->",
+        "AP on COCO val2017, 0-100. A number in brackets is published, at the address beside it. "
+        "One without brackets is measured here: mean ± sample standard deviation over seeds, where "
+        f"there are several. Rows measured here so far: {measured}.",
+        "A row is `configs/coco/TABLE/ROW.yaml`, which `python tools/reproduce.py TABLE --rows ROW "
+        "--run` trains. Rows without a number are not listed; `python tools/reproduce.py TABLE` "
+        "prints them, with AP50, AP75 and the differences between norms.",
+    ]
+    nothing = []
     for table in tables:
-        text = table_text(reproduction, table, reproduction.rows(table), "github")
-        title, _, rest = text.partition("\n\n")
-        texts.append(f"{title}\n\n`{table.name}`\n\n{rest}")
-    return head + "\n".join(texts)
+        known = reproduction.measured(table)
+        rows = [row for row in reproduction.rows(table) if row.published or known[row.name].results]
+        if not (rows or table.elsewhere):
+            nothing.append(table)
+            continue
+        parts += [f"## {table.title}", f"`{table.name}`"]
+        if rows:
+            parts.append(_text([_zoo_line(row, known[row.name]) for row in rows], "github"))
+        if table.elsewhere:
+            tasks = reproduction.rows(table)[0].tasks
+            lines = [_elsewhere(entry, tasks, markdown=True) for entry in table.elsewhere]
+            parts += ["Published elsewhere, for orientation:", _text(lines, "github")]
+        remarks = [*table.remarks, *_remarks(rows, known)]
+        parts.append("\n".join(f"- {remark}" for remark in remarks))
+    if nothing:
+        lines = [{"table": f"`{table.name}`", "what": table.title} for table in nothing]
+        parts += ["## Tables without a number", _text(lines, "github")]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _zoo_line(row: Row, measured: Measured) -> dict[str, str]:
+    line = {"row": row.name, "GPUs x images": _splits(row, measured)}
+    for task in row.tasks:
+        own = _state(measured.ap[task]["AP"], measured) if measured.results else ""
+        published = row.published.values.get(task, {}).get("AP") if row.published else None
+        cells = [own, _number(published) if published is not None else ""]
+        line[f"{TASK_NAMES[task]} AP"] = " ".join(filter(None, cells))
+    return {**line, "published in": _place(row.published, markdown=True)}
 
 
 def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, str]:
@@ -143,7 +170,7 @@ def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> lis
     return [line for line in lines.values() if set(list(line.values())[1:]) - {"-"}]
 
 
-def _elsewhere(entry: Elsewhere, tasks: Sequence[str], markdown: bool) -> dict[str, str]:
+def _elsewhere(entry: Elsewhere, tasks: Sequence[str], markdown: bool = False) -> dict[str, str]:
     values: Values = entry.published.values
     line = {"what": entry.what}
     for task in tasks:
@@ -182,17 +209,13 @@ def _sources(table: Table, rows: Sequence[Row]) -> list[Source]:
     return list(dict.fromkeys([*found, *(entry.published.source for entry in table.elsewhere)]))
 
 
-def _place(published: Published | None, markdown: bool) -> str:
+def _place(published: Published | None, markdown: bool = False) -> str:
     if published is None:
         return "-"
     text = f"{published.source.name}, {published.place}"
     line = published.place.removeprefix("line ")
     anchor = f"?plain=1#L{line}" if line.isdigit() else ""
     return f"[{text}]({published.source.url}{anchor})" if markdown else text
-
-
-def _link(source: Source, markdown: bool) -> str:
-    return f"[{source.name}]({source.url})" if markdown else f"{source.name}, {source.url}"
 
 
 def _splits(row: Row, measured: Measured) -> str:
@@ -236,5 +259,5 @@ def _spread(spread: Spread | None) -> str:
     return f"{spread.mean:.1f}" + (f" ± {spread.std:.1f}" if spread.std is not None else "")
 
 
-def _text(lines: list[dict[str, str]], style: str) -> str:
+def _text(lines: list[dict[str, str]], style: str = "simple") -> str:
     return tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
