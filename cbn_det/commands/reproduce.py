@@ -21,7 +21,7 @@ examples:
       --submit slurm --num-machines 2 --sbatch time=24:00:00 partition=gpu
 
   # all tables as one Markdown file
-  cbn-det reproduce all --markdown MODEL_ZOO.md
+  cbn-det reproduce all --markdown docs/model_zoo.md
 
   # to see that a row runs here: 20 iterations of small images on CPU, in a folder of its own and
   # marked as changed
