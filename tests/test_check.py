@@ -160,14 +160,28 @@ def test_memory_and_disk_that_do_not_suffice(lines: Any, monkeypatch: pytest.Mon
     assert line_of(found, "disk: checkpoints are 5 x ").startswith("PROBLEM ")
     assert "lower SOLVER.IMS_PER_BATCH" in line_of(found, "memory: ")
 
-    def full(self: Any, iteration: int) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("tried 2.00 GiB"),
+            "memory: a training step does not fit (tried 2.",
+        ),
+        (RuntimeError("shapes do not match"), "a training step fails: RuntimeError: shapes do not"),
+    ],
+)
+def test_a_step_that_fails(
+    lines: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     from cbn_det.standalone.trial import StandaloneTrial
 
-    monkeypatch.setattr(StandaloneTrial, "step", full)
+    def fail(self: StandaloneTrial, iteration: int) -> None:
+        raise error
+
+    monkeypatch.setattr(StandaloneTrial, "step", fail)
     code, found = lines("standalone")
-    assert code == 1 and "does not fit (tried to allocate 2.00 GiB)" in line_of(found, "memory: ")
+    assert code == 1 and found[-2].startswith("PROBLEM ") and said in found[-2]
 
 
 @pytest.mark.detectron2

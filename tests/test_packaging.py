@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_run import write_boxes
 
 import cbn_det
 
@@ -387,36 +388,55 @@ def test_the_wheel_is_complete(wheel_python: Path, tmp_path: Path) -> None:
     assert not [path for path in modules if not Path(place, path).exists()]
 
 
-def test_the_wheel_trains_compares_and_plans(wheel_python: Path, tmp_path: Path) -> None:
-    """Five iterations on the built-in digits, in a folder that knows nothing of the repository."""
-    short = ["SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"]
-    small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0"]
-    config = "quickstart/faster_rcnn_R_18_FPN_digits_cbn"
-    try:
-        import detectron2.layers  # noqa: F401
+CONFIG = "quickstart/faster_rcnn_R_18_FPN_digits_cbn"
+FIVE = ["SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"]
+SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0"]
 
-        engines = ["standalone", "detectron2"]
-    except Exception:  # a broken build fails with more than ImportError
-        engines = ["standalone"]
-    for engine in engines:
-        words = ["cbn-det", "train", config, "--engine", engine, *short, *small]
-        done = in_wheel(wheel_python, tmp_path, *words, "OUTPUT_DIR", engine)
-        assert done.returncode == 0, done.stdout + done.stderr
-        result = json.loads((tmp_path / engine / "result.json").read_text())
-        assert (result["status"], result["iterations"]) == ("finished", 5)
-        assert result["engine"] == engine
-        assert result["command"].startswith(
-            f"cbn-det train --config-file {config} --engine {engine}"
-        )
+
+def own_set(folder: Path) -> tuple[list[str], list[str]]:
+    """Options and config keys of a set of six images."""
+    write_boxes(folder / "boxes")
+    files = [str(folder / "boxes" / name) for name in ("boxes.json", "images")]
+    keys = ["DATASETS.TRAIN", "('boxes',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    return ["--coco-dataset", "boxes", *files], keys
+
+
+def check_run(folder: Path, command: str) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["iterations"]) == ("finished", 5)
+    assert result["command"].startswith(command)
+
+
+def test_the_wheel_trains_on_the_built_in_digits(wheel_python: Path, tmp_path: Path) -> None:
+    """In a folder that knows nothing of the repository."""
+    words = ["cbn-det", "train", CONFIG, "--engine", "standalone", *FIVE, *SMALL]
+    done = in_wheel(wheel_python, tmp_path, *words, "OUTPUT_DIR", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_run(tmp_path / "out", f"cbn-det train --config-file {CONFIG} --engine standalone")
+    assert (tmp_path / "datasets" / "digits" / "stamp.json").exists()
+
+
+@pytest.mark.detectron2
+def test_the_wheel_trains_on_detectron2(wheel_python: Path, tmp_path: Path) -> None:
+    options, keys = own_set(tmp_path)
+    words = ["-m", "cbn_det", "train", CONFIG, "--engine", "detectron2", *options, *FIVE, *SMALL]
+    done = in_wheel(wheel_python, tmp_path, "python", *words, *keys, "OUTPUT_DIR", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_run(
+        tmp_path / "out", f"python -m cbn_det train --config-file {CONFIG} --engine detectron2"
+    )
+
+
+def test_the_wheel_compares_and_plans(wheel_python: Path, tmp_path: Path) -> None:
+    options, keys = own_set(tmp_path)
     words = ["--norms", "CBN", "--engine", "standalone", "--iters", "5", "--output", "out"]
-    opts = ["--opts", *small]
-    words += ["--precise-bn-iters", "0", *opts]
+    words += ["--precise-bn-iters", "0", *options, "--opts", *SMALL, *keys]
     done = in_wheel(wheel_python, tmp_path, "cbn-det", "compare", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = list((tmp_path / "out" / "runs").glob("*/result.json"))
-    assert [json.loads(path.read_text())["iterations"] for path in runs] == [5]
-    report = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert report["command"].startswith("cbn-det compare --norms CBN")
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    check_run(run, "python -m cbn_det train --config-file ")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["command"].startswith("cbn-det compare --norms CBN")
     plan = ["reproduce", "mask_rcnn_R_50_FPN_1x", "--rows", "cbn_2img", "--dry-run"]
     done = in_wheel(wheel_python, tmp_path, "cbn-det", *plan)
     words = shlex.split(done.stdout)

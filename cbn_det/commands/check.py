@@ -136,7 +136,7 @@ def _weights(cfg: CfgNode) -> Iterator[Finding]:
     spec = cfg.MODEL.WEIGHTS
     if not spec:
         frozen = "FrozenBN" in cfg.MODEL.RESNETS.NORM or cfg.MODEL.BACKBONE.FREEZE_AT > 0
-        if frozen:
+        if frozen and "resnet" in cfg.MODEL.BACKBONE.NAME:  # others have no such keys
             yield Finding(
                 PROBLEM,
                 "MODEL.WEIGHTS is empty, and the backbone has frozen layers, which stay random:"

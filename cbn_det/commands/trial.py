@@ -69,6 +69,13 @@ def try_out(
                 f"memory: a training step does not fit ({one_line(error)[:120]}): {_LESS_MEMORY}",
             )
             return
+        except Exception as error:  # of the model, which may be anybody's
+            yield Finding(
+                PROBLEM,
+                f"a training step fails: {type(error).__name__}: {one_line(error)[:200]}"
+                " (cbn-det train with SOLVER.MAX_ITER 1 shows where)",
+            )
+            return
     used = peak_memory_mb() - (0 if on_gpu else before)
     yield from _chain(model)
     yield _memory(trial, used, accumulate)
