@@ -31,6 +31,8 @@ EXTRAS = {
     "standalone": _TRAINING,
     # cbn-det compare, reproduce and demo: tables, curves and the report.
     "compare": _COMPARE,
+    # cbn-det deploy --format onnx.
+    "deploy": [*_TRAINING, "onnx", "onnxruntime"],
     # ... --submit: runs as jobs of a SLURM cluster.
     "slurm": [*_COMPARE, "submitit"],
     # What make runs: demo, tests and lint.
