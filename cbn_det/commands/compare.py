@@ -21,7 +21,7 @@ examples:
   cbn-det compare --num-gpus 8 --images-per-gpu 1 2 --seeds 1 2 3 \\
       --config-file "coco/mask_rcnn_R_50_FPN_1x/{norm}_2img.yaml" \\
       --norms none BN SyncBN GN BRN CBN KN GKN MBN BGN \\
-      --submit slurm --sbatch partition=gpu time=24:00:00 account=vision cpus-per-task=40
+      --submit slurm --sbatch partition=gpu time=1440 account=vision cpus-per-task=40
 
   # options of a norm are part of its name (quote it for the shell); a base config of your own, the
   # norm in FPN and box head whatever the config says, two runs side by side on four GPUs
@@ -188,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="options of sbatch; time=HH:MM:SS is needed, partition, account, qos, mem, gres, "
+        help="options of sbatch; time=MINUTES is needed, partition, account, qos, mem, gres, "
         "cpus-per-task, constraint and all others may be given",
     )
     add("--output", type=Path, default=Path("output/compare"), help="default output/compare")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from cbn_det.study.benchmark_report import Case, write_report
 from cbn_det.study.engine import resolve_engine, source_environment
-from cbn_det.study.processes import end_group
+from cbn_det.study.processes import end_group, interruptible, locked
 from cbn_det.study.ratios import FEWEST
 from cbn_det.study.recipes import RECIPES, read_yaml
-from cbn_det.study.runner import interruptible, locked
 
 WORKER = (sys.executable, "-W", "ignore", "-m", "cbn_det.benchmark")
 
@@ -170,8 +169,7 @@ class Worker:
 
     def end(self) -> None:
         """Ends the process, whatever it is doing."""
-        end_group(self._process, patience=0.0)
-        self._process.stdin.close()
+        end_group(self._process)
         self._process.stdout.close()
 
 
