@@ -39,8 +39,8 @@ from ..cli import typed_words
 from ..run.arguments import add_datasets
 from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
 from ..study.files import write_text
+from ..study.published import TABLES
 from ..study.reproduce import Reproduction
-from ..study.reproduce_data import TABLES
 from ..study.reproduce_report import LEGEND, document, overview, table_text
 from ..study.reproduce_run import as_typed, on_gpu, run_rows, runs_of
 from ..study.slurm import CLUSTERS, Cluster
