@@ -4,7 +4,7 @@ A matrix of norms x images per GPU x seeds: every combination is trained as a pr
 as a SLURM job) and evaluated. Tables show mean and spread over seeds and the distance to SyncBN and
 GN, report.html beside them curves and pictures as well. A run that crashes or diverges is counted
 in its row and stops nothing. Started again with the same arguments, finished runs are kept and
-broken-off ones go on at their last checkpoint. Rows of different world size or total batch never
+interrupted ones resume. Rows of different world size or total batch never
 share a table.
 
 examples:
