@@ -78,7 +78,7 @@ def main() -> None:
         package_dir={"cbn_det.configs": "configs"},
         package_data={
             "cbn_det": ["py.typed"],
-            "cbn_det.study": ["*.jinja"],
+            "cbn_det.study": ["*.jinja", "published.yaml"],
             **{name: ["*.yaml"] for name in configs},
         },
         entry_points={"console_scripts": ["cbn-det = cbn_det.cli:main"]},

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from worker import end_burn_in
+from workloads import build_layer_norm
 
-from cbn_det.benchmark.layer import build_layer_norm
-from cbn_det.benchmark.worker import end_burn_in
 from cbn_det.norms import DoubleForward, resolve_burn_in
 
 #: steps of a schedule whose burn-in lasts

@@ -9,8 +9,7 @@ import sys
 
 import torch
 from counting import pairs, training_step
-
-from cbn_det.benchmark.worker import Workload, serve
+from worker import Workload, serve
 
 PAIRS, CHANNELS, SIZE = 8, 64, 4
 
@@ -22,7 +21,7 @@ def workload(norm: str, device: str) -> Workload:
     """
     model = pairs(norm, PAIRS, CHANNELS, device)
     step = training_step(model, (1, CHANNELS, SIZE, SIZE), device)
-    return Workload(step, model, torch.device(device), {})
+    return Workload(step, model, torch.device(device))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ examples:
   python benchmarks/kernels.py layer --device cuda
 
   # the quick-start detector's whole iteration on the CPU, norm everywhere (docs/results/cost.md)
-  python tools/benchmark.py iteration --engine detectron2 --threads 1 --repetitions 15 \\
+  python benchmarks/benchmark.py iteration --engine detectron2 --threads 1 --repetitions 15 \\
       --turn-seconds 0 --norms BN CBN KN "MBN(double_forward=False)" MBN BGN BRN GN
 """
 
@@ -57,13 +57,13 @@ from counting import (  # noqa: E402
 )
 from cuda_branch import cuda_branch  # noqa: E402
 from detector import PLACES, detector_step  # noqa: E402
+from ratios import FEWEST, paired_ratio  # noqa: E402
 from tabulate import tabulate  # noqa: E402
+from timing import Worker, WorkerFailed, take_turns  # noqa: E402
 
 from cbn_det import __version__  # noqa: E402
 from cbn_det.run.errors import one_line  # noqa: E402
 from cbn_det.run.measure import machine  # noqa: E402
-from cbn_det.study.benchmark import Worker, WorkerFailed, take_turns  # noqa: E402
-from cbn_det.study.ratios import FEWEST, paired_ratio  # noqa: E402
 
 REFERENCE = "BN"
 NORMS = (

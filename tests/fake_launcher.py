@@ -108,7 +108,8 @@ def wait_to_be_told(out: Path) -> None:
 
 def hang(out: Path, resumed: bool) -> None:
     child = os.fork()
-    if child == 0:
+    if child == 0:  # a rank that hangs
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     (out / "pids").write_text(f"{os.getpid()} {child}")
     (out / "last_checkpoint").write_text("model_0000019.pth")

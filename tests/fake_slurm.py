@@ -1,4 +1,4 @@
-"""Stands in for a SLURM cluster of one machine: sbatch, srun, squeue, sacct, scontrol and scancel,
+"""Stands in for a SLURM cluster of one machine: sbatch, srun, sacct, scontrol and scancel,
 as far as they are used. What it knows of a job lies in a folder below $FAKE_SLURM: its script, its
 state, and the process ids of its tasks; `calls` lists every call.
 
@@ -69,13 +69,6 @@ def srun(*words: str) -> None:
     (job_folder(job) / "pids").write_text(" ".join(str(task.pid) for task in tasks))
     codes = [task.wait() for task in tasks]
     sys.exit(max(map(abs, codes)))
-
-
-def squeue(*words: str) -> None:
-    job = words[words.index("--jobs") + 1]
-    if not job_folder(job).exists():
-        sys.exit("slurm_load_jobs error: Invalid job id specified")
-    print(state_of(job))
 
 
 def sacct(*words: str) -> None:

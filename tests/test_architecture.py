@@ -21,7 +21,6 @@ ROOMS = {
     "run": ({"norms", "data"}, ENGINES),
     "plugin": ({"norms", "data", "run"}, set()),
     "standalone": ({"norms", "data", "run"}, ENGINES),
-    "benchmark": ({"norms", "run", "plugin", "standalone"}, ENGINES),
     "study": (set(), ENGINES | {"torch", "torchvision"}),
     "commands": ({"norms", "data", "run", "study", "plugin", "standalone"}, ENGINES),
 }

@@ -1,11 +1,9 @@
-"""tools/benchmark.py: its arithmetic, and that it runs. How fast anything is, is not tested."""
+"""The benchmark: its arithmetic, and that it runs. How fast anything is, is not tested."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import runpy
+import csv
 import sys
 from pathlib import Path
 
@@ -14,25 +12,25 @@ import pytest
 import torch
 from tiny_run import arguments, run_loggers_removed, tiny_inputs
 
-from cbn_det.benchmark.inference import inference_workload
-from cbn_det.benchmark.iteration import BATCHES, iteration_workload, parse
-from cbn_det.benchmark.layer import layer_workload
-from cbn_det.benchmark.norm import norm_workload
-from cbn_det.benchmark.worker import end_burn_in
 from cbn_det.norms import CBN2d, MBN2d
-from cbn_det.study import benchmark
-from cbn_det.study.benchmark import Detector, Settings, Shape, Worker, WorkerFailed, take_turns
-from cbn_det.study.benchmark_report import Case, text_report
-from cbn_det.study.ratios import median_interval, paired_ratio
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from benchmark import cases, main, make_parser, rows_of  # noqa: E402
+from ratios import median_interval, paired_ratio  # noqa: E402
+from timing import Worker, WorkerFailed, take_turns  # noqa: E402
+from worker import end_burn_in  # noqa: E402
+from workloads import (  # noqa: E402
+    BATCHES,
+    inference_workload,
+    iteration_workload,
+    layer_workload,
+    norm_workload,
+    parse,
+)
 
 inputs = tiny_inputs
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(TOOL))["main"]
 
 
 # ---- the arithmetic --------------------------------------------------------------------------
@@ -109,10 +107,11 @@ def test_it_ends_when_the_time_is_over_but_not_before_there_is_an_interval(capsy
 
 
 @pytest.mark.parametrize("how", ["exits", "is killed when asked"])
-def test_a_worker_that_dies_is_an_error_that_names_norm_and_log(tmp_path, how):
-    code = "print('{}', flush=True); input(); raise SystemExit" if "asked" in how else "pass"
+def test_a_worker_that_dies_is_an_error_that_names_norm_and_reason(tmp_path, how):
+    asked = "print('{}', flush=True); input()\n" if "asked" in how else ""
+    code = f"import sys; {asked}sys.exit('no memory')"
     worker = Worker("CBN", [sys.executable, "-c", code], tmp_path / "log")
-    with pytest.raises(WorkerFailed, match=f"CBN: it died; {tmp_path}/log may say why"):
+    with pytest.raises(WorkerFailed, match=r"CBN: it died \(exit code 1\): no memory"):
         worker.answer()
         worker.ask("time 1")
     worker.end()
@@ -138,73 +137,53 @@ def test_workers_keep_the_memory_they_freed_unless_told_otherwise(tmp_path, monk
 # ---- the report ------------------------------------------------------------------------------
 
 
-def made_up_case():
-    times = {
-        "BN": [{"wall": 0.2, "cpu": 0.1}] * 6,
-        "CBN": [{"wall": 0.6, "cpu": 0.15 + i / 100} for i in range(7)][:6],
-    }
-    machine = {"cpu": "a processor", "cores": 2, "threads": 1, "gpu": None}
-    return Case("a case", times, {"BN": 100.0, "CBN": 107.0}, 4, machine, {"torch": "9"})
+TIMES = {"BN": [0.2] * 6, "CBN": [0.6, 0.6, 0.5, 0.7, 0.8, 0.4]}
 
 
-def test_the_report_says_what_was_measured_and_on_what():
-    text = text_report([made_up_case()], "iteration", "wall", "python x", (1.5, 2.5))
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
-    assert rows[0][1:-1] == ["norm", "s/iteration", "ratio to BN", "peak MB", "memory ratio"]
-    assert rows[2][1:-1] == ["BN", "0.200", "1", "100", "1"]
-    assert rows[3][1:-1] == ["CBN", "0.600", "3.000 [3.000, 3.000]", "107", "1.070"]
-    assert "Wall-clock time" in text and "6 repetitions of 4 steps" in text
-    assert "a processor, 2 cores, 1 threads; torch 9." in text
-    # (6 * 0.1 + 6 * 0.175) processor seconds in 4.8 seconds
-    assert "Load average 1.5 before and 2.5 after; timed threads had 34% of a core each." in text
-    by_cpu = text_report([made_up_case()], "step", "cpu", "python x", (1.5, 2.5))
-    assert "| 175.00 " in by_cpu and "1.750 [1.500, 2.000]" in by_cpu  # ms/step
-    assert "Processor time" in by_cpu
+def test_a_row_has_the_columns_of_the_tables_in_the_docs():
+    bn, cbn = rows_of("a case", TIMES, {"BN": 100.0, "CBN": 107.0})
+    assert bn["ratio to BN"] == bn["memory ratio"] == 1
+    assert cbn["ms"] == pytest.approx(600) and cbn["peak MB"] == 107
+    ends = [cbn[f"ratio to BN{end}"] for end in ("", " low", " high")]
+    assert ends == pytest.approx([3, 2, 4]) and cbn["memory ratio"] == 1.07
+    with open(REPOSITORY / "docs" / "results" / "iteration_everywhere.csv") as file:
+        assert set(next(csv.reader(file))) <= cbn.keys()
 
 
 def test_bandwidth_is_what_has_to_be_moved_in_the_time():
-    case = dataclasses.replace(made_up_case(), moved={"BN": 2 * 10**9, "CBN": 8 * 10**9})
-    text = text_report([case], "step", "wall", "python x", (1.5, 2.5))
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "|" in line]
-    assert rows[0][4:6] == ["GB/s", "of BN's"]
-    assert rows[2][4:6] == ["10.0", "100%"] and rows[3][4:6] == ["13.3", "133%"]  # 4 / 3
-    assert "8 times the tensor" in text
-    assert "GB/s" not in text_report([made_up_case()], "step", "wall", "python x", (1.5, 2.5))
+    times = {"copy": [0.2] * 6, "CBN": [0.6] * 6}
+    copy, cbn = rows_of("x", times, {"copy": 1.0, "CBN": 1.0}, size=10**9)
+    assert (copy["GB/s"], copy["of copy's, %"]) == pytest.approx((10, 100))
+    assert (cbn["GB/s"], cbn["of copy's, %"]) == pytest.approx((40 / 3, 400 / 3))
 
 
-def test_norms_alone_are_timed_beside_a_copy(main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "norm"])
-    words = ["norm", "--norms", "GN", "CBN(compensation='none')", "--shapes", "2,32,6,5"]
-    options = ["--repetitions", "7", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
-    assert main([*words, *options, "--output", str(tmp_path)]) == 0
+OPTIONS = ["--repetitions", "7", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
+
+
+def written(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_norms_alone_are_timed_beside_a_copy(tmp_path, capsys):
+    words = ["norm", "--norms", "GN", "CBN(compensation='none')", "--shapes", "2,32,6,5", *OPTIONS]
+    assert main([*words, "--out", str(tmp_path / "norm.csv")]) == 0
     assert "of copy's" in capsys.readouterr().out
-    (case,) = json.loads((tmp_path / "norm.json").read_text())["cases"]
-    size = 2 * 32 * 6 * 5 * 4
-    assert case["name"] == "2x32x6x5"
-    assert case["moved"] == {
-        "copy": 2 * size,
-        "GN": 8 * size,
-        "CBN(compensation='none')": 8 * size,
-    }
-    assert list(case["seconds"]) == list(case["moved"])
+    rows = written(tmp_path / "norm.csv")
+    assert [row["norm"] for row in rows] == ["copy", "GN", "CBN(compensation='none')"]
+    for row, tensors in zip(rows, (2, 8, 8), strict=True):
+        moved = float(row["GB/s"]) * 1e9 * float(row["ms"]) / 1e3
+        assert row["case"] == "2x32x6x5" and moved == pytest.approx(tensors * 2 * 32 * 6 * 5 * 4)
 
 
-def test_layers_are_timed_and_reported(main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "layer"])
+def test_layers_are_timed_and_reported(tmp_path, capsys):
     words = ["layer", "--norms", "BN", "CBN(window=3)", "MBN(window=2)", "--shapes", "2,4,6,5,8,3"]
-    options = ["--repetitions", "7", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
-    assert main([*words, *options, "--output", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert (tmp_path / "layer.md").read_text() in printed and "**3x3 4->8, 2x6x5**" in printed
-    report = json.loads((tmp_path / "layer.json").read_text())
-    (case,) = report["cases"]
-    assert list(case["seconds"]) == ["BN", "CBN(window=3)", "MBN(window=2)"]
-    assert case["steps"] == 1 and case["machine"]["threads"] == 1
-    bn, cbn = ([t["wall"] for t in case["seconds"][norm]] for norm in ("BN", "CBN(window=3)"))
-    assert len(bn) == 7 and min(bn + cbn) > 0
-    expected = np.median(np.array(cbn) / np.array(bn))
-    assert case["ratios"]["CBN(window=3)"]["median"] == pytest.approx(expected)
-    assert all(peak >= 0 for peak in case["peak_mb"].values())
+    assert main([*words, *OPTIONS, "--out", str(tmp_path / "new" / "layer.csv")]) == 0
+    assert "3x3 4->8, 2x6x5" in capsys.readouterr().out
+    rows = written(tmp_path / "new" / "layer.csv")
+    assert [row["norm"] for row in rows] == ["BN", "CBN(window=3)", "MBN(window=2)"]
+    assert {row["repetitions"] for row in rows} == {"7"} and "1 threads" in rows[0]["machine"]
+    assert all(float(row["ms"]) > 0 and float(row["peak MB"]) >= 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -213,34 +192,39 @@ def test_layers_are_timed_and_reported(main, tmp_path, monkeypatch, capsys):
         (["layer", "--norms", "BN"], "--norms: name two or more"),
         (["layer", "--norms", "BN", "CBN", "BN"], "--norms: name two or more, each once"),
         (["layer", "--norms", "BN", "GN", "--repetitions", "5"], "--repetitions 5"),
-        (["layer", "--norms", "BN", "GN", "--warm-up", "0"], "--warm-up 0"),
-        (["layer", "--norms", "BN", "GN", "--seconds", "0"], "--seconds"),
-        (["layer", "--norms", "BN", "GN", "--threads", "0"], "--threads 0"),
+        (["layer", "--norms", "BN", "GN", "--warm-up", "0"], "--warm-up, --threads and"),
         (["layer", "--norms", "BN", "GN", "--shapes", "1,2,3"], "--shapes 1,2,3: expected N,C,H,W"),
         (["layer", "--norms", "BN", "GN", "--shapes", "1,2,3,4,5,x"], "--shapes 1,2,3,4,5,x"),
         (
             ["layer", "--norms", "BN", "GN", "--shapes", "1,2,3,4,5,2"],
-            "--shapes 1,2,3,4,5,2: numbers",
+            "--shapes 1,2,3,4,5,2: the kernel must be odd",
         ),
         (["norm", "--norms", "BN", "GN", "--shapes", "1,2,3"], "--shapes 1,2,3: expected N,C,H,W"),
         (["norm", "--norms", "BN", "GN", "--shapes", "1,0,3,3"], "--shapes 1,0,3,3: expected"),
         (["norm", "--norms", "copy", "BN"], "--norms copy"),
         (["iteration", "--norms", "BN", "GN", "--opts", "SEED"], "--opts takes KEY VALUE"),
-        (["iteration", "--norms", "BN", "GN", "--images", "0"], "--images 0"),
+        (
+            ["iteration", "--norms", "BN", "GN", "--images", "0"],
+            "--warm-up, --threads and --images",
+        ),
     ],
 )
-def test_settings_that_cannot_be_followed_name_their_option(main, tmp_path, capsys, words, message):
-    assert main([*words, "--output", str(tmp_path / "out")]) == 2
-    assert f"benchmark: {message}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_settings_that_cannot_be_followed_name_their_option(capsys, words, message):
+    assert f".py: error: {message}" in refused(capsys, words)
 
 
-def test_a_norm_that_cannot_be_built_is_told(main, tmp_path, capsys):
+def refused(capsys, words: list[str]) -> str:
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_norm_that_cannot_be_built_is_named(tmp_path, capsys):
     words = ["layer", "--norms", "BN", "CNB(window=3)", "--shapes", "1,2,3,3,4,1"]
-    assert main([*words, "--output", str(tmp_path)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("benchmark: CNB(window=3): unknown norm 'CNB(window=3)'. Known: BN, GN")
-    assert not (tmp_path / "layer.md").exists()
+    error = refused(capsys, [*words, "--out", str(tmp_path / "out.csv")])
+    assert "error: CNB(window=3): unknown norm 'CNB(window=3)'. Known: BN, GN" in error
+    assert not (tmp_path / "out.csv").exists()
 
 
 # ---- what is timed ---------------------------------------------------------------------------
@@ -279,7 +263,7 @@ def test_a_step_of_a_norm_alone_goes_forward_and_back(monkeypatch):
     assert copied == [((2, 4, 6, 5), (2, 4, 6, 5))]
 
 
-def test_a_layer_of_somebody_else_is_timed_like_ours(main, tmp_path, monkeypatch, capsys):
+def test_a_layer_of_somebody_else_is_timed_like_ours(tmp_path, capsys):
     peers = tmp_path / "peers.py"
     peers.write_text(
         "from torch import nn\n"
@@ -291,13 +275,10 @@ def test_a_layer_of_somebody_else_is_timed_like_ours(main, tmp_path, monkeypatch
     before = work.model[0].weight.clone()
     work.step()
     assert not torch.equal(work.model[0].weight, before)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "layer"])
-    options = ["--repetitions", "6", "--turn-seconds", "0", "--warm-up", "1", "--threads", "1"]
-    words = ["layer", *options, "--shapes", "2,4,6,5,8,3", "--output", str(tmp_path), "--norms"]
+    words = ["layer", *OPTIONS, "--shapes", "2,4,6,5,8,3", "--norms"]
     assert main([*words, "BN", f"{peers}:theirs"]) == 0
     assert f"{peers}:theirs" in capsys.readouterr().out
-    assert main([*words, "BN", f"{peers}:ours"]) == 2
-    assert f"{peers} defines no 'ours'" in capsys.readouterr().err
+    assert f"{peers} defines no 'ours'" in refused(capsys, [*words, "BN", f"{peers}:ours"])
 
 
 def engines():
@@ -361,18 +342,19 @@ def scores(output: list) -> torch.Tensor:
     return first["instances"].scores if "instances" in first else first["scores"]
 
 
-def test_inference_knows_what_may_be_done_to_a_norm(main, tmp_path, monkeypatch, capsys):
-    seen = {}
-    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
-    settings = Settings(["FrozenBN", "folded:CBN(window=8)"], tmp_path)
-    assert benchmark.benchmark_inference(settings, Detector(engine="standalone")) == 0
-    ((_, commands),) = seen["args"][2].items()
+def commands_of(*words: str) -> tuple[str, dict[str, list[str]]]:
+    ((title, commands),) = cases(make_parser().parse_args(words)).items()
+    return title, commands
+
+
+def test_inference_knows_what_may_be_done_to_a_norm(capsys):
+    norms = ("--norms", "FrozenBN", "folded:CBN(window=8)", "--engine", "standalone")
+    _, commands = commands_of("inference", *norms)
     assert commands["FrozenBN"][:2] == ["inference", "trained"]
     assert commands["folded:CBN(window=8)"][:2] == ["inference", "folded"]
     assert commands["folded:CBN(window=8)"][-1] == "CBN(window=8)"
-    words = ["inference", "--norms", "FrozenBN", "melted:CBN", "--output", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert "--norms melted:CBN: before the colon stands one of trained" in capsys.readouterr().err
+    error = refused(capsys, ["inference", "--norms", "FrozenBN", "melted:CBN"])
+    assert "--norms melted:CBN: before the colon stands trained or" in error
 
 
 @pytest.mark.parametrize("engine", engines())
@@ -407,20 +389,11 @@ def pixels(batch: list) -> torch.Tensor:
     return (batch[0]["image"] if isinstance(batch[0], dict) else batch[0]).float().clone()
 
 
-def test_iterations_get_each_norm_at_the_sites_asked_for(monkeypatch, tmp_path):
-    seen = {}
-    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
-    settings = Settings(["BN", "CBN(window=8)"], tmp_path)
-    detector = Detector(
-        recipe="finetune",
-        norm_keys=["MODEL.FPN.NORM"],
-        engine="standalone",
-        device="cuda",
-        datasets=[("a", "b", "c")],
-        overrides=["MODEL.WEIGHTS", "w.pth"],
-    )
-    benchmark.benchmark_iterations(settings, detector, images=4)
-    ((title, commands),) = seen["args"][2].items()
+def test_iterations_get_each_norm_at_the_sites_asked_for():
+    words = ["iteration", "--norms", "BN", "CBN(window=8)", "--recipe", "finetune"]
+    words += ["--norm-keys", "MODEL.FPN.NORM", "--engine", "standalone", "--device", "cuda"]
+    words += ["--coco-dataset", "a", "b", "c", "--images", "4", "--opts", "MODEL.WEIGHTS", "w.pth"]
+    title, commands = commands_of(*words)
     assert title.endswith("4 images, standalone; norm in FPN")
     kind, *words = commands["CBN(window=8)"]
     from cbn_det.run.arguments import argument_parser
@@ -439,22 +412,11 @@ def test_iterations_get_each_norm_at_the_sites_asked_for(monkeypatch, tmp_path):
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("images", [2, 8])
-def test_a_config_for_several_gpus_is_timed_with_the_images_asked_for(
-    monkeypatch, tmp_path, images
-):
+def test_a_config_for_several_gpus_is_timed_with_the_images_asked_for(images):
     from cbn_det.plugin.config import build_config
 
-    seen = {}
-    monkeypatch.setattr(benchmark, "_benchmark", lambda *args, **kw: seen.update(args=args) or 0)
-    config = TOOL.parents[1] / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml"
-    detector = Detector(config=config, engine="detectron2")
-    benchmark.benchmark_iterations(Settings(["BN", "GN"], tmp_path), detector, images)
-    ((title, commands),) = seen["args"][2].items()
+    config = str(REPOSITORY / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml")
+    words = ["iteration", "--norms", "BN", "GN", "--config-file", config, "--images", str(images)]
+    title, commands = commands_of(*words, "--engine", "detectron2")
     cfg, _ = build_config(parse(commands["GN"][1:]), world_size=1)
     assert f"{images} images" in title and cfg.SOLVER.IMS_PER_BATCH == images
-
-
-def test_shapes_read_as_they_are_written():
-    shape = Shape.parse("128,256,7,9,64,3")
-    assert str(shape) == "3x3 256->64, 128x7x9"
-    assert shape.words() == ["128", "256", "7", "9", "64", "3"]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cbn_det.study.published import SOURCES, TABLES
 from cbn_det.study.reproduce import COCO_TABLES as CONFIGS
 from cbn_det.study.reproduce import Reproduction, differences, means
-from cbn_det.study.reproduce_data import CBN, TABLES, ZOO
 from cbn_det.study.reproduce_report import document, overview, table_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -94,9 +94,13 @@ def test_other_heads_are_no_rows() -> None:
         for row in Reproduction(Path("out")).rows(table):
             head = row.settings["MODEL"]["ROI_BOX_HEAD"]
             assert (head["NUM_CONV"], head["NUM_FC"]) == (4, 1)
-            assert row.norm != "none" or row.published is None or row.published.source is CBN
+            assert (
+                row.norm != "none"
+                or row.published is None
+                or row.published.source is SOURCES["CBN"]
+            )
         for entry in table.elsewhere:
-            if entry.published.source is ZOO:
+            if entry.published.source is SOURCES["ZOO"]:
                 assert "another head (2fc)" in entry.remark
 
 
@@ -229,7 +233,7 @@ def test_nothing_has_been_run(tool, tmp_path, capsys) -> None:
     assert rows["cbn_4img"] == [*measured, "CBN authors' README, line 29"]
     gains = cells(text, "AP - AP of none")
     assert gains["gn_4img"] == ["(+0.9)", "(+0.2)", "-"]
-    assert CBN.url in text and "8 iterations of it" in text
+    assert SOURCES["CBN"].url in text and "8 iterations of it" in text
     assert not (tmp_path / "out").exists(), "to look changes nothing"
 
 
@@ -276,7 +280,7 @@ def test_a_crashed_and_a_diverged_row_are_rows(tool, capsys) -> None:
     assert "syncbn_4img: on 1 GPUs SyncBN normalises over 4 images" in captured.err
     found = cells(captured.out, "published box AP")
     assert found["none_4img"][2] == "30.0"
-    assert found["syncbn_4img"][2] in ("broken off", "failed")
+    assert found["syncbn_4img"][2] in ("not finished", "failed")
     assert found["cbn_as_released_4img"][2] == "diverged"
     assert "- cbn_as_released_4img: diverged: loss is nan at fpn_output2" in captured.out
 
@@ -370,7 +374,8 @@ def test_markdown_holds_every_published_row_and_no_machine(tool, tmp_path, capsy
         for entry in table.elsewhere:
             assert f"| {entry.what} " in text
     assert "not run yet" not in text and "so far: 0." in text
-    assert f"[{ZOO.name}, line 955]({ZOO.url}?plain=1#L955)" in text
+    zoo = SOURCES["ZOO"]
+    assert f"[{zoo.name}, line 955]({zoo.url}?plain=1#L955)" in text
     assert str(REPOSITORY) not in text
     # read in the CBN authors' README, lines 29 and 33
     assert zoo_rows(text)[FASTER, "cbn_4img"][:2] == ["(4x4)", "(37.6)"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import sys
 from pathlib import Path
 
 import kalman
@@ -20,12 +21,15 @@ from cbn_det.norms import (
     reading_memory,
     resolve_burn_in,
 )
-from cbn_det.run import statistics_error
 from cbn_det.run.errors import ConfigError
 from cbn_det.run.precise_bn import recompute_statistics
-from cbn_det.run.shadows import Shadows
-from cbn_det.run.statistics_error import FILE, Request, StatisticsError
-from cbn_det.study.statistics_results import read_points
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import shadow_errors  # noqa: E402
+from shadow_errors import FILE, Request, StatisticsError  # noqa: E402
+from shadows import Shadows  # noqa: E402
+from statistics_error import read_points  # noqa: E402
 
 EPS = 1e-5
 SIZE, IMAGES = 2, 8  # of a mini-batch, of the truth
@@ -207,7 +211,7 @@ def test_the_truth_and_batchnorm(run) -> None:
 
 
 def test_estimates_are_made_of_the_first_mini_batches_only(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(statistics_error, "_ESTIMATED", 2)
+    monkeypatch.setattr(shadow_errors, "_ESTIMATED", 2)
     training = Training("BN", tmp_path)
     captured = Captured(training)
     training.measured.measure(0, truth_batches(), training.model)

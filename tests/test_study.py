@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cbn_det.commands import compare as compare_norms
-from cbn_det.study import engine, progress, runner
+from cbn_det.study import engine, processes, progress
 from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.compare import compare
 from cbn_det.study.gpus import Places
@@ -160,45 +160,47 @@ def start_tool(plan: Plan, norms: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-def wait_until_it_trains(tool: subprocess.Popen) -> None:
-    assert any("] training " in line for line in tool.stdout), "the comparison ended early"
-
-
-def test_a_run_that_outlived_a_killed_comparison_is_waited_for(tmp_path) -> None:
+def test_a_run_ends_with_a_comparison_that_is_killed_and_is_resumed(tmp_path) -> None:
+    """Nobody asks it to stop: it is told by the end of a pipe. It may save before it ends."""
     plan = make_plan(tmp_path, ["SLOW", "GN"])
     folder = plan.runs()[0].folder
     first = start_tool(plan, plan.norms)
     wait_for(lambda: (folder / "pid").exists(), 60)
     first.kill()
     first.communicate()
-    assert is_running(int((folder / "pid").read_text()))
-    second = start_tool(plan, plan.norms)
-    wait_until_it_trains(second)
-    time.sleep(1.0)  # in which it would start the run a second time
-    (folder / "go").touch()
-    printed, _ = second.communicate(timeout=60)
-    assert second.returncode == 0, printed
-    assert attempts(plan) == {"SLOW": ["start"], "GN": ["start"]}
-
-
-def test_ctrl_c_ends_a_run_that_somebody_else_started_and_lets_it_save(tmp_path) -> None:
-    plan = make_plan(tmp_path, ["SLOW"])
-    folder = plan.runs()[0].folder
-    first = start_tool(plan, plan.norms)
-    wait_for(lambda: (folder / "pid").exists(), 60)
-    first.kill()
-    first.communicate()
-    second = start_tool(plan, plan.norms)
-    wait_until_it_trains(second)
-    time.sleep(1.0)
-    second.send_signal(signal.SIGINT)
-    printed, _ = second.communicate(timeout=60)
-    assert second.returncode == 130, printed
-    assert not is_running(int((folder / "pid").read_text()))
+    wait_for(lambda: not is_running(int((folder / "pid").read_text())), 30)
     assert (folder / "last_checkpoint").exists(), "it was asked, not killed"
     (folder / "go").touch()
     assert compare(plan, jobs=1) == 0
-    assert attempts(plan) == {"SLOW": ["start", "resume"]}
+    assert attempts(plan) == {"SLOW": ["start", "resume"], "GN": ["start"]}
+
+
+def test_nothing_starts_while_a_run_of_a_killed_comparison_is_there(tmp_path) -> None:
+    """What the run has started ends too."""
+    plan = make_plan(tmp_path, ["HANG"])
+    folder = plan.runs()[0].folder
+    tool = start_tool(plan, plan.norms)
+    wait_for(lambda: (folder / "last_checkpoint").exists(), 60)
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+    watcher = os.getpgid(pids[0])
+    os.kill(watcher, signal.SIGSTOP)
+    wait_for(lambda: state_of(watcher) == "T", 10)
+    tool.kill()
+    tool.communicate()
+    with pytest.raises(RuntimeError, match="another comparison is running.*try again"):
+        compare(plan, jobs=1)
+    assert all(map(is_running, pids))
+    os.kill(watcher, signal.SIGCONT)
+    wait_for(lambda: not any(map(is_running, [watcher, *pids])), 30)
+    assert compare(plan, jobs=1) == 0
+    assert attempts(plan) == {"HANG": ["start", "resume"]}
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", -9), ("kill $$", -15)])
+def test_a_child_ends_as_its_command_does(command, code) -> None:
+    words = [*processes.CHILD, "sh", "-c", command]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True, cwd=REPOSITORY)
+    assert child.wait(60) == code
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -213,13 +215,18 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    stat = Path(f"/proc/{pid}/stat")  # a dead process that nobody has collected yet is not running
-    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+    return state_of(pid) != "Z"  # a dead process that nobody has collected yet is not running
+
+
+def state_of(pid: int) -> str:
+    """As Linux has it: "T" is stopped, "Z" dead; empty elsewhere."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.read_text().rsplit(")", 1)[1].split()[0] if stat.exists() else ""
 
 
 def test_one_comparison_per_folder(tmp_path) -> None:
     plan = make_plan(tmp_path, ["GN"])
-    with runner.locked(plan.output), pytest.raises(RuntimeError, match="another comparison"):
+    with processes.locked(plan.output), pytest.raises(RuntimeError, match="another comparison"):
         compare(plan, jobs=1)
 
 

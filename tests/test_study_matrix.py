@@ -3,13 +3,10 @@ what follows from them, GPUs, and how the processes of a run are started."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,6 @@ from cbn_det.study import gpus
 from cbn_det.study.compare import compare
 from cbn_det.study.gpus import Places, visible_gpus
 from cbn_det.study.plan import Plan, Run, Split
-from cbn_det.study.processes import LeftBehind, Process, running_beside, write_note
-from cbn_det.study.runner import Outcome, run_all
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
@@ -295,20 +290,6 @@ def test_a_run_with_more_ranks_than_places_has_a_gpu_for_each(places) -> None:
     assert eight.take(8) is None
 
 
-def test_gpus_in_use_are_given_to_nobody_else() -> None:
-    eight = Places(8, list("01234567"))
-    left = [eight.hold(2, gpus) for gpus in ("01", "45", "67", "23")]
-    assert eight.take(1) is None
-    eight.give_back(left[1])
-    assert eight.take(2) == ["4", "5"]
-    fewer = Places(1, list("0123"))  # than an earlier comparison had
-    left = [fewer.hold(2, "01"), fewer.hold(2, "89")]
-    fewer.give_back(left[0])
-    assert fewer.take(1) is None, "a run on GPUs that are not ours is one at a time, too"
-    fewer.give_back(left[1])
-    assert fewer.take(2) == ["0", "1"]
-
-
 def test_a_run_sees_its_gpus_only(tmp_path) -> None:
     plan = make_plan(tmp_path, ["GN", "BN"], splits=[Split(2, 2)])
     assert compare(plan, jobs=4, gpus=["4", "5", "6", "7"]) == 0
@@ -322,93 +303,6 @@ def test_a_run_sees_as_many_gpus_as_it_has_ranks_at_one_job(tmp_path, capsys) ->
     results = [json.loads((run.folder / "result.json").read_text()) for run in plan.runs()]
     assert [result["gpus"] for result in results] == ["4,5,6,7"] * 2
     assert "2 runs, up to 1 at a time on GPU 4 5 6 7" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize(
-    ("gpu", "noted", "expected"), [("0", True, "1"), ("1", True, "0"), ("1", False, "1")]
-)
-@pytest.mark.parametrize("turn", [1, -1])
-def test_a_run_left_behind_keeps_its_gpu(tmp_path, gpu, noted, expected, turn) -> None:
-    """Notes of earlier versions do not say which it is: then it counts as one of them."""
-    plan = make_plan(tmp_path, ["SLOW", "GN"])
-    slow, other = plan.runs()
-    left = Process(slow, jobs=2, gpus=[gpu])
-    note = slow.folder / "study.json"
-    facts = json.loads(note.read_text())
-    assert facts.pop("gpus") == [gpu]
-    if not noted:
-        note.write_text(json.dumps(facts))
-
-    def done(outcome: Outcome) -> None:
-        (slow.folder / "go").touch()
-
-    outcomes = run_all([slow, other][::turn], 2, done, poll_seconds=0.05, gpus=["0", "1"])
-    results = {outcome.run.norm: outcome.result for outcome in outcomes}
-    assert results["GN"]["gpus"] == expected
-    assert results["SLOW"]["gpus"] == gpu
-    assert (slow.folder / "attempts").read_text().split() == ["start"]
-    assert left.result()["status"] == "finished"
-
-
-def beside(tmp_path: Path, gpus: list[str], ranks: int = 1) -> tuple[Process, Run, Run]:
-    """A run left behind that trains until it is told, and another of the same comparison."""
-    slow, other = make_plan(tmp_path, ["SLOW", "GN"]).runs()
-    slow = dataclasses.replace(slow, ranks=ranks)
-    slow.folder.mkdir(parents=True)
-    (slow.folder.parent / ".lock").touch()  # a file beside the folders, as a table has it
-    return Process(slow, jobs=2, gpus=gpus), slow, other
-
-
-@pytest.mark.parametrize(
-    ("gpu", "host", "ours", "expected"),
-    [
-        ("0", None, ["0", "1"], "1"),
-        ("1", None, ["0", "1"], "0"),
-        ("0", "elsewhere", ["0", "1"], "0"),
-        ("0", None, ["1"], "1"),
-        ("0", None, [], None),
-    ],
-)
-def test_a_run_left_behind_that_is_not_asked_for_keeps_its_gpu(
-    tmp_path, monkeypatch, gpu, host, ours, expected
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    left, slow, other = beside(tmp_path, [gpu])
-    note = slow.folder / "study.json"
-    facts = json.loads(note.read_text())
-    note.write_text(json.dumps(facts | {"host": host or facts["host"]}))
-    jobs = max(1, len(ours))
-    (outcome,) = run_all([other], jobs, lambda outcome: None, poll_seconds=0.05, gpus=ours)
-    assert outcome.result["gpus"] == expected
-    assert not left.ended(), "it is neither waited for nor stopped"
-    (slow.folder / "go").touch()
-    while not left.ended():
-        time.sleep(0.05)
-    assert left.result()["status"] == "finished"
-
-
-@pytest.mark.parametrize(("ranks", "jobs", "gpus"), [(1, 1, []), (2, 2, []), (1, 1, ["0", "1"])])
-def test_a_run_left_behind_has_its_places_until_it_ends(
-    tmp_path, monkeypatch, ranks, jobs, gpus
-) -> None:
-    left, slow, other = beside(tmp_path, gpus[:1], ranks)
-    asked, ended = [], LeftBehind.ended
-    monkeypatch.setattr(LeftBehind, "ended", lambda self: asked.append(self) or ended(self))
-    threading.Timer(1.0, (slow.folder / "go").touch).start()
-    (outcome,) = run_all([other], jobs, lambda outcome: None, poll_seconds=0.05, gpus=gpus)
-    assert outcome.result["status"] == left.result()["status"] == "finished"
-    files = other.folder / "attempts", slow.folder / "result.json"
-    start, end = (file.stat().st_mtime_ns for file in files)
-    assert start > end
-    assert len(asked) < 100, "not in a hurry"
-    assert running_beside([other]) == []
-
-
-def test_the_gpus_of_another_machine_are_not_ours(tmp_path) -> None:
-    run = make_plan(tmp_path, ["GN"]).runs()[0]
-    run.folder.mkdir(parents=True)
-    write_note(run, pid=1, host="elsewhere", gpus=["0"])
-    assert LeftBehind(run).gpus == []
 
 
 def test_gpus_are_left_alone_where_none_is_given(tmp_path, monkeypatch) -> None:

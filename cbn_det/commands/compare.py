@@ -4,7 +4,7 @@ A matrix of norms x images per GPU x seeds: every combination is trained as a pr
 as a SLURM job) and evaluated. Tables show mean and spread over seeds and the distance to SyncBN and
 GN, report.html beside them curves and pictures as well. A run that crashes or diverges is counted
 in its row and stops nothing. Started again with the same arguments, finished runs are kept and
-broken-off ones go on at their last checkpoint. Rows of different world size or total batch never
+interrupted ones resume. Rows of different world size or total batch never
 share a table.
 
 examples:
@@ -21,7 +21,7 @@ examples:
   cbn-det compare --num-gpus 8 --images-per-gpu 1 2 --seeds 1 2 3 \\
       --config-file "coco/mask_rcnn_R_50_FPN_1x/{norm}_2img.yaml" \\
       --norms none BN SyncBN GN BRN CBN KN GKN MBN BGN \\
-      --submit slurm --sbatch partition=gpu time=24:00:00 account=vision cpus-per-task=40
+      --submit slurm --sbatch partition=gpu time=1440 account=vision cpus-per-task=40
 
   # options of a norm are part of its name (quote it for the shell); a base config of your own, the
   # norm in FPN and box head whatever the config says, two runs side by side on four GPUs
@@ -188,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="options of sbatch; time=HH:MM:SS is needed, partition, account, qos, mem, gres, "
+        help="options of sbatch; time=MINUTES is needed, partition, account, qos, mem, gres, "
         "cpus-per-task, constraint and all others may be given",
     )
     add("--output", type=Path, default=Path("output/compare"), help="default output/compare")

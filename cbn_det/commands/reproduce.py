@@ -2,7 +2,7 @@
 
 A table is a folder of configs/coco, a row a config in it. Without --run a table is printed: what is
 published and where, what has been measured so far, and the differences, between norms as well.
-With --run the rows are trained; started again, finished ones are kept and broken-off ones go on.
+With --run the rows are trained; started again, finished ones are kept and interrupted ones resume.
 
 examples:
   cbn-det reproduce --list                       # the tables
@@ -18,7 +18,7 @@ examples:
 
   # three seeds, 16 GPUs as 2 nodes of a SLURM cluster
   cbn-det reproduce TABLE --rows cbn_1img --seeds 1 2 3 --run \\
-      --submit slurm --num-machines 2 --sbatch time=24:00:00 partition=gpu
+      --submit slurm --num-machines 2 --sbatch time=1440 partition=gpu
 
   # all tables as one Markdown file
   cbn-det reproduce all --markdown docs/model_zoo.md
@@ -39,8 +39,8 @@ from ..cli import typed_words
 from ..run.arguments import add_datasets
 from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
 from ..study.files import write_text
+from ..study.published import TABLES
 from ..study.reproduce import Reproduction
-from ..study.reproduce_data import TABLES
 from ..study.reproduce_report import LEGEND, document, overview, table_text
 from ..study.reproduce_run import as_typed, on_gpu, run_rows, runs_of
 from ..study.slurm import CLUSTERS, Cluster

@@ -22,12 +22,10 @@ from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
-from ..run.statistics_error import Request
 from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
 from .flops import count_flops
 from .registry import check_config_norms, norms_in_use, register
-from .statistics import StatisticsHook
 from .step import has_sync_norm
 from .trainer import Trainer, check_evaluable, evaluate_precise
 
@@ -95,9 +93,6 @@ class Detectron2Job(Job):
         if self.args.strict and trainer.unused_norms:
             keys = ", ".join(trainer.unused_norms)
             raise ConfigError(f"--strict: {keys}: the model has no layer of this norm")
-        if self.args.statistics_error:
-            request = Request.parse(self.args.statistics_error)
-            trainer.register_hooks([StatisticsHook(trainer, request)])
         built(lambda: trainer.resume_or_load(resume=self.args.resume))
         self.start()
         return trainer.train()

@@ -139,13 +139,6 @@ def argument_parser() -> argparse.ArgumentParser:
         " one iteration of their memory (default: 1)",
     )
     parser.add_argument(
-        "--statistics-error",
-        metavar="JSON",
-        help="while training, measure how far the statistics of norms are from the truth, as"
-        " tools/statistics_error.py asks for it:"
-        ' \'{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}\'',
-    )
-    parser.add_argument(
         "--strict",
         action="store_true",
         help="refuse a config key that names a norm of which the model then has no layer, which"

@@ -48,7 +48,6 @@ _OF_EVALUATION = (RESULT, PREDICTIONS, WORST_IMAGES)
 _STALE = (
     "last_checkpoint",
     "metrics.json",
-    "statistics_error.jsonl",
     PREDICTIONS,
     *(f"{EVALUATION}/{name}" for name in _OF_EVALUATION),
 )

@@ -20,7 +20,6 @@ from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
-from ..run.statistics_error import Request
 from .config_values import norms_in_use
 from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
@@ -58,8 +57,6 @@ class StandaloneJob(Job):
                 self.args.accumulate,
             )
         )
-        if self.args.statistics_error:
-            trainer.measure_statistics(Request.parse(self.args.statistics_error))
         if self.args.resume:
             trainer.resume()
         if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:

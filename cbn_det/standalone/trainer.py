@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from ..run.resume import (
     solver_state,
 )
 from ..run.signals import Interrupted, StopRequest, stop_requests
-from ..run.statistics_error import Request, StatisticsError
 from .loading import Sample, batches
 from .metrics import Metrics
 from .optimizer import build_optimizer, clip_gradients, learning_rate
@@ -91,7 +89,6 @@ class Trainer:
         self.iter = self.start_iter = 0
         self.last_batch: list[Sample] | None = None
         self.clock = RunClock()
-        self._statistics: StatisticsError | None = None
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
@@ -101,27 +98,8 @@ class Trainer:
         )
         logger.info(format_norm_table(norm_rows(model)))
 
-    def measure_statistics(self, request: Request) -> None:
-        """Has the training measure what is asked for; call it before :meth:`resume`.
-
-        Raises:
-            ConfigError: a norm cannot be measured beside those of the model.
-        """
-        solver, folder = self.cfg.SOLVER, Path(self.cfg.OUTPUT_DIR)
-        self.bare_model.train()
-        self._statistics = StatisticsError(
-            self.bare_model,
-            self.double_forward,
-            request,
-            solver.MAX_ITER,
-            solver.IMS_PER_BATCH,
-            folder,
-        )
-
     def state_dict(self) -> dict[str, Any]:
-        going_on = self._statistics is not None and self.iter + 1 < self.cfg.SOLVER.MAX_ITER
         return {
-            "statistics": self._statistics.state_dict() if going_on else {},
             **norm_state(self.bare_model),
             "seed": self.cfg.SEED,
             "accumulate": self.accumulate,
@@ -176,8 +154,6 @@ class Trainer:
         if any(changes):
             why = "; ".join(filter(None, changes))
             logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
-        if self._statistics is not None and training.get("statistics"):
-            self._statistics.load_state_dict(training["statistics"])
         self.clock.load_state_dict(training["clock"])
         self.metrics.load_state_dict(training["metrics"])
 
@@ -207,8 +183,6 @@ class Trainer:
                     self._iterate(stop)
             finally:
                 self.clock.stop()
-            if self._statistics is not None:
-                self._statistics.remove()
             self.iter = last + 1
             results = self.evaluate()
             self.metrics.put_results(results)
@@ -221,10 +195,6 @@ class Trainer:
         loader = batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
-            if self._statistics is not None and self._statistics.due(iteration):
-                others = batches(self.dataset, self.cfg, solver.MAX_ITER * self.accumulate)
-                forward = partial(losses_of, self.bare_model)
-                self._statistics.measure(iteration, others, forward)
             self.clock.start_step()
             self._step(loader)
             self.clock.end_step()

@@ -1,4 +1,4 @@
-"""Compares norms: runs a plan, resumes what was broken off, and reports what came out."""
+"""Compares norms: runs a plan, resumes what was interrupted, and reports what came out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from cbn_det.study.backbone import extract_backbone
 from cbn_det.study.disk import advice
 from cbn_det.study.files import write_files
 from cbn_det.study.plan import Plan, Run, backbone_file
+from cbn_det.study.processes import interruptible, locked
 from cbn_det.study.progress import say
 from cbn_det.study.recipes import config_iterations
 from cbn_det.study.report import Comparison
 from cbn_det.study.results import make_rows, reason_of
-from cbn_det.study.runner import Active, Outcome, interruptible, locked, run_all
+from cbn_det.study.runner import Active, Outcome, run_all
 from cbn_det.study.tables import text_report
 
 EXIT_FAILED = 1
@@ -25,7 +26,7 @@ EXIT_INTERRUPTED = 130
 
 STOPPED = (
     "\nStopped; every started run was ended. The same command goes on from here: finished runs are "
-    "kept, the others continue at their last checkpoint."
+    "kept, interrupted ones resume from their last checkpoint."
 )
 STOPPED_WATCHING = (
     "\nStopped watching; submitted jobs go on (squeue shows them, scancel ends them). The same "

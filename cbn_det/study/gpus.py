@@ -43,21 +43,12 @@ class Places:
         """
         if len(self._taken) + min(ranks, self.number) > self.number:
             return None
-        return self.hold(ranks)
-
-    def hold(self, ranks: int, gpus: Sequence[str] = ()) -> list[str]:
-        """Like :meth:`take` for a run that is under way already, whether there is room or not.
-
-        Args:
-            ranks: its processes.
-            gpus: the GPU of each; none: not known.
-        """
-        held = list(gpus) or self._choose(ranks)
-        self._taken += held
-        return held
+        chosen = self._choose(ranks)
+        self._taken += chosen
+        return chosen
 
     def give_back(self, taken: Sequence[str]) -> None:
-        """Free places that :meth:`take` or :meth:`hold` has given."""
+        """Free places that :meth:`take` has given."""
         for name in taken:
             self._taken.remove(name)
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from cbn_det.config_files import CONFIGS
 from cbn_det.study.engine import LAUNCHER
 from cbn_det.study.plan import Run
+from cbn_det.study.published import TABLES, Published, Table, Values
 from cbn_det.study.recipes import read_yaml, schedule
-from cbn_det.study.reproduce_data import TABLES, Published, Table, Values
 from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
-from cbn_det.study.runner import is_running
 
 COCO_TABLES = CONFIGS / "coco"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -86,7 +85,7 @@ class Measured:
     Attributes:
         ap: by task and metric, over the seeds that finished; None where there is no such number.
         ap_precise: box and mask AP with PreciseBN statistics.
-        states: of the runs that are not finished: "running", "failed: ...", "diverged: ...".
+        states: of the runs that are not finished: "not finished", "failed: ...", "diverged: ...".
         splits: (GPUs, images per GPU, accumulated mini-batches) of the finished runs.
         results: of the finished runs.
     """
@@ -220,7 +219,7 @@ class Reproduction:
         for folder in sorted((self.output / row.table.name).glob(pattern)):
             result = read_result(folder)
             if result is None:
-                states.append("running" if is_running(folder) else "broken off")
+                states.append("not finished")
             elif result.get("status") != "finished":
                 states.append(f"{result.get('status')}: {result.get('message')}")
             elif result.get("images_per_gpu") != row.images:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from cbn_det.study.published import Elsewhere, Published, Source, Table, Values
 from cbn_det.study.reproduce import (
     BASELINES,
     REMEMBERING,
@@ -16,7 +17,6 @@ from cbn_det.study.reproduce import (
     differences,
     means,
 )
-from cbn_det.study.reproduce_data import Elsewhere, Published, Source, Table, Values
 from cbn_det.study.results import Spread
 from cbn_det.study.tables import machines, versions
 

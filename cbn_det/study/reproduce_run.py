@@ -12,9 +12,10 @@ from cbn_det.study.compare import EXIT_FAILED, announce
 from cbn_det.study.engine import HOME
 from cbn_det.study.gpus import visible_gpus
 from cbn_det.study.plan import Run
+from cbn_det.study.processes import interruptible, locked
 from cbn_det.study.recipes import device
 from cbn_det.study.reproduce import Reproduction, Row
-from cbn_det.study.runner import Active, interruptible, locked, run_all
+from cbn_det.study.runner import Active, run_all
 
 
 def on_gpu(rows: Sequence[Row], overrides: list[str]) -> bool:

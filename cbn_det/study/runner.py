@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from cbn_det.study.child import STOP_SECONDS
 from cbn_det.study.gpus import Places
 from cbn_det.study.plan import Run
-from cbn_det.study.processes import LeftBehind, Process, is_running, running_beside
+from cbn_det.study.processes import Process
 from cbn_det.study.progress import Display, say
 from cbn_det.study.results import read_result
-
-# For a run to finish its iteration and write a checkpoint once it is asked to stop.
-STOP_SECONDS = 60.0
 
 
 @dataclass
@@ -56,10 +51,8 @@ def run_all(
 ) -> list[Outcome]:
     """Run everything that is not finished yet, at most `jobs` processes at a time.
 
-    A finished or diverged run is taken as it is; a failed one is started again and a broken-off one
-    goes on from its last checkpoint. One that an earlier comparison started and left behind, as it
-    was killed, keeps its GPUs and is watched until it ends. One that is not asked for, in a folder
-    beside these, keeps its GPUs as well. A run that ends badly is an outcome, never an exception.
+    A finished or diverged run is taken as it is; a failed one is started again and an interrupted
+    one resumes from its last checkpoint. A run that ends badly is an outcome, never an exception.
 
     Args:
         runs: what to run.
@@ -90,24 +83,7 @@ def run_all(
     active: dict[str, tuple[Run, Active, list[str]]] = {}
     with Display(total=len(runs)) as display:
         try:
-            # before anything starts, which could get the GPUs they use
-            for run in [run for run in waiting if submit is None and is_running(run.folder)]:
-                waiting.remove(run)
-                left = LeftBehind(run)
-                active[run.label] = (run, left, places.hold(run.ranks, left.gpus))
-            beside = []  # of an earlier call for other runs: neither reported nor stopped
-            for run in running_beside(runs) if submit is None else ():
-                left = LeftBehind(run)
-                if left.gpus and not set(left.gpus) & set(gpus):
-                    continue  # in nobody's way
-                beside.append((run, left, places.hold(run.ranks, left.gpus)))
             while waiting or active:
-                for other in list(beside):
-                    run, left, taken = other
-                    if left.ended():
-                        beside.remove(other)
-                        places.give_back(taken)
-                        display.forget(run.label)
                 while waiting and (taken := places.take(waiting[0].ranks)) is not None:
                     run = waiting.pop(0)
                     process = submit(run) if submit else Process(run, jobs, taken)
@@ -119,8 +95,8 @@ def run_all(
                     places.give_back(taken)
                     display.forget(label)
                     ended(run, process.result())
-                display.update([run for run, *_ in (*active.values(), *beside)], len(outcomes))
-                if active or beside:
+                display.update([run for run, *_ in active.values()], len(outcomes))
+                if active:
                     time.sleep(poll_seconds)
         finally:
             if active:
@@ -147,33 +123,6 @@ def _end_all(active: list[Active]) -> None:
         process.kill()
     for number, handler in previous.items():
         signal.signal(number, handler)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one comparison. Raises RuntimeError when another one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{folder}: another comparison is running in this folder") from None
-        yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C, so that no run outlives the comparison."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def as_asked_for(run: Run, result: dict) -> dict:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
-from ..norms import SmallBatchNorm2d, resolve_burn_in
-from ..run.errors import one_line
-from ..run.measure import machine, peak_memory_mb
+from cbn_det import __version__
+from cbn_det.norms import SmallBatchNorm2d, resolve_burn_in
+from cbn_det.run.errors import one_line
+from cbn_det.run.measure import machine, peak_memory_mb
 
 _PAST_ANY_SCHEDULE = 10**9
 
@@ -35,13 +35,11 @@ class Workload:
         step: one training step, forward to optimiser.
         model: what it trains; its norms are set past their burn-in, where they do all their work.
         device: of the model.
-        versions: of what takes part, beside torch.
     """
 
     step: Callable[[], None]
     model: nn.Module
     device: torch.device
-    versions: dict[str, str]
 
 
 def serve(build: Callable[[], Workload]) -> int:
@@ -84,7 +82,6 @@ def _facts(work: Workload) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **work.versions,
             "cbn_det": __version__,
         },
     }

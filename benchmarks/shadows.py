@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norms import Estimate, Moments, SmallBatchNorm2d, build_norm, convert_norm, resolve_burn_in
-from ..norms.binding import ConvBound
-from ..norms.chain import Chained
-from ..norms.functional import moments
-from ..norms.graph import mark
-from ..norms.remembering import RememberingNorm2d
-from .errors import ConfigError
+from cbn_det.norms import (
+    Estimate,
+    Moments,
+    SmallBatchNorm2d,
+    build_norm,
+    convert_norm,
+    resolve_burn_in,
+)
+from cbn_det.norms.binding import ConvBound
+from cbn_det.norms.chain import Chained
+from cbn_det.norms.functional import moments
+from cbn_det.norms.graph import mark
+from cbn_det.norms.remembering import RememberingNorm2d
+from cbn_det.run.errors import ConfigError
 
 #: what "BN" stands for among the shadows: BatchNorm, to the last bit
 _BATCHNORM = "CBN(window=1, ema='batch')"

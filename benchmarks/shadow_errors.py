@@ -1,7 +1,7 @@
 """How far the statistics that norms normalise with are from the truth, measured in a training run.
 
 What is compared. A network is trained with one norm, and beside each of its BatchNorms stand
-:mod:`.shadows`: layers of all the norms under study, which get the same input in every forward and
+:mod:`shadows`: layers of all the norms under study, which get the same input in every forward and
 whose output nobody uses. So all methods are asked about the same weights and the same images, and
 what differs between them is the estimate alone. If each norm trained a network of its own, the
 networks would differ as well, and with them the task: a network whose weights move less has
@@ -59,9 +59,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from shadows import Shadows, Site
 from torch import Tensor, nn
 
-from ..norms import (
+from cbn_det.norms import (
     DoubleForward,
     Estimate,
     Moments,
@@ -70,11 +71,10 @@ from ..norms import (
     memory_state_dict,
     reading_memory,
 )
-from ..norms.functional import group_moments
-from .errors import ConfigError
-from .files import append_line
-from .precise_bn import PooledMoments, kept_statistics
-from .shadows import Shadows, Site
+from cbn_det.norms.functional import group_moments
+from cbn_det.run.errors import ConfigError
+from cbn_det.run.files import append_line
+from cbn_det.run.precise_bn import PooledMoments, kept_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,27 @@
-"""Measuring how far norms' statistics are from the truth, in a training on detectron2."""
+"""The launcher of a training on detectron2 in which the errors of statistics are measured.
+
+python benchmarks/statistics_run.py --statistics-error JSON LAUNCHER-ARGUMENTS
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from detectron2.engine import HookBase
-from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ..run.errors import ConfigError
-from ..run.statistics_error import Request, StatisticsError
-from .loading import place
-from .trainer import Trainer
+import torch  # noqa: E402
+from detectron2.engine import HookBase  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from shadow_errors import FILE, Request, StatisticsError  # noqa: E402
+
+from cbn_det.launch import main as launch  # noqa: E402
+from cbn_det.plugin import job  # noqa: E402
+from cbn_det.plugin.loading import place  # noqa: E402
+from cbn_det.plugin.trainer import Trainer  # noqa: E402
+from cbn_det.run.errors import ConfigError  # noqa: E402
 
 
 class StatisticsHook(HookBase):
@@ -59,3 +67,34 @@ class StatisticsHook(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._measured.load_state_dict(state)
+
+
+class MeasuringTrainer(Trainer):
+    """Measures what `request` asks for while it trains."""
+
+    request: Request
+
+    def resume_or_load(self, resume: bool = True) -> Any:
+        if not resume:
+            Path(self.cfg.OUTPUT_DIR, FILE).unlink(missing_ok=True)
+        self.register_hooks([StatisticsHook(self, self.request)])
+        return super().resume_or_load(resume=resume)
+
+
+def main(words: list[str]) -> int:
+    """Trains and returns the launcher's exit code."""
+    at = words.index("--statistics-error")
+    try:
+        MeasuringTrainer.request = Request.parse(words[at + 1])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    job.Trainer = MeasuringTrainer
+    try:
+        return launch([*words[:at], *words[at + 2 :]])
+    finally:
+        job.Trainer = Trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

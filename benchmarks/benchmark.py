@@ -1,0 +1,346 @@
+"""What a norm costs: seconds and peak memory, as ratios to another norm's, with intervals.
+
+Four kinds of measurement:
+
+  layer      a convolution and its norm at given shapes: forward, backward, optimiser step (a lone
+             layer gives KN and GKN nothing to predict from: their cost shows in an iteration)
+  norm       norms alone, forward and backward, and the share of the memory's bandwidth that they
+             reach: beside a copy, which is the first line (without a convolution there is nothing
+             that CBN could compensate by: CBN(compensation='none'))
+  iteration  a training iteration of a detector, from a config, on either engine
+  inference  its forward pass over a test image; "deployed:NORM" with norms made plain BatchNorm
+             first, "folded:NORM" with norms taken into the convolutions (cbn_det.deploy; its peak
+             memory is that of the folding)
+
+Each norm has a process of its own, which holds its model and takes turns with the others: a ratio
+is the median of paired repetitions, so that a machine that speeds up or slows down does not decide
+who is faster. Norms are timed past their burn-in and with full windows, where they do all their
+work. The first norm is what the others are compared with. Best on an idle machine; a busy one is
+told, makes intervals wide, and is better measured with --clock cpu.
+The table is printed; --out writes it as CSV.
+
+examples:
+  # at the four shapes by which the layers are tuned, on CPU
+  python benchmarks/benchmark.py layer --norms BN CBN "CBN(positions=None)" GN
+
+  # a shape of your own (input N, C, H, W, output channels, kernel), on a GPU
+  python benchmarks/benchmark.py layer --norms BN CBN --shapes 2,256,200,304,256,3 --device cuda
+
+  # a layer of your own or of another project: theirs(in_channels, out_channels, kernel_size) in
+  # peers.py returns convolution and norm in one module
+  python benchmarks/benchmark.py layer --norms BN CBN peers.py:theirs
+
+  # the share of memory bandwidth that the norms' kernels reach on a GPU
+  python benchmarks/benchmark.py norm --norms BN "CBN(compensation='none')" MBN BGN GN \\
+      --device cuda --shapes 2,256,200,304
+
+  # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
+  python benchmarks/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
+
+  # the papers' setting: frozen norms in the backbone, norm in FPN and heads
+  python benchmarks/benchmark.py iteration --recipe finetune --norms BN CBN MBN
+
+  # Mask R-CNN R50-FPN at 320 px; KEY VALUE pairs go to every norm's config
+  python benchmarks/benchmark.py iteration --norms BN CBN MBN --opts MODEL.MASK_ON True \\
+      MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 256 \\
+      INPUT.MIN_SIZE_TRAIN "(320,)" INPUT.MAX_SIZE_TRAIN 320
+
+  # your own config and data, the norm in the FPN only, on a GPU
+  python benchmarks/benchmark.py iteration --norms BN CBN --config-file my.yaml \\
+      --norm-keys MODEL.FPN.NORM --device cuda \\
+      --coco-dataset cells_train train.json images/ --opts DATASETS.TRAIN "('cells_train',)"
+
+  # what a norm costs a model in use, against frozen BatchNorm
+  python benchmarks/benchmark.py inference --norms FrozenBN CBN deployed:CBN folded:CBN GN
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ratios import CONFIDENCE, FEWEST, paired_ratio  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+from timing import Worker, say, take_turns  # noqa: E402
+
+from cbn_det.config_files import find_config  # noqa: E402
+from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.run.arguments import add_datasets  # noqa: E402
+from cbn_det.study.engine import resolve_engine  # noqa: E402
+from cbn_det.study.recipes import RECIPES, read_yaml  # noqa: E402
+
+WORKER = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("workloads.py")))
+#: load average per core from which on others are in the way
+BUSY = 0.3
+#: what norms alone are compared with
+COPY = "copy"
+#: outputs of the convolutions below
+MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
+#: an FPN output and lateral convolution, a RoI head's, and the last of a bottleneck
+SHAPES = ["2,256,100,100,256,3", "2,256,100,100,256,1", "128,256,7,7,256,3", "2,64,200,200,256,1"]
+#: what a detector's norms may be when it is timed
+STAGES = ("trained", "deployed", "folded")
+
+#: columns of the CSV that are the same in all rows
+MADE_ON = ("repetitions", "clock", "machine", "versions")
+
+Row = dict[str, str | float]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--norms", nargs="+", required=True, metavar="NORM", help="the first is the reference")
+    add("--repetitions", type=int, default=30, metavar="N", help="turns of each norm (default 30)")
+    add(
+        "--seconds",
+        type=float,
+        default=600.0,
+        help="end a shape or config earlier when its turns have taken this long (default 600)",
+    )
+    add("--warm-up", type=int, default=10, metavar="N", help="steps before (default 10)")
+    add(
+        "--turn-seconds",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="steps in a turn: as many as take this long with the first norm (default 0.2)",
+    )
+    add("--threads", type=int, metavar="N", help="of each process (default: torch's)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the processor time of the process, which other work on the machine disturbs "
+        "less; on a GPU only wall makes sense (default wall)",
+    )
+    add("--out", type=Path, metavar="FILE.csv", help="also write the table there")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+
+    layer = kinds.add_parser("layer", parents=[common], help="a convolution and its norm")
+    layer.add_argument(
+        "--shapes",
+        nargs="+",
+        default=SHAPES,
+        metavar="N,C,H,W,OUT,KERNEL",
+        help="default: " + " ".join(SHAPES),
+    )
+    norm = kinds.add_parser("norm", parents=[common], help="a norm alone, beside a copy")
+    norm.add_argument(
+        "--shapes", nargs="+", default=MAPS, metavar="N,C,H,W", help="default: " + " ".join(MAPS)
+    )
+    for kind in (layer, norm):
+        kind.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+
+    detector = argparse.ArgumentParser(add_help=False)
+    add = detector.add_argument
+    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
+    add("--config-file", type=Path, help="in place of the recipe's")
+    add(
+        "--norm-keys",
+        nargs="+",
+        metavar="KEY",
+        help="config keys that the norms are written to (default: the recipe's)",
+    )
+    add("--engine", choices=ENGINES, default="auto", help="default auto")
+    add("--device", help="cpu or cuda (default: the config's)")
+    add_datasets(detector)
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
+
+    both = [common, detector]
+    iteration = kinds.add_parser("iteration", parents=both, help="a detector's training iteration")
+    iteration.add_argument(
+        "--images", type=int, default=2, metavar="N", help="in an iteration (default 2)"
+    )
+    kinds.add_parser("inference", parents=both, help="a detector's forward pass over a test image")
+    return parser
+
+
+def numbers(text: str, names: str) -> list[int]:
+    """Reads a shape. Raises ValueError where it is none."""
+    words = text.split(",")
+    if len(words) != len(names.split(",")) or not all(w.isdecimal() and int(w) for w in words):
+        raise ValueError(f"--shapes {text}: expected {names}, numbers of 1 or more")
+    return list(map(int, words))
+
+
+def layer_commands(norms: list[str], text: str, device: str) -> tuple[str, dict[str, list[str]]]:
+    """What to call the case, and the worker's words for each norm."""
+    n, c, h, w, out, kernel = numbers(text, "N,C,H,W,OUT,KERNEL")
+    if kernel % 2 == 0:
+        raise ValueError(f"--shapes {text}: the kernel must be odd")
+    name = f"{kernel}x{kernel} {c}->{out}, {n}x{h}x{w}"
+    return name, {norm: ["layer", norm, *text.split(","), device] for norm in norms}
+
+
+def detector_commands(args: argparse.Namespace) -> tuple[str, dict[str, list[str]]]:
+    """The same for a detector's training iteration or inference.
+
+    Weights are random unless the overrides name MODEL.WEIGHTS: how long an iteration takes hardly
+    depends on them. An untrained detector has a box for every class at every place; for inference
+    they are below the score threshold, so that sorting them does not hide the network's time.
+    """
+    recipe, engine = RECIPES[args.recipe], resolve_engine(args.engine)
+    config = Path(find_config(str(args.config_file))) if args.config_file else recipe.config
+    keys = args.norm_keys or recipe.norm_keys
+    first = ["--config-file", str(config), "--engine", engine]
+    first += [word for triple in args.coco_dataset for word in ("--coco-dataset", *triple)]
+    first += ["MODEL.WEIGHTS", ""]
+    last = ["MODEL.DEVICE", args.device] if args.device else []
+    if args.kind == "iteration":
+        # with the key, the worker would take the share of one process of several
+        scales = read_yaml(config).get("SOLVER", {}).get("REFERENCE_WORLD_SIZE")
+        first += ["SOLVER.REFERENCE_WORLD_SIZE", "0"] if scales else []
+        first += ["SOLVER.IMS_PER_BATCH", str(args.images)]
+    else:
+        first += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"]
+    commands = {}
+    for norm in args.norms:
+        kind, name = ["iteration"], norm
+        if args.kind == "inference":
+            stage, _, name = norm.rpartition(":")
+            if stage not in ("", *STAGES):
+                raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
+            kind = ["inference", stage or "trained"]
+        own = [word for key in keys for word in (key, name)]
+        commands[norm] = [*kind, *first, *last, *own, *args.opts]
+    images = args.images if args.kind == "iteration" else 1
+    sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys]
+    return f"{config.stem}, {images} images, {engine}; norm in {', '.join(sites)}", commands
+
+
+def cases(args: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
+    """What is timed: by name, the worker's words for each norm.
+
+    Raises:
+        ValueError: a setting that cannot be followed; names the option.
+    """
+    if len(args.norms) < 2 or len(set(args.norms)) < len(args.norms):
+        raise ValueError("--norms: name two or more, each once; the first is the reference")
+    if args.repetitions < FEWEST:
+        raise ValueError(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
+    if min(args.warm_up, args.threads or 1, getattr(args, "images", 1)) < 1:
+        raise ValueError("--warm-up, --threads and --images are 1 or more")
+    if args.kind == "layer":
+        return dict(layer_commands(args.norms, text, args.device) for text in args.shapes)
+    if args.kind == "norm":
+        if COPY in args.norms:
+            raise ValueError(f"--norms {COPY}: it takes part anyway")
+        found = {}
+        for text in args.shapes:
+            words = list(map(str, numbers(text, "N,C,H,W")))
+            commands = {n: ["norm", n, *words, args.device] for n in (COPY, *args.norms)}
+            found["x".join(words)] = commands
+        return found
+    if len(args.opts) % 2:
+        raise ValueError(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+    return dict([detector_commands(args)])
+
+
+def measure(args: argparse.Namespace, name: str, commands: dict[str, list[str]]) -> list[Row]:
+    """All norms at one case: a row each.
+
+    Raises:
+        WorkerFailed: a norm that cannot be built or run.
+    """
+    say(f"{name}: building {', '.join(commands)}")
+    workers: list[Worker] = []
+    with tempfile.TemporaryDirectory() as logs:
+        try:
+            for norm, words in commands.items():
+                log = Path(logs) / f"{len(workers)}.log"
+                workers.append(Worker(norm, [*WORKER, *words], log, args.threads))
+            facts = [worker.answer() for worker in workers]
+            for worker, fact in zip(workers, facts, strict=True):
+                worker.ask(f"run {max(args.warm_up, fact['warm_up'] + 2)}")
+            first = workers[0].ask("time 1")["wall"]
+            steps = max(1, math.ceil(args.turn_seconds / first))
+            taken = take_turns(workers, steps, args.repetitions, args.seconds)
+            peaks = {worker.norm: worker.ask("memory")["peak_mb"] for worker in workers}
+        finally:
+            for worker in workers:
+                worker.end()
+    times = {norm: [answer[args.clock] for answer in answers] for norm, answers in taken.items()}
+    machine, versions = facts[0]["machine"], facts[0]["versions"]
+    made_on = {
+        "repetitions": len(times[workers[0].norm]),
+        "clock": args.clock,
+        "machine": machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
+    }
+    size = 4 * math.prod(map(int, name.split("x"))) if args.kind == "norm" else None
+    return [row | made_on for row in rows_of(name, times, peaks, size)]
+
+
+def rows_of(
+    name: str, times: dict[str, list[float]], peaks: dict[str, float], size: int | None = None
+) -> list[Row]:
+    """
+    Args:
+        times: seconds of a step in each repetition; the first norm is the reference.
+        peaks: the most memory that was in use, in MB.
+        size: bytes of the tensor that norms alone normalise. A norm reads its input twice and
+            writes its output, then reads input and gradient twice and writes one: 8 times the
+            tensor; a copy moves 2.
+    """
+    reference, rows = next(iter(times)), []
+    for norm, seconds in times.items():
+        ratio = paired_ratio(seconds, times[reference])
+        row = {"case": name, "norm": norm, "ms": 1e3 * statistics.median(seconds)}
+        head = f"ratio to {reference}"
+        row |= {head: ratio.median, f"{head} low": ratio.low, f"{head} high": ratio.high}
+        if size:
+            moved = 2 if norm == COPY else 8
+            row["GB/s"] = moved * size / statistics.median(seconds) / 1e9
+            row[f"of {reference}'s, %"] = 100 * moved / 2 / ratio.median
+        row["peak MB"] = peaks[norm]
+        row["memory ratio"] = peaks[norm] / peaks[reference] if peaks[reference] > 0 else ""
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * cores:
+        say(
+            f"WARNING: the machine is busy (load average {load:.1f} on {cores} cores): ratios are"
+            " still paired, but intervals get wide and seconds too long; --clock cpu is disturbed"
+            " less"
+        )
+    try:
+        rows = [row for name, words in cases(args).items() for row in measure(args, name, words)]
+    except KeyboardInterrupt:
+        say("Stopped; nothing was written.")
+        return 130
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    shown = [{k: v for k, v in row.items() if k not in MADE_ON} for row in rows]
+    print(tabulate(shown, headers="keys", floatfmt=".4g"))
+    print(*(f"{key}: {rows[0][key]}" for key in MADE_ON), sep="; ")
+    print(
+        f"Medians of paired repetitions with {CONFIDENCE:.0%} intervals; norms past burn-in,"
+        f" windows full. Load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.out, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""What a benchmark times: the worker processes that ``tools/benchmark.py`` starts, one a norm."""
