@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from ..run.errors import ConfigError, one_line
+from ..run.command_line import merge
+from ..run.errors import ConfigError
 from .config_values import check_values
 
 
@@ -42,35 +43,18 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNo
             names it and what is possible.
     """
     file = os.fspath(file)
-    where = f"--config-file {file}: "
-    if not os.path.isfile(file):
-        raise ConfigError(f"{where}no such file")
-    late = [word for word in opts if word.startswith("--")]
-    if late:
-        raise ConfigError(f"{late[0]} must stand before the KEY VALUE pairs")
-    if len(opts) % 2:
-        raise ConfigError(f"KEY VALUE pairs expected, got {len(opts)} words: {list(opts)}")
     cfg = get_cfg()
-    try:
-        loaded = CfgNode.load_yaml_with_base(file)
-        cfg.merge_from_other_cfg(CfgNode(_honoured(loaded)))
-    except RecursionError as error:
-        raise ConfigError(f"{where}its _BASE_ leads back to it") from error
-    except (TypeError, AttributeError) as error:  # of code that expects a dict of dicts
-        raise ConfigError(f"{where}not a mapping of config keys") from error
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where}{one_line(error)}") from error
-    pairs = list(zip(opts[::2], opts[1::2], strict=True))
-    pairs = [pair for pair in pairs if _is_honoured(*pair)]
-    try:
-        cfg.merge_from_list([word for pair in pairs for word in pair])
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{' '.join(opts)}: {one_line(error)}") from error
+
+    def merge_file() -> None:
+        cfg.merge_from_other_cfg(CfgNode(_honoured(CfgNode.load_yaml_with_base(file))))
+
+    merge(cfg, file, opts, merge_file, has=_is_honoured)
     try:
         check_values(cfg, get_cfg())
     except ConfigError as error:
-        by_option = any(key in str(error) for key, _ in pairs)
-        raise ConfigError(f"{'' if by_option else where}{error}") from error
+        by_option = any(key in str(error) for key in opts[::2])
+        where = "" if by_option else f"--config-file {file}: "
+        raise ConfigError(f"{where}{error}") from error
     return cfg
 
 
