@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from cbn_det.data import rle
 from cbn_det.data.findings import Findings
 from cbn_det.data.mask_boxes import compare_with_boxes
 from cbn_det.data.numbers import are_finite
+from cbn_det.data.rle import checked_rle, num_pixels_within
 
 __all__ = ["check_masks"]
 
@@ -72,11 +72,11 @@ def check_masks(
             if not _is_size(segm["size"], [image["height"], image["width"]]):
                 wrong_size.append(a["id"])
                 continue
-            runs = rle.runs_of(segm)
-            if runs is None:
+            mask = checked_rle(segm)
+            if mask is None:
                 bad_rle.append(a["id"])
             elif not crowd:
-                _add_runs(a, runs, image, found)
+                _add_rle(a, mask, image, found)
         else:
             wrong_type.append(a["id"])
     findings.refuse(
@@ -150,19 +150,19 @@ def _num_pixels(polygons: list[list], width: int, height: int) -> int:
     return int(mask_util.area(mask_util.merge(mask_util.frPyObjects(polygons, height, width))))
 
 
-def _add_runs(a: dict, runs: np.ndarray, image: dict, found: _Masks) -> None:
-    corners = rle.extent(runs, image["height"])
-    if corners is None:
+def _add_rle(a: dict, mask: dict, image: dict, found: _Masks) -> None:
+    area = int(mask_util.area(mask))
+    if not area:
         found.without_pixel.append(a["id"])
         return
+    left, top, columns, rows = mask_util.toBbox(mask)
     share = 1.0
     if isinstance(a["bbox"], list) and len(a["bbox"]) == 4 and are_finite(a["bbox"]):
         x, y, w, h = a["bbox"]
         low = np.floor([x, y]).clip(0, [image["width"], image["height"]])
         high = np.ceil([x + w, y + h]).clip(low, [image["width"], image["height"]])
-        box = tuple(int(side) for side in (*low, *high))
-        share = rle.num_pixels_within(runs, image["height"], box) / rle.num_pixels(runs)
-    found.compared.append((a, corners, share))
+        share = num_pixels_within(mask, (*low, *(high - low))) / area
+    found.compared.append((a, (left, top, left + columns, top + rows), share))
 
 
 def _judge(found: _Masks, images: dict, findings: Findings, masks: bool) -> None:
