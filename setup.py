@@ -78,6 +78,7 @@ def main() -> None:
         package_dir={"cbn_det.configs": "configs"},
         package_data={
             "cbn_det": ["py.typed"],
+            "cbn_det.standalone": ["*.yaml"],
             "cbn_det.study": ["*.jinja", "published.yaml"],
             **{name: ["*.yaml"] for name in configs},
         },

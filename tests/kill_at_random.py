@@ -33,7 +33,7 @@ PHASES = {
     "Saving checkpoint to": "training, not long after a save",
     "Start inference on": "evaluating",
     "Evaluating": "evaluating",
-    "AP of each class for": "training",
+    "Evaluation results for": "training",
     "copypaste: ": "training",
     "iter: ": "training",
     "finished: ": "after the end",

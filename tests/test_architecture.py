@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,30 @@ ROOMS = {
     "study": (set(), ENGINES | {"torch", "torchvision"}),
     "commands": ({"norms", "data", "run", "study", "plugin", "standalone"}, ENGINES),
 }
+# room -> its files that other rooms and the files beside the rooms may import; the rest is its own
+DOORS = {
+    "data": "__init__ coco_folder digits image_check own_sets pictures pretrained progress"
+    " worst_images",
+    "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
+    " sites spec trace",
+    "plugin": "benchmark detector launch lazy norm_hook registry trial",
+    "run": "arguments checkpoint clock coco_evaluation command_line detector errors export files"
+    " fit folder job measure nonfinite precise_bn resume signals statistics_error trial",
+    "standalone": "benchmark detector launch trial",
+}
+# files beside the rooms that everybody may import, and what of ours these may
+EVERYBODYS = {
+    "__init__": "deploy norms norms.convert plugin.norm_hook plugin.registry run.detector predict",
+    "cli": "",
+    "coco_sets": "run.errors",
+    "config_files": "run.errors",
+    "engines": "run.errors",
+    "norm_keys": "",
+    "shell": "",
+}
 
 
+@cache
 def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
     """Absolute names of the modules that a file imports; `from . import x` is resolved."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -66,6 +89,54 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         seen = roots(imports_of(path, top_level_only=room == "study"))
         assert not our_rooms(imported) - allowed - {room}, name
         assert not seen & forbidden, name
+
+
+def module_of(path: Path) -> str:
+    """``cbn_det/run/job.py`` is ``run.job``, a room's ``__init__.py`` is ``run``."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(map(module_of, python_files(PACKAGE)))
+
+
+def our_files(path: Path, top_level_only: bool = False) -> set[str]:
+    """The modules of ours that a file imports, named as :func:`module_of` names them."""
+    known = _known()
+    found = set()
+    for name in imports_of(path, top_level_only):
+        parts = name.split(".")[1:] if name.startswith("cbn_det.") else []
+        while parts and ".".join(parts) not in known:
+            parts.pop()  # a function or class in it
+        found.add(".".join(parts))
+    return found - {"", module_of(path)}
+
+
+@pytest.mark.parametrize("room", DOORS)
+def test_a_room_is_entered_by_its_doors(room: str) -> None:
+    doors = {f"{room}.{name}".removesuffix(".__init__") for name in DOORS[room].split()}
+    assert doors <= set(map(module_of, python_files(PACKAGE))), "a door that is gone"
+    for path in python_files(PACKAGE):
+        if path.relative_to(PACKAGE).parts[0] != room:
+            inside = {name for name in our_files(path) if name.split(".")[0] == room}
+            assert not inside - doors - {room}, path.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("name", EVERYBODYS)
+def test_a_file_that_everybody_may_import(name: str) -> None:
+    assert our_files(PACKAGE / f"{name}.py") <= set(EVERYBODYS[name].split())
+
+
+def test_no_two_files_need_each_other_to_be_imported() -> None:
+    needs = {
+        module_of(path): our_files(path, top_level_only=True) for path in python_files(PACKAGE)
+    }
+    while needs:
+        ready = {name for name, needed in needs.items() if not needed & needs.keys()}
+        assert ready, f"in a circle: {sorted(needs)}"
+        needs = {name: needed for name, needed in needs.items() if name not in ready}
 
 
 def test_norms_import_torch_and_the_standard_library_only() -> None:

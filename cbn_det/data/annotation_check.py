@@ -75,29 +75,27 @@ def objects_by_class(anns: Iterable[dict], categories: dict[int, str]) -> dict[s
 
 
 def _check_links(file: CocoFile, findings: Findings) -> None:
-    for key, ids, table in (
-        ("image_id", file.image_ids, "images"),
-        ("category_id", file.categories, "categories"),
+    for key, article, ids, table in (
+        ("image_id", "an", file.image_ids, "images"),
+        ("category_id", "a", file.categories, "categories"),
     ):
         what = key.removesuffix("_id")
         unknown = [a for a in file.annotations if not _is_listed(a[key], ids)]
-        other_type = [a for a in unknown if _is_listed(_as_other_type(a[key]), ids)]
+        of_type = {True: [], False: []}  # whether it is listed in the other type
+        for a in unknown:
+            of_type[_is_listed(_as_other_type(a[key]), ids)].append(a)
         findings.refuse(
             f"annotations whose '{key}' is text where '{table}' has a number, or a number where it "
             "has text: write both alike",
             (
                 f"annotation {a['id']!r} has {a[key]!r}, listed is {_as_other_type(a[key])!r}"
-                for a in other_type
+                for a in of_type[True]
             ),
         )
         findings.refuse(
-            f"annotations of {'an' if what == 'image' else 'a'} {what} that is not in '{table}': "
-            f"remove them, or add the {what}",
-            (
-                f"annotation {a['id']!r} of {what} {a[key]!r}"
-                for a in unknown
-                if not _is_listed(_as_other_type(a[key]), ids)
-            ),
+            f"annotations of {article} {what} that is not in '{table}': remove them, or add the "
+            f"{what}",
+            (f"annotation {a['id']!r} of {what} {a[key]!r}" for a in of_type[False]),
         )
 
 

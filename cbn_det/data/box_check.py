@@ -22,18 +22,12 @@ def check_boxes(anns: list[dict], images: dict, findings: Findings, for_evaluati
         images: entries with ``width`` and ``height``, by id.
         for_evaluation: areas are read.
     """
-    malformed = {id(a) for a in anns if not _has_four_numbers(a)}
-    findings.refuse(
-        "boxes that are not four numbers [x, y, width, height]: annotations",
-        (a["id"] for a in anns if id(a) in malformed),
-    )
-    anns = [a for a in anns if id(a) not in malformed]
-    infinite = {id(a) for a in anns if not are_finite(a["bbox"])}
-    findings.refuse(
-        "boxes that are not finite: remove these annotations",
-        (a["id"] for a in anns if id(a) in infinite),
-    )
-    anns = [a for a in anns if id(a) not in infinite]
+    for line, good in (
+        ("boxes that are not four numbers [x, y, width, height]: annotations", _has_four_numbers),
+        ("boxes that are not finite: remove these annotations", lambda a: are_finite(a["bbox"])),
+    ):
+        findings.refuse(line, (a["id"] for a in anns if not good(a)))
+        anns = list(filter(good, anns))
     if not anns:
         return
     ids = np.array([a["id"] for a in anns], dtype=object)  # of any size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,12 @@ def read_coco(path: Path, findings: Findings, *, for_training: bool) -> CocoFile
             raise DataError(f"{path}: its list '{key}' is empty")
     whole = {key: _with_keys(key, data[key], findings) for key in _NEEDED}
     images = _check_images(whole["images"], findings)
+    ids = [a["id"] for a in whole["annotations"]]
+    findings.refuse("ids repeated in 'annotations': number them anew", map(repr, _repeated(ids)))
+    _refuse_other_ids("annotations", ids, findings)
     return CocoFile(
         images=images,
-        annotations=_check_annotations(whole["annotations"], findings),
+        annotations=whole["annotations"],
         categories=_check_categories(whole["categories"], findings),
         image_ids=frozenset(filter(is_id, (r.get("id") for r in data["images"]))),
         num_annotations=len(data["annotations"]),
@@ -144,12 +146,11 @@ def _check_images(entries: list[dict], findings: Findings) -> dict[Any, dict]:
         "ids in 'images' that are neither numbers nor text: number them",
         (repr(i) for i in ids if not is_id(i)),
     )
-    text = [i for i in ids if isinstance(i, str)]
-    numbers = [i for i in ids if is_id(i) and not isinstance(i, str)]
-    if text and numbers:
+    kinds = {isinstance(i, str): i for i in reversed(ids) if is_id(i)}  # the first of each kind
+    if len(kinds) > 1:
         findings.refuse(
-            f"ids in 'images' mix text and numbers ({text[0]!r} and {numbers[0]!r}), which cannot "
-            "be sorted: number all of them, and 'image_id' likewise"
+            f"ids in 'images' mix text and numbers ({kinds[True]!r} and {kinds[False]!r}), which "
+            "cannot be sorted: number all of them, and 'image_id' likewise"
         )
     named = [r for r in entries if isinstance(r["file_name"], str)]
     findings.refuse(
@@ -171,15 +172,6 @@ def _has_size(record: dict) -> bool:
     return all(type(record[side]) is int and record[side] > 0 for side in ("width", "height"))
 
 
-def _check_annotations(entries: list[dict], findings: Findings) -> list[dict]:
-    ids = [a["id"] for a in entries]
-    findings.refuse(
-        "ids repeated in 'annotations': number them anew", (repr(i) for i in _repeated(ids))
-    )
-    _refuse_other_ids("annotations", ids, findings)
-    return entries
-
-
 def _check_categories(entries: list[dict], findings: Findings) -> dict[int, str]:
     """Names by id, sorted by id."""
     _refuse_other_ids("categories", [c["id"] for c in entries], findings)
@@ -187,17 +179,20 @@ def _check_categories(entries: list[dict], findings: Findings) -> dict[int, str]
     for c in entries:
         if is_id(c["id"]):
             names[c["id"]].append(c["name"])
-    repeated = {i: found for i, found in names.items() if len(found) > 1}
     findings.refuse(
         "categories listed several times: keep one entry of each",
-        (f"{n} times id {i!r}, {found[0]!r}" for i, found, n in _alike(repeated)),
+        (
+            f"{len(found)} times id {i!r}, {found[0]!r}"
+            for i, found in names.items()
+            if 1 < len(found) == found.count(found[0])
+        ),
     )
     findings.refuse(
         "ids repeated in 'categories': give each category an id of its own",
         (
             f"id {i!r} is {' and '.join(map(repr, found[:2]))}"
-            for i, found in repeated.items()
-            if any(name != found[0] for name in found)
+            for i, found in names.items()
+            if found.count(found[0]) < len(found)
         ),
     )
     findings.refuse(
@@ -214,12 +209,6 @@ def _check_categories(entries: list[dict], findings: Findings) -> dict[int, str]
         (f"{name!r} is ids {', '.join(map(repr, i))}" for name, i in ids.items() if len(i) > 1),
     )
     return {i: names[i][0] for i in sorted(i for i in names if type(i) is int)}
-
-
-def _alike(repeated: dict[Any, list]) -> Iterable[tuple[Any, list, int]]:
-    for i, found in repeated.items():
-        if all(name == found[0] for name in found):
-            yield i, found, len(found)
 
 
 def _refuse_other_ids(table: str, ids: list, findings: Findings) -> None:

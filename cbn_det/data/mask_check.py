@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
@@ -9,14 +10,38 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-from cbn_det.data import rle
 from cbn_det.data.findings import Findings
 from cbn_det.data.mask_boxes import compare_with_boxes
 from cbn_det.data.numbers import are_finite
+from cbn_det.data.rle import checked_rle, num_pixels_within
 
 __all__ = ["check_masks"]
 
 Corners = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
+
+
+_FLAT = (
+    "'segmentation' is a flat list of numbers: put each polygon into a list of its own, "
+    "[[x1, y1, x2, y2, ...]]; annotations"
+)
+_TYPE = (
+    "'segmentation' must be a list of polygons [x1, y1, x2, y2, ...] of finite numbers, or an "
+    "RLE with 'size' and 'counts'; annotations"
+)
+_SIZE = "masks (RLE) of another size than their image: 'size' must be [height, width]; annotations"
+_RUNS = "masks (RLE) whose runs do not fill their image: annotations"
+_FEW_POINTS = (
+    "polygons with fewer than 3 points or an odd number of coordinates, left out beside valid "
+    "ones; annotations"
+)
+_MISSING = (
+    "annotations without 'segmentation' while MODEL.MASK_ON is True: add their masks, or "
+    "train boxes only with MODEL.MASK_ON False; ids"
+)
+_NO_POLYGON = (
+    "polygons with fewer than 3 points (6 coordinates) or an odd number of coordinates: "
+    "correct or remove them; annotations"
+)
 
 
 @dataclass
@@ -42,76 +67,51 @@ def check_masks(
     Returns:
         whether the mask of an object (not of a crowd region) is run-length encoded.
     """
-    missing, no_polygon, few_points, flat, wrong_type, bad_rle, wrong_size = ([] for _ in range(7))
+    faults: dict[str, list] = defaultdict(list)
     found = _Masks()
     has_rle = False
     for a in anns:
         segm, crowd = a.get("segmentation"), a.get("iscrowd", 0)
         image = images[a["image_id"]]
         if not segm:
-            if not crowd or for_evaluation:  # COCOeval looks at the mask of each annotation
-                missing.append(a["id"])
+            if masks and (not crowd or for_evaluation):  # COCOeval looks at each mask
+                faults[_MISSING].append(a["id"])
         elif isinstance(segm, list):
-            if are_finite(segm):
-                flat.append(a["id"])
-                continue
-            if not all(isinstance(p, list) and are_finite(p) for p in segm):
-                wrong_type.append(a["id"])
-                continue
-            valid = [p for p in segm if len(p) >= 6 and len(p) % 2 == 0]
-            # pycocotools takes a first polygon of 4 numbers for a box and fails in evaluation.
-            if not valid or (masks and for_evaluation and len(segm[0]) == 4):
-                no_polygon.append(a["id"])
+            valid = _valid_polygons(segm, evaluated=masks and for_evaluation)
+            if isinstance(valid, str):
+                faults[valid].append(a["id"])
                 continue
             if len(valid) < len(segm):
-                few_points.append(a["id"])
+                faults[_FEW_POINTS].append(a["id"])
             if not crowd:
                 _add_polygons(a, valid, image, found)
         elif isinstance(segm, dict) and "counts" in segm and "size" in segm:
             has_rle |= not crowd
-            if not _is_size(segm["size"], [image["height"], image["width"]]):
-                wrong_size.append(a["id"])
-                continue
-            runs = rle.runs_of(segm)
-            if runs is None:
-                bad_rle.append(a["id"])
+            right_size = _is_size(segm["size"], [image["height"], image["width"]])
+            mask = checked_rle(segm) if right_size else None
+            if mask is None:
+                faults[_RUNS if right_size else _SIZE].append(a["id"])
             elif not crowd:
-                _add_runs(a, runs, image, found)
+                _add_rle(a, mask, image, found)
         else:
-            wrong_type.append(a["id"])
-    findings.refuse(
-        "'segmentation' is a flat list of numbers: put each polygon into a list of its own, "
-        "[[x1, y1, x2, y2, ...]]; annotations",
-        flat,
-    )
-    findings.refuse(
-        "'segmentation' must be a list of polygons [x1, y1, x2, y2, ...] of finite numbers, or an "
-        "RLE with 'size' and 'counts'; annotations",
-        wrong_type,
-    )
-    findings.refuse(
-        "masks (RLE) of another size than their image: 'size' must be [height, width]; annotations",
-        wrong_size,
-    )
-    findings.refuse("masks (RLE) whose runs do not fill their image: annotations", bad_rle)
-    findings.warn(
-        "polygons with fewer than 3 points or an odd number of coordinates, left out beside valid "
-        "ones; annotations",
-        few_points,
-    )
-    if masks:
-        findings.refuse(
-            "annotations without 'segmentation' while MODEL.MASK_ON is True: add their masks, or "
-            "train boxes only with MODEL.MASK_ON False; ids",
-            missing,
-        )
-    findings.refuse(
-        "polygons with fewer than 3 points (6 coordinates) or an odd number of coordinates: "
-        "correct or remove them; annotations",
-        no_polygon,
-    )
+            faults[_TYPE].append(a["id"])
+    for line in (_FLAT, _TYPE, _SIZE, _RUNS, _MISSING, _NO_POLYGON):
+        findings.refuse(line, faults[line])
+    findings.warn(_FEW_POINTS, faults[_FEW_POINTS])
     _judge(found, images, findings, masks)
     return has_rle
+
+
+def _valid_polygons(segm: list, evaluated: bool) -> list | str:
+    """Those of at least three points; what is wrong where there are none, or where evaluation would
+    fail: pycocotools takes a first polygon of 4 numbers for a box."""
+    if are_finite(segm):
+        return _FLAT
+    if not all(isinstance(p, list) and are_finite(p) for p in segm):
+        return _TYPE
+    if evaluated and len(segm[0]) == 4:
+        return _NO_POLYGON
+    return [p for p in segm if len(p) >= 6 and len(p) % 2 == 0] or _NO_POLYGON
 
 
 def _is_size(value: object, size: list[int]) -> bool:
@@ -150,19 +150,19 @@ def _num_pixels(polygons: list[list], width: int, height: int) -> int:
     return int(mask_util.area(mask_util.merge(mask_util.frPyObjects(polygons, height, width))))
 
 
-def _add_runs(a: dict, runs: np.ndarray, image: dict, found: _Masks) -> None:
-    corners = rle.extent(runs, image["height"])
-    if corners is None:
+def _add_rle(a: dict, mask: dict, image: dict, found: _Masks) -> None:
+    area = int(mask_util.area(mask))
+    if not area:
         found.without_pixel.append(a["id"])
         return
+    left, top, columns, rows = mask_util.toBbox(mask)
     share = 1.0
     if isinstance(a["bbox"], list) and len(a["bbox"]) == 4 and are_finite(a["bbox"]):
         x, y, w, h = a["bbox"]
         low = np.floor([x, y]).clip(0, [image["width"], image["height"]])
         high = np.ceil([x + w, y + h]).clip(low, [image["width"], image["height"]])
-        box = tuple(int(side) for side in (*low, *high))
-        share = rle.num_pixels_within(runs, image["height"], box) / rle.num_pixels(runs)
-    found.compared.append((a, corners, share))
+        share = num_pixels_within(mask, (*low, *(high - low))) / area
+    found.compared.append((a, (left, top, left + columns, top + rows), share))
 
 
 def _judge(found: _Masks, images: dict, findings: Findings, masks: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 __all__ = ["same_files"]
@@ -27,30 +28,19 @@ def same_files(
         progress: called with the number of files looked at so far and in all.
     """
     total = len(first) + len(second)
-    sizes: dict[int, list[Path]] = defaultdict(list)
+    sizes = {path: path.stat().st_size for path in second}
+    common = set(sizes.values())
+    parts: dict[bytes, list[Path]] = defaultdict(list)
     for done, path in enumerate(first):
         progress(done, total)
-        sizes[path.stat().st_size].append(path)
-    parts: dict[tuple[int, bytes], list[Path]] = {}
-    parts_known: set[int] = set()
-    whole: dict[Path, bytes] = {}
-
-    def hash_of(path: Path) -> bytes:
-        if path not in whole:
-            whole[path] = hashlib.sha256(path.read_bytes()).digest()
-        return whole[path]
-
+        size = path.stat().st_size
+        if size in common:
+            parts[_part(path, size)].append(path)
+    hash_of = cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
     found = []
     for done, path in enumerate(second, start=len(first)):
         progress(done, total)
-        size = path.stat().st_size
-        if size not in sizes:
-            continue
-        if size not in parts_known:
-            parts_known.add(size)
-            for other in sizes[size]:
-                parts.setdefault((size, _part(other, size)), []).append(other)
-        candidates = parts.get((size, _part(path, size)), ())
+        candidates = parts.get(_part(path, sizes[path]), ())
         same = next((other for other in candidates if hash_of(other) == hash_of(path)), None)
         if same is not None:
             found.append((same, path))
@@ -58,6 +48,7 @@ def same_files(
 
 
 def _part(path: Path, size: int) -> bytes:
+    """The size and a hash of the middle."""
     with open(path, "rb") as file:
         file.seek(max(0, (size - _PART) // 2))
-        return hashlib.sha256(file.read(_PART)).digest()
+        return size.to_bytes(8, "big") + hashlib.sha256(file.read(_PART)).digest()

@@ -1,42 +1,43 @@
-"""Masks as run lengths (COCO's RLE), read with numpy.
+"""Masks as run lengths (COCO's RLE), checked before pycocotools gets them.
 
-They come from a file that is not checked yet; pycocotools gets those that fill their image. Pixels
-are counted column by column, as COCO counts them.
+They come from a file that is not checked yet; pycocotools gets those that fill their image.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import pycocotools.mask as mask_util
 
-__all__ = ["extent", "num_pixels", "num_pixels_within", "runs_of"]
+__all__ = ["checked_rle", "num_pixels_within"]
 
 _MOST_DIGITS = 7  # of 5 bits: longer runs than any image's
 
 
-def runs_of(segmentation: dict) -> np.ndarray | None:
+def checked_rle(segmentation: dict) -> dict | None:
     """
-    The lengths of the runs, background first.
+    pycocotools' own form of a mask.
 
     Args:
         segmentation: with ``counts``, a list of integers or COCO's compressed text, and ``size``,
             ``[height, width]``, two positive integers.
 
     Returns:
-        int64 ``[n]``; None where ``counts`` are something else, or do not fill the image exactly.
+        None where ``counts`` are something else, or do not fill the image exactly.
     """
     counts = segmentation["counts"]
     height, width = segmentation["size"]
+    if height * width >= 2**31:  # more than pycocotools counts
+        return None
     if isinstance(counts, list):
         if not all(type(c) is int and 0 <= c <= height * width for c in counts):
             return None
-        runs = np.array(counts, dtype=np.int64)
-    elif isinstance(counts, str):
-        runs = _decompressed(counts)
-    else:
-        return None
+        if sum(counts) != height * width:
+            return None
+        return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    runs = _decompressed(counts) if isinstance(counts, str) else None
     if runs is None or (runs < 0).any() or runs.sum() != height * width:
         return None
-    return runs
+    return {"size": [height, width], "counts": counts.encode("ascii")}
 
 
 def _decompressed(text: str) -> np.ndarray | None:
@@ -60,40 +61,7 @@ def _decompressed(text: str) -> np.ndarray | None:
     return numbers
 
 
-def _objects(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel and the one after the last, of each run that is not empty background."""
-    ends = runs.cumsum()
-    starts, stops = ends[0::2], ends[1::2]
-    starts = starts[: len(stops)]
-    return starts[stops > starts], stops[stops > starts]
-
-
-def num_pixels(runs: np.ndarray) -> int:
-    return int(runs[1::2].sum())
-
-
-def extent(runs: np.ndarray, height: int) -> tuple[int, int, int, int] | None:
-    """Corners ``x1, y1, x2, y2`` around the mask's pixels; None where there are none."""
-    starts, stops = _objects(runs)
-    if not len(starts):
-        return None
-    first, last = starts // height, (stops - 1) // height  # columns
-    within = first == last
-    top = np.where(within, starts % height, 0).min()
-    bottom = np.where(within, (stops - 1) % height, height - 1).max()
-    return int(first.min()), int(top), int(last.max()) + 1, int(bottom) + 1
-
-
-def num_pixels_within(runs: np.ndarray, height: int, corners: tuple[int, int, int, int]) -> int:
-    """How many of the mask's pixels lie in a box of whole pixels inside the image."""
-    x1, y1, x2, y2 = corners
-
-    def before(pixel: np.ndarray) -> np.ndarray:
-        """Pixels of the box that are counted before ``pixel``."""
-        column, row = pixel // height, pixel % height
-        whole = np.clip(column - x1, 0, x2 - x1) * (y2 - y1)
-        inside = (x1 <= column) & (column < x2)
-        return whole + np.where(inside, np.clip(row - y1, 0, y2 - y1), 0)
-
-    starts, stops = _objects(runs)
-    return int((before(stops) - before(starts)).sum())
+def num_pixels_within(mask: dict, box: tuple[int, int, int, int]) -> int:
+    """How many pixels of a mask lie in a box ``x, y, width, height`` of whole pixels."""
+    boxed = mask_util.frPyObjects(np.array([box], dtype=np.float64), *mask["size"])
+    return int(mask_util.area(mask_util.merge([mask, *boxed], intersect=True)))

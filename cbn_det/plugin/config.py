@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ..coco_sets import check_coco_sets
-from ..run.errors import ConfigError, one_line
+from ..run.command_line import check_run, merge
+from ..run.errors import ConfigError
 from .optimizer import FULL_MODEL
 from .registry import check_config_norms, norm_keys, register
 from .scaling import describe_schedule, scale_schedule
@@ -33,16 +30,10 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
         ValueError: a file, key or value that cannot be run.
     """
     cfg = read_config(args)
-    check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    notes = []
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")
-        cfg.MODEL.DEVICE = "cpu"
+    notes = check_run(cfg, args)
     notes += _replace_sync_norms(cfg, world_size)
     register()
     check_config_norms(cfg)
-    if args.accumulate < 1:
-        raise ConfigError("--accumulate must be 1 or more")
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise ConfigError(
@@ -56,7 +47,7 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
             f" {describe_schedule(scaled)}"
         )
     cfg = scaled
-    _check(cfg, args, world_size)
+    _check(cfg, world_size)
     cfg.freeze()
     return cfg, notes
 
@@ -73,30 +64,13 @@ def read_config(args: argparse.Namespace) -> CfgNode:
             " tools/lazyconfig_train_net.py; detectron2's own takes it too if the file calls"
             " cbn_det.register()"
         )
-    if not os.path.isfile(args.config_file) and "://" not in args.config_file:
-        raise ConfigError(f"--config-file {args.config_file}: no such file")
-    late = [value for value in args.opts if value.startswith("--")]
-    if late:
-        raise ConfigError(f"{late[0]} must stand before the KEY VALUE pairs")
-    if len(args.opts) % 2:
-        raise ConfigError(f"KEY VALUE pairs expected, got {len(args.opts)} words: {args.opts}")
     cfg = get_cfg()
-    try:
-        cfg.merge_from_file(args.config_file)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config-file {args.config_file}: {one_line(error)}") from error
-    try:
-        cfg.merge_from_list(args.opts)
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{' '.join(args.opts)}: {one_line(error)}") from error
+    file = args.config_file
+    merge(cfg, file, args.opts, lambda: cfg.merge_from_file(file), remote=True)
     return cfg
 
 
-def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
-    if args.precise_bn_iters < 0:
-        raise ConfigError("--precise-bn-iters must be 0 or more")
-    if not cfg.OUTPUT_DIR:
-        raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
+def _check(cfg: CfgNode, world_size: int) -> None:
     if cfg.SOLVER.IMS_PER_BATCH % world_size or cfg.SOLVER.IMS_PER_BATCH < world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is the total batch: {cfg.SOLVER.IMS_PER_BATCH} cannot be shared"
@@ -111,16 +85,6 @@ def _check(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> None:
         raise ConfigError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r}: expected {', '.join(_CLIP_TYPES)}"
         )
-    if args.eval_only and not cfg.DATASETS.TEST:
-        raise ConfigError("--eval-only: DATASETS.TEST is empty")
-    weights = cfg.MODEL.WEIGHTS
-    if args.eval_only and not weights and not args.resume:
-        raise ConfigError(
-            "--eval-only: name the checkpoint with MODEL.WEIGHTS, or add --resume for the last one"
-            " in OUTPUT_DIR"
-        )
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")
 
 
 def _replace_sync_norms(cfg: CfgNode, world_size: int) -> list[str]:

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -24,7 +25,6 @@ from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
-from .flops import count_flops
 from .registry import check_config_norms, norms_in_use, register
 from .step import has_sync_norm
 from .trainer import Trainer, check_evaluable, evaluate_precise
@@ -100,13 +100,8 @@ class Detectron2Job(Job):
     def build_trained(self) -> nn.Module:
         model = Trainer.build_model(self.cfg)
         checkpointer = AtomicCheckpointer(model, self.cfg.OUTPUT_DIR, self.cfg)
-        path, where = self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-        if self.args.resume and checkpointer.has_checkpoint():
-            path, where = checkpointer.get_checkpoint_file(), "--resume:"
-        elif not path:
-            raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
-        checkpointer.load_complete(path, f"{where} {path}")
-        self.result["weights"] = path
+        path, named_by = self.weights_to_evaluate(checkpointer)
+        checkpointer.load_complete(path, f"{named_by} {path}")
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
@@ -128,8 +123,10 @@ class Detectron2Job(Job):
 
         return first_bad_layer(model, forward)
 
-    def count_flops(self, model: nn.Module) -> int | None:
-        return count_flops(self.cfg, model)
+    def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
+        record = DatasetCatalog.get(self.cfg.DATASETS.TEST[0])[0]
+        sample = DatasetMapper(self.cfg, is_train=False)(dict(record))
+        return FlopCountAnalysis(model, [{"image": sample["image"]}])
 
     def test_files(self) -> tuple[str, str]:
         metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])

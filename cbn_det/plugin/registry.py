@@ -23,6 +23,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Size, Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..norm_keys import BACKBONE, NORM_KEYS
 from ..norms import (
     SmallBatchNorm2d,
     build_norm,
@@ -286,23 +287,12 @@ def _applies(cfg: CfgNode, key: str) -> bool:
     return known.get(key, True)
 
 
-#: where a model has its pretrained part, by module name
-BACKBONE_SITES = r"backbone\.(?!fpn_)|roi_heads\.res5"
-
-# where in a model the layers of a config key are
-_SITES = {
-    "MODEL.RESNETS.NORM": BACKBONE_SITES,
-    "MODEL.FPN.NORM": r"backbone\.fpn_",
-    "MODEL.ROI_BOX_HEAD.NORM": r"roi_heads\.box_head",
-    "MODEL.ROI_MASK_HEAD.NORM": r"roi_heads\.mask_head",
-    "MODEL.RETINANET.NORM": r"head\.",
-    "MODEL.SEM_SEG_HEAD.NORM": r"sem_seg_head",
-}
+_MODULES = {row.key: row.modules for row in NORM_KEYS}
 
 
 def site_of(name: str) -> str:
     """The ``*NORM`` key of the part of a model that a module or tensor is in; "" if unknown."""
-    return next((key for key, site in _SITES.items() if re.match(site, name)), "")
+    return next((row.key for row in NORM_KEYS if re.match(row.modules, name)), "")
 
 
 def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
@@ -319,10 +309,10 @@ def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     for key, value in norm_keys(cfg):
         if not value or value in DETECTRON2_NORMS:
             continue
-        if key == "MODEL.RESNETS.NORM" and frozen_up_to >= 5:
+        if key == BACKBONE.key and frozen_up_to >= 5:
             continue  # frozen, as the config says: they were ours and are FrozenBN now
-        if key in _SITES:
-            used = any(re.match(_SITES[key], name) for name in ours)
+        if key in _MODULES:
+            used = any(re.match(_MODULES[key], name) for name in ours)
         else:
             used = key in _built_for or _built[value] > 0
         if not used:

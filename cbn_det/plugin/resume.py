@@ -88,7 +88,7 @@ class ResumableTrainer(DefaultTrainer):
         run, again where they had run before the training was broken off."""
         saved = self._saved_reports
         if self.start_iter and saved is None:
-            return  # an earlier version's checkpoint does not say how far the reports had got
+            return  # detectron2's own checkpoint does not say how far the reports had got
         self.iter = self.storage.iter = self.start_iter - 1
         if self.reports:
             self.reports.go_back(saved and saved["position"], self.iter)
@@ -167,25 +167,23 @@ class ResumableTrainer(DefaultTrainer):
             return [load_norm_state(self.bare_model, state, *schedule)]
         rank, ranks = comm.get_rank(), comm.get_world_size()
         changes, mine, trouble = [], state, ""
-        if "run" not in state:
-            changes.append("it is an earlier version's: images and random numbers are others")
-        elif state["seed"] != self.seed:
+        if state["seed"] != self.seed:
             changes.append(
                 f"SEED was {state['seed']}, now it is {self.seed}: images and random numbers are"
                 " others"
             )
-        if state.get("accumulate", 1) != self.step.accumulate:
+        if state["accumulate"] != self.step.accumulate:
             changes.append(
-                f"--accumulate was {state.get('accumulate', 1)}, now it is {self.step.accumulate}:"
+                f"--accumulate was {state['accumulate']}, now it is {self.step.accumulate}:"
                 " images are others"
             )
-        same_ranks = state.get("world_size", ranks) == ranks
+        same_ranks = state["world_size"] == ranks
         if not same_ranks:
             changes.append(
                 f"it was written by {state['world_size']} processes, now there are {ranks}: images"
                 " are shared out anew, every rank goes on with what the norms of rank 0 remember"
             )
-        elif rank and "run" in state:
+        elif rank:
             path = rank_file(self.cfg.OUTPUT_DIR, rank, state["iteration"])
             try:
                 mine = load_rank_file(path, state["run"], state["iteration"])

@@ -15,8 +15,8 @@ from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..norm_keys import BACKBONE
 from ..run.errors import ConfigError
-from .registry import BACKBONE_SITES
 
 _COUNTER = "num_batches_tracked"  # torch makes one up for files of old versions
 _STATISTICS = re.compile(r"\.running_(mean|var)$")
@@ -70,7 +70,7 @@ def _backbone_norms(model: nn.Module, kind: type[nn.Module]) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kind) and re.match(BACKBONE_SITES, name)
+        if isinstance(module, kind) and re.match(BACKBONE.modules, name)
     }
 
 

@@ -53,8 +53,7 @@ def load_norm_state(
     try:
         if "norm_memory" not in state:
             raise ValueError("it holds no norm memory")
-        # version 0.1 did not say which norms they were
-        if state.get("norms", _norms(model)) != _norms(model):
+        if state["norms"] != _norms(model):
             raise ValueError("the model has other norms")
         load_memory_state_dict(model, state["norm_memory"])
     except ValueError as error:

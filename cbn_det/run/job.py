@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.config import CfgNode
+from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from torch import nn
 
@@ -94,6 +96,21 @@ class Job(ABC):
     def build_trained(self) -> nn.Module:
         """The model with the weights to evaluate, which the result then names."""
 
+    def weights_to_evaluate(self, checkpointer: Checkpointer) -> tuple[str, str]:
+        """The file, and what names it in errors: the last checkpoint with ``--resume``, else
+        ``MODEL.WEIGHTS``.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        path, named_by = self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
+        if self.args.resume and checkpointer.has_checkpoint():
+            path, named_by = checkpointer.get_checkpoint_file(), "--resume:"
+        elif not path:
+            raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
+        self.result["weights"] = path
+        return path, named_by
+
     @abstractmethod
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
         """Results on ``DATASETS.TEST`` by task: ``{"bbox": {"AP": ...}}``.
@@ -111,8 +128,8 @@ class Job(ABC):
         """After a divergence, the layer that the last batch's forward pass went bad in."""
 
     @abstractmethod
-    def count_flops(self, model: nn.Module) -> int | None:
-        """Multiply-adds of one test image, if they can be counted."""
+    def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
+        """fvcore's count of the model on the first test image."""
 
     @abstractmethod
     def test_files(self) -> tuple[str, str]:
@@ -146,6 +163,21 @@ class Job(ABC):
             run_folder.write_config(self.output, self.cfg)
         self.gather(None)  # no rank finds the earlier result any more
         self._started = True
+
+    def count_flops(self, model: nn.Module) -> int | None:
+        """Multiply-adds of one test image; None, with the reason in the log, for a model that
+        cannot be traced."""
+        training = model.training
+        model.eval()
+        try:
+            analysis = self.analyse_flops(model)
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            return int(analysis.tracer_warnings("none").total())
+        except Exception as error:  # tracing runs arbitrary model code; no run fails over this
+            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
+            return None
+        finally:
+            model.train(training)
 
     def verify(self, results: dict[str, Any]) -> bool:
         """Whether the results are what the config expects."""
@@ -239,7 +271,7 @@ class Job(ABC):
             self._add_results(results, precise, shared)
             if self.args.eval_only:
                 run_folder.keep_training_facts(self.result, self.folder)
-                self._show_classes()
+            self._show_classes()
             if not self.verify(results):
                 code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
             if self.cfg.DATASETS.TEST:

@@ -8,124 +8,28 @@ from __future__ import annotations
 
 import difflib
 import os
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from ..run.errors import ConfigError, one_line
+from ..run.command_line import merge
+from ..run.errors import ConfigError
 from .config_values import check_values
-
-_DEFAULTS: dict[str, Any] = {
-    "VERSION": 2,
-    "SEED": -1,
-    "OUTPUT_DIR": "./output",
-    "MODEL": {
-        "META_ARCHITECTURE": "GeneralizedRCNN",
-        "DEVICE": "cuda",
-        "WEIGHTS": "",
-        "PIXEL_MEAN": [103.53, 116.28, 123.675],
-        "PIXEL_STD": [1.0, 1.0, 1.0],
-        "MASK_ON": False,
-        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
-        "RESNETS": {
-            "DEPTH": 50,
-            "OUT_FEATURES": ["res4"],
-            "NORM": "FrozenBN",
-            "STRIDE_IN_1X1": True,
-            "RES2_OUT_CHANNELS": 256,
-            "NUM_GROUPS": 1,
-            "WIDTH_PER_GROUP": 64,
-        },
-        "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": ""},
-        "ANCHOR_GENERATOR": {
-            "SIZES": [[32, 64, 128, 256, 512]],
-            "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
-        },
-        "RPN": {
-            "IN_FEATURES": ["res4"],
-            "IOU_THRESHOLDS": [0.3, 0.7],
-            "BATCH_SIZE_PER_IMAGE": 256,
-            "POSITIVE_FRACTION": 0.5,
-            "NMS_THRESH": 0.7,
-            "PRE_NMS_TOPK_TRAIN": 12000,
-            "PRE_NMS_TOPK_TEST": 6000,
-            "POST_NMS_TOPK_TRAIN": 2000,
-            "POST_NMS_TOPK_TEST": 1000,
-        },
-        "ROI_HEADS": {
-            "NAME": "Res5ROIHeads",
-            "IN_FEATURES": ["res4"],
-            "NUM_CLASSES": 80,
-            "IOU_THRESHOLDS": [0.5],
-            "BATCH_SIZE_PER_IMAGE": 512,
-            "POSITIVE_FRACTION": 0.25,
-            "SCORE_THRESH_TEST": 0.05,
-            "NMS_THRESH_TEST": 0.5,
-        },
-        "ROI_BOX_HEAD": {
-            "NAME": "",
-            "NUM_CONV": 0,
-            "CONV_DIM": 256,
-            "NUM_FC": 0,
-            "FC_DIM": 1024,
-            "NORM": "",
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-            "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
-        },
-        "ROI_MASK_HEAD": {
-            "NAME": "MaskRCNNConvUpsampleHead",
-            "NUM_CONV": 0,
-            "CONV_DIM": 256,
-            "NORM": "",
-            "POOLER_RESOLUTION": 14,
-            "POOLER_SAMPLING_RATIO": 0,
-        },
-    },
-    "DATASETS": {"TRAIN": (), "TEST": ()},
-    "DATALOADER": {"NUM_WORKERS": 4, "FILTER_EMPTY_ANNOTATIONS": True},
-    "INPUT": {
-        "FORMAT": "BGR",
-        "MIN_SIZE_TRAIN": (800,),
-        "MAX_SIZE_TRAIN": 1333,
-        "MIN_SIZE_TEST": 800,
-        "MAX_SIZE_TEST": 1333,
-        "RANDOM_FLIP": "horizontal",
-        "MASK_FORMAT": "polygon",
-    },
-    "SOLVER": {
-        "IMS_PER_BATCH": 16,
-        "BASE_LR": 0.001,
-        "MAX_ITER": 40000,
-        "STEPS": (30000,),
-        "GAMMA": 0.1,
-        "MOMENTUM": 0.9,
-        "NESTEROV": False,
-        "WEIGHT_DECAY": 0.0001,
-        "WEIGHT_DECAY_NORM": 0.0,
-        "WARMUP_ITERS": 1000,
-        "WARMUP_FACTOR": 0.001,
-        "CHECKPOINT_PERIOD": 5000,
-        "CLIP_GRADIENTS": {
-            "ENABLED": False,
-            "CLIP_TYPE": "value",
-            "CLIP_VALUE": 1.0,
-            "NORM_TYPE": 2.0,
-        },
-    },
-    "TEST": {"DETECTIONS_PER_IMAGE": 100, "EVAL_PERIOD": 0},
-}
 
 
 def get_cfg() -> CfgNode:
     """A config with detectron2's default for every key that this engine honours."""
-    return CfgNode(_DEFAULTS)
+    return CfgNode(_defaults("honoured"))
 
 
 def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a YAML config (with its ``_BASE_``) and KEY VALUE words over the defaults.
+    """Reads a YAML config (with its ``_BASE_``) and KEY VALUE words over the defaults. A config
+    that detectron2 dumped is one: its other keys must hold detectron2's defaults.
 
     Args:
         file: path of the YAML file.
@@ -139,52 +43,81 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNo
             names it and what is possible.
     """
     file = os.fspath(file)
-    if not os.path.isfile(file):
-        raise ConfigError(f"--config-file {file}: no such file")
-    late = [word for word in opts if word.startswith("--")]
-    if late:
-        raise ConfigError(f"{late[0]} must stand before the KEY VALUE pairs")
-    if len(opts) % 2:
-        raise ConfigError(f"KEY VALUE pairs expected, got {len(opts)} words: {list(opts)}")
     cfg = get_cfg()
+
+    def merge_file() -> None:
+        cfg.merge_from_other_cfg(CfgNode(_honoured(CfgNode.load_yaml_with_base(file))))
+
+    merge(cfg, file, opts, merge_file, has=_is_honoured)
     try:
-        loaded = CfgNode.load_yaml_with_base(file)
-        _check_keys(list(_leaves(loaded)))
-        cfg.merge_from_other_cfg(CfgNode(loaded))
-    except RecursionError as error:
-        raise ConfigError(f"--config-file {file}: its _BASE_ leads back to it") from error
-    except (TypeError, AttributeError) as error:  # of code that expects a dict of dicts
-        raise ConfigError(f"--config-file {file}: not a mapping of config keys") from error
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config-file {file}: {one_line(error)}") from error
-    _check_keys(opts[::2])
-    try:
-        cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"{' '.join(opts)}: {one_line(error)}") from error
-    check_values(cfg)
+        check_values(cfg, get_cfg())
+    except ConfigError as error:
+        by_option = any(key in str(error) for key in opts[::2])
+        where = "" if by_option else f"--config-file {file}: "
+        raise ConfigError(f"{where}{error}") from error
     return cfg
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values that are no sections."""
+@cache
+def _defaults(part: str) -> dict[str, Any]:
+    text = Path(__file__).with_name("defaults.yaml").read_text(encoding="utf-8")
+    return _decoded(yaml.safe_load(text)[part])
+
+
+def _decoded(value: Any) -> Any:
+    """What text stands for, where it is a Python literal, as configs write tuples."""
+    if isinstance(value, dict):
+        return {key: _decoded(inner) for key, inner in value.items()}
+    try:
+        return literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _honoured(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the keys that this engine does not have and that hold detectron2's default."""
+    kept = {}
     for key, value in node.items():
-        path = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{path}.")
+            kept[key] = _honoured(value, f"{prefix}{key}.")
+        elif _is_honoured(f"{prefix}{key}", value):
+            kept[key] = value
+    return {key: value for key, value in kept.items() if value != {}}
+
+
+def _is_honoured(key: str, value: Any) -> bool:
+    """Whether this engine has the key, False where the value is the one that it has anyway.
+
+    Raises:
+        ConfigError: it has not, and would do something else than detectron2.
+    """
+    known = dict(_leaves(_defaults("honoured")))
+    sections = {name[:end] for name in known for end in range(len(name)) if name[end] == "."}
+    if key in known or key in sections:  # what a section may be set to is told by the merge
+        return True
+    fixed = dict(_leaves(_defaults("fixed")))
+    if key in fixed and _plain(value) == _plain(fixed[key]):
+        return False
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    if key in fixed:
+        hint = f" with other values than {fixed[key]!r}"
+    raise ConfigError(
+        f"{key} is not a key that the standalone engine honours{hint};"
+        " --engine detectron2 takes all of detectron2's keys"
+    )
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of all values that are no sections, with these."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield path
+            yield f"{prefix}{key}", value
 
 
-def _check_keys(keys: Sequence[str]) -> None:
-    known = list(_leaves(_DEFAULTS))
-    sections = {key[:end] for key in known for end in range(len(key)) if key[end] == "."}
-    for key in keys:
-        if key in known or key in sections:  # what a section may be set to is told by the merge
-            continue
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(
-            f"{key} is not a key that the standalone engine honours{hint};"
-            " --engine detectron2 takes all of detectron2's keys"
-        )
+def _plain(value: Any) -> Any:
+    """A value with lists for tuples, however a file or a command line writes it."""
+    value = _decoded(value)
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value

@@ -6,9 +6,7 @@ import contextlib
 import io
 import json
 import logging
-import time
-from datetime import timedelta
-from itertools import chain, zip_longest
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from ..data.progress import StatusLine
 from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_LOG_SECONDS = 5.0
 _MASK_THRESHOLD = 0.5
 
 
@@ -74,15 +72,17 @@ def evaluate(
 def _predict(model: nn.Module, dataset: DetectionDataset, cfg: CfgNode) -> list[dict[str, Any]]:
     """The predictions for all images, in COCO's result format."""
     predictions = []
-    progress = _Progress(len(dataset))
+    logger.info(f"Evaluating {len(dataset)} images")
+    status = StatusLine(sys.stderr)
     training = model.training
     model.eval()
     try:
-        for image, target in in_order(dataset, cfg):
+        for done, (image, target) in enumerate(in_order(dataset, cfg)):
+            status.show("evaluating images", done, len(dataset))
             (output,) = model([image.to(cfg.MODEL.DEVICE)])
             predictions += _coco_results(output, target["image_id"], dataset.category_ids)
-            progress.advance()
     finally:
+        status.clear()
         model.train(training)
     return predictions
 
@@ -141,40 +141,6 @@ def _mean(precisions: np.ndarray) -> float:
 
 
 def _log_table(task: str, results: dict[str, float]) -> None:
-    main = {key: value for key, value in results.items() if key in _METRICS}
-    classes = [
-        (key.removeprefix("AP-"), f"{value:.3f}")
-        for key, value in results.items()
-        if key not in _METRICS
-    ]
+    main = {key: results[key] for key in _METRICS}
     text = tabulate([main.values()], headers=list(main), tablefmt="pipe", floatfmt=".3f")
     logger.info(f"Evaluation results for {task}:\n{text}")
-    if classes:
-        columns = min(3, len(classes))
-        rows = zip_longest(*[classes[i::columns] for i in range(columns)], fillvalue=("", ""))
-        text = tabulate(
-            [list(chain.from_iterable(row)) for row in rows],
-            headers=["class", "AP"] * columns,
-            tablefmt="pipe",
-            disable_numparse=True,  # a class may be named 007
-        )
-        logger.info(f"AP of each class for {task}:\n{text}")
-
-
-class _Progress:
-    """Logs about every five seconds how far a pass over ``total`` images is."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.start = self.logged = time.perf_counter()
-        logger.info(f"Evaluating {total} images")
-
-    def advance(self) -> None:
-        self.done += 1
-        now = time.perf_counter()
-        if now - self.logged < _LOG_SECONDS and self.done < self.total:
-            return
-        self.logged = now
-        each = (now - self.start) / self.done
-        left = timedelta(seconds=round(each * (self.total - self.done)))
-        logger.info(f"Evaluated {self.done}/{self.total} images, {each:.3f} s/img, ETA {left}")

@@ -15,7 +15,6 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from ..run.errors import ConfigError
 from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
@@ -65,17 +64,10 @@ class StandaloneJob(Job):
         return trainer.train()
 
     def build_trained(self) -> nn.Module:
-        path, named_by = self.cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-        if self.args.resume:
-            checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
-            if checkpointer.has_checkpoint():
-                named_by = "--resume:"
-                path = checkpointer.get_checkpoint_file()
-            elif not path:
-                raise ConfigError(f"--eval-only --resume: no checkpoint in {self.folder}")
+        checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
+        path, named_by = self.weights_to_evaluate(checkpointer)
         model = build_model(self.cfg).to(self.cfg.MODEL.DEVICE)
         logger.info(load_weights(model, path, complete=True, named_by=named_by))
-        self.result["weights"] = path
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
@@ -118,19 +110,9 @@ class StandaloneJob(Job):
         model = trainer.bare_model
         return first_bad_layer(model, lambda: losses_of(model, trainer.last_batch))
 
-    def count_flops(self, model: nn.Module) -> int | None:
-        training = model.training
-        model.eval()
-        try:
-            image, _ = self._test_set()[0]
-            analysis = FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            return int(analysis.tracer_warnings("none").total())
-        except Exception as error:  # tracing is not sure to work; no run fails over a statistic
-            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
-            return None
-        finally:
-            model.train(training)
+    def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
+        image, _ = self._test_set()[0]
+        return FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
 
     def test_files(self) -> tuple[str, str]:
         files = self.files[self.cfg.DATASETS.TEST[0]]

@@ -9,10 +9,9 @@ import random
 import sys
 from pathlib import Path
 
-import torch
 from fvcore.common.config import CfgNode
 
-from ..coco_sets import check_coco_sets
+from ..run.command_line import check_run
 from ..run.errors import ConfigError, one_line
 from ..run.job import USAGE
 from .config import read_config
@@ -58,34 +57,15 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     """
     _check_processes(args)
     cfg = read_config(args.config_file, args.opts)
-    check_coco_sets(args.coco_dataset, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    notes = []
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        notes.append(f"MODEL.DEVICE: no GPU here, '{cfg.MODEL.DEVICE}' is replaced by 'cpu'")
-        cfg.MODEL.DEVICE = "cpu"
+    notes = check_run(cfg, args)
     if cfg.SEED < 0:
         cfg.SEED = random.SystemRandom().randrange(2**31)
         notes.append(f"SEED: chosen at random, {cfg.SEED}")
-    if args.precise_bn_iters < 0:
-        raise ConfigError("--precise-bn-iters must be 0 or more")
-    if args.accumulate < 1:
-        raise ConfigError("--accumulate must be 1 or more")
-    if not cfg.OUTPUT_DIR:
-        raise ConfigError("OUTPUT_DIR is empty: name the folder of this run")
-    if args.eval_only and not cfg.DATASETS.TEST:
-        raise ConfigError("--eval-only: DATASETS.TEST is empty")
-    if args.eval_only and not cfg.MODEL.WEIGHTS and not args.resume:
-        raise ConfigError(
-            "--eval-only: name the checkpoint with MODEL.WEIGHTS, or add --resume for the last one"
-            " in OUTPUT_DIR"
-        )
     weights = cfg.MODEL.WEIGHTS
     if "://" in weights:
         raise ConfigError(
             f"MODEL.WEIGHTS {weights}: the standalone engine reads files only; download it first"
         )
-    if weights and not os.path.isfile(weights):
-        raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")
     cfg.freeze()
     return cfg, notes
 

@@ -138,19 +138,19 @@ class Trainer:
         check_own(self.bare_model, state["model"], f"--resume: {path}")
         self.bare_model.load_state_dict(state["model"])
         fitted, optimizer_change = fit_optimizer_state(
-            self.optimizer, self.bare_model, state["optimizer"], training.get("parameter_names")
+            self.optimizer, self.bare_model, state["optimizer"], training["parameter_names"]
         )
         self.optimizer.load_state_dict(fitted)
         self.iter = self.start_iter = state["iteration"] + 1
         schedule = (self.start_iter, self.cfg.SOLVER.MAX_ITER)
         changes = [load_norm_state(self.bare_model, training, *schedule)]
         for name, before, now in (
-            ("SEED", training.get("seed", self.cfg.SEED), self.cfg.SEED),
-            ("--accumulate", training.get("accumulate", 1), self.accumulate),
+            ("SEED", training["seed"], self.cfg.SEED),
+            ("--accumulate", training["accumulate"], self.accumulate),
         ):
             if before != now:
                 changes.append(f"{name} was {before}, now it is {now}: images are others")
-        changes += [optimizer_change, *solver_changes(training.get("solver", {}), self.cfg)]
+        changes += [optimizer_change, *solver_changes(training["solver"], self.cfg)]
         if any(changes):
             why = "; ".join(filter(None, changes))
             logger.warning(f"the checkpoint cannot be resumed exactly: {why}")

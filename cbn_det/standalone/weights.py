@@ -9,18 +9,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..norm_keys import BACKBONE, NORM_KEYS
 from ..run.errors import ConfigError
 from ..run.fit import check_complete, key_of_absent
 
-_BODY = "backbone.body."
+_BODY = BACKBONE.prefix
 # a counter that FrozenBatchNorm2d has not; nothing is computed from it
 _COUNTER = "num_batches_tracked"
-_SECTIONS = {
-    _BODY: "MODEL.RESNETS",
-    "backbone.fpn.": "MODEL.FPN",
-    "roi_heads.box_head.": "MODEL.ROI_BOX_HEAD",
-    "roi_heads.mask_head.": "MODEL.ROI_MASK_HEAD",
-}
 _OTHER_NORM = (
     "which has other tensors of that layer: let the config name the norm that these weights were"
     " trained with (FrozenBN, BN and CBN are interchangeable here)"
@@ -97,8 +92,9 @@ def _key_for(tensor: str, other_shape: bool) -> str:
     """The config key, or section, that most likely differs where a tensor does not fit."""
     if other_shape and "_predictor." in tensor:
         return "MODEL.ROI_HEADS.NUM_CLASSES"
-    section = next((key for part, key in _SECTIONS.items() if tensor.startswith(part)), "")
-    return section if other_shape or not section else f"{section}.NORM"
+    rows = (row for row in NORM_KEYS if row.prefix and tensor.startswith(row.prefix))
+    key = next((row.key for row in rows), "")
+    return key.removesuffix(".NORM") if other_shape else key
 
 
 def _read(path: str, where: str) -> dict[str, Tensor]:

@@ -11,12 +11,13 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from cbn_det.config_files import CONFIGS
+from cbn_det.norm_keys import NORM_KEYS
 
 QUICKSTART = CONFIGS / "quickstart"
 
-HEAD_NORM_KEYS = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
+BACKBONE_NORM_KEY, *HEAD_NORM_KEYS = (row.key for row in NORM_KEYS if row.prefix)
 # Of models that only detectron2 has, which a config of the user's own may describe.
-DETECTRON2_NORM_KEYS = ("MODEL.SEM_SEG_HEAD.NORM", "MODEL.RETINANET.NORM")
+DETECTRON2_NORM_KEYS = tuple(row.key for row in NORM_KEYS if not row.prefix)
 # detectron2's own SOLVER.IMS_PER_BATCH and BASE_LR, for configs that do not set them.
 DETECTRON2_BATCH, DETECTRON2_RATE = 16, 0.001
 
@@ -39,7 +40,7 @@ class Recipe:
 RECIPES = {
     "scratch": Recipe(
         QUICKSTART / "Base-RCNN-R18-FPN-digits.yaml",
-        ("MODEL.RESNETS.NORM", *HEAD_NORM_KEYS),
+        (BACKBONE_NORM_KEY, *HEAD_NORM_KEYS),
         expected=(
             "To be expected of this recipe after 600 iterations (mean over three seeds): GN 24 to"
             " 26 AP, BN and CBN 10 each, no further apart than seeds are. For the first two thirds"
@@ -49,7 +50,7 @@ RECIPES = {
     ),
     "finetune": Recipe(
         QUICKSTART / "Finetune-RCNN-R18-FPN-digits.yaml",
-        HEAD_NORM_KEYS,
+        tuple(HEAD_NORM_KEYS),
         QUICKSTART / "pretrain_R_18_FPN_digits_bn8.yaml",
     ),
 }

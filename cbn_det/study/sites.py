@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cbn_det.norm_keys import NORM_KEYS
 from cbn_det.study.recipes import DETECTRON2_NORM_KEYS, RECIPES, read_yaml
 
-SITES = {
-    "backbone": "MODEL.RESNETS.NORM",
-    "fpn": "MODEL.FPN.NORM",
-    "box_head": "MODEL.ROI_BOX_HEAD.NORM",
-    "mask_head": "MODEL.ROI_MASK_HEAD.NORM",
-    "sem_seg_head": "MODEL.SEM_SEG_HEAD.NORM",
-    "retinanet": "MODEL.RETINANET.NORM",
-}
+SITES = {row.site: row.key for row in NORM_KEYS}
 
 # The row without any norm: what the backbone came with is frozen, nothing is put elsewhere.
 NO_NORM = "none"
