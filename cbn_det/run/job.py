@@ -8,8 +8,7 @@ import signal
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +30,7 @@ from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
 from .measure import count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_state
-from .signals import Interrupted
+from .signals import Interrupted, sigterm_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ class Job(ABC):
 
     def execute(self) -> int:
         """Runs the job and returns the exit code."""
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             try:
                 return self._execute()
             except PeerFailed:
@@ -399,16 +398,3 @@ def _show_in_tensorboard(pictures: list[Path], folder: Path, iteration: int) -> 
             with Image.open(path) as picture:
                 pixels = np.asarray(picture)
             events.add_image(f"predictions/{path.stem}", pixels, iteration, dataformats="HWC")
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

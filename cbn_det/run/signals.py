@@ -43,6 +43,20 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within it, a SIGTERM is a Ctrl-C."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread, where signals do not arrive anyway
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def ignore_interrupts(worker: int) -> None:
     """For the processes of a data loader, as its ``worker_init_fn``: Ctrl-C reaches the whole
     process group, and so may SIGTERM, but the main process decides when loading ends. A SIGTERM of
