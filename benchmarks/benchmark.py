@@ -97,7 +97,7 @@ Row = dict[str, str | float]
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=raw)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--norms", nargs="+", required=True, metavar="NORM", help="the first is the reference")

@@ -182,7 +182,7 @@ def write(path: Path, rows: list[Row], facts: Row) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__, formatter_class=raw)
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--norms", nargs="+", default=NORMS, metavar="NORM", help="default: all, beside BN")

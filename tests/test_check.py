@@ -155,6 +155,9 @@ def test_memory_and_disk_that_do_not_suffice(lines: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(trial.shutil, "disk_usage", lambda place: SimpleNamespace(free=3e6))
     pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(trial.os, "sysconf", pages.get)
+    # what this process took before it, it need not take again
+    peaks = iter((100.0, 350.0))
+    monkeypatch.setattr(trial, "peak_memory_mb", lambda: next(peaks))
     code, found = lines("standalone", "SOLVER.CHECKPOINT_PERIOD", "1", *CBN)
     assert code == 1 and found[-1] == "2 problems found"
     assert line_of(found, "disk: checkpoints are 5 x ").startswith("PROBLEM ")

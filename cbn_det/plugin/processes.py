@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -152,11 +153,19 @@ def _join(
     comm.create_local_process_group(layout.processes)
     comm.synchronize()
     code = job(*args)
-    if (
-        code == 0
-    ):  # after a failure other ranks may be gone, and leaving in order would wait for them
-        dist.destroy_process_group()
+    if code == 0:  # after a failure other ranks may be gone, and leaving would wait for them
+        _leave()
     return code
+
+
+def _leave() -> None:
+    """Ends the process groups with their threads. A thread of gloo's that drops the tensors of the
+    last collective while the interpreter ends would abort the process (torch 2.14): nothing may
+    hold a group beyond its end."""
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a DistributedDataParallel in a circle
+    dist.destroy_process_group()
 
 
 def _use_threads(device: str, processes: int) -> None:
