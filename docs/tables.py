@@ -65,9 +65,24 @@ def operations_of_a_layer() -> Rows:
     ]
 
 
+def dispatch_bound() -> Rows:
+    """What ``benchmarks/kernels.py dispatch`` timed."""
+    return [
+        {"norm": row["norm"], "ratio to BN": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"}
+        for row in read(KERNELS / "dispatch.csv")
+        for ratio, low, high in [[float(row[key]) for key in ("ratio", "low", "high")]]
+        if row["norm"] != "BN"
+    ]
+
+
 SELECTIONS = {
     function.__name__: function
-    for function in (batch_size_short, operations_of_an_iteration, operations_of_a_layer)
+    for function in (
+        batch_size_short,
+        operations_of_an_iteration,
+        operations_of_a_layer,
+        dispatch_bound,
+    )
 }
 
 
