@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from snippets import REPOSITORY, Snippet, pages, snippets
 
+from cbn_det.norms import spec
+
 ALL = snippets()
 PYTHON = [one for one in ALL if one.language == "python" and one.kind != "skip"]
 COMMANDS = [one for one in ALL if one.language == "bash" and one.kind != "skip"]
@@ -32,6 +34,12 @@ def ids(found: list[Snippet]) -> list[str]:
 
 def of_pages(found: list[Snippet]) -> list[str]:
     return list(dict.fromkeys(one.page for one in found))
+
+
+@pytest.fixture(autouse=True)
+def _own_table_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that registers a norm does so for itself."""
+    monkeypatch.setattr(spec, "_NORMS", dict(spec._NORMS))
 
 
 def run_page(page: str, tmp_path: Path, kinds: tuple[str, ...]) -> None:
