@@ -59,6 +59,17 @@ def test_a_norm_dispatches_no_more_than_this(norm: str, batchnorm: Counter[str])
     assert over_batchnorm(layer_counts(norm, in_burn_in=True), batchnorm) <= early
 
 
+def test_gkn_is_groupnorm_where_nothing_is_predicted() -> None:
+    """To the last operation: the maps are read for no statistics that are not used."""
+    counts = []
+    for norm in ("GN", "GKN"):
+        model = pairs(norm, 1, 32, "cpu")
+        step = training_step(model, (2, 32, 8, 8), "cpu")
+        step()
+        counts.append(count_steps(step, 1))
+    assert counts[0] == counts[1]
+
+
 def test_what_counts_as_an_operation() -> None:
     x = torch.ones(2, 3)
     with DispatchCounter() as counter:

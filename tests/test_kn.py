@@ -322,7 +322,7 @@ def test_the_guard_refuses_what_is_not_finite(value):
     observed = torch.tensor([[0.5, -1.0], [2.0, 3.0]])
     prediction = observed + 0.1
     prediction[:, 1] = value
-    mixing = Posterior(*observed, 0.3, 1e-5)
+    mixing = Posterior(observed.unbind, 0.3, 1e-5)
     assert torch.equal(torch.stack(mixing(prediction)), observed)
     assert float(mixing.share) == 1.0 and not mixing.pull(*torch.ones(2, 2)).any()
 

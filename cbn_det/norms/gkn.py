@@ -13,6 +13,7 @@ does not depend on its mini-batch, and evaluation does what training does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,9 +121,15 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         """None where nothing is predicted."""
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
-        batch = moments(x)
-        observed = _of_groups(batch.mean, batch.var, len(input) * self.num_groups)
-        mixed = self._mixed(input, *(value.view(len(input), -1) for value in observed))
+        groups = len(input) * self.num_groups
+
+        def observe() -> Pair:
+            batch = moments(x)
+            mean, var = _of_groups(batch.mean, batch.var, groups)
+            return mean.view(len(input), -1), var.view(len(input), -1)
+
+        like = input.new_empty(0, dtype=statistics_dtype(input))
+        mixed = self._mixed(input, like, _OfGroups(observe, self.gain, self.eps, self.num_groups))
         if mixed is None:
             return None
         values = (mixed.mean, mixed.var, mixed.share.expand_as(mixed.mean))
@@ -131,16 +138,12 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         weight, bias = (
             None if p is None else p.repeat(len(input)) for p in (self.weight, self.bias)
         )
-        groups = len(input) * self.num_groups
         output = normalize(x, Estimate(mean, var, share, groups), weight, bias, self.eps)
         # not a view: an activation in place would put the graph of views in the chain's way
         output = torch.ops.aten._unsafe_view(output, input.shape)
         if not input.is_contiguous():
             output = output.to(memory_format=torch.channels_last)
         return output
-
-    def _posterior(self, mean: Tensor, var: Tensor) -> Posterior:
-        return _OfGroups(mean, var, self.gain, self.eps)
 
     def _in_plain_operations(self, input: Tensor) -> Tensor | None:
         """The same in operations that can be traced and exported, with autograd's own gradient."""
@@ -163,8 +166,12 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
 class _OfGroups(Posterior):
     """Of statistics [N, groups], with a prediction for channels."""
 
+    def __init__(self, observe: Callable[[], Pair], gain: float, eps: float, groups: int) -> None:
+        super().__init__(observe, gain, eps)
+        self.groups = groups
+
     def __call__(self, prediction: Tensor) -> Pair:
-        mean, var = _of_groups(*prediction, self.observed[0].shape[1])
+        mean, var = _of_groups(*prediction, self.groups)
         self.apart = (prediction[0].view(len(mean), -1) - mean.unsqueeze(1)).detach()
         return super().__call__(torch.stack((mean, var)).unsqueeze(1))
 

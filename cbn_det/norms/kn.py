@@ -30,6 +30,7 @@ where the paper or the code leaves a choice:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,7 @@ from torch.fx import Proxy
 from .base import SmallBatchNorm2d, is_number
 from .chain import Chained, tracing
 from .functional import Estimate, Moments
+from .propagation import Pair
 from .spec import register_norm
 
 #: Weight of the prediction, chosen for 1 or 2 images: in the first 100 iterations of a Faster R-CNN
@@ -86,17 +88,13 @@ class Predicting(Chained):
             "prediction_var": torch.where(believed, ratio, 0.0).mean(),
         }
 
-    def _posterior(self, mean: Tensor, var: Tensor) -> Posterior:
-        return Posterior(mean, var, self.gain, self.eps)
-
-    def _mixed(self, y: Tensor, mean: Tensor, var: Tensor) -> Estimate | None:
-        """Mean, variance and share of the observation ``mean, var`` [..., C], mixed with what is
-        predicted for the input ``y``; None where nothing is."""
-        mixing = self._posterior(mean, var)
-        found = self._predict(y, mean, mixing)
+    def _mixed(self, y: Tensor, like: Tensor, mixing: Posterior) -> Estimate | None:
+        """Mean, variance and share of an observation, mixed with what is predicted for the input
+        ``y``, of the dtype of ``like``; None where nothing is."""
+        found = self._predict(y, like, mixing)
         if found is None:
             return None
-        compared = (mixing.difference, var, mixing.ratio, mixing.weight)
+        compared = (mixing.difference, mixing.var, mixing.ratio, mixing.weight)
         self.__dict__["_compared"] = compared  # past Module.__setattr__, which takes long
         return Estimate(*found, mixing.share)
 
@@ -117,19 +115,26 @@ def posterior(
 
 
 class Posterior:
-    """:func:`posterior` of an observation ``mean, var`` [..., C], when called with the prediction;
-    constants for the gradient, which is the prediction's alone.
+    """:func:`posterior` of an observation, when called with the prediction; the gradient is the
+    prediction's alone.
+
+    Args:
+        observe: gives mean and variance [..., C], which are constants; called once, where something
+            is predicted.
 
     Attributes, from then on:
+        var: the observed one.
         share, weight: of observation and prediction [..., 1]; the weight is 0 where it is refused.
         difference, ratio: see :func:`posterior`.
     """
 
-    def __init__(self, mean: Tensor, var: Tensor, gain: float, eps: float) -> None:
-        self.observed, self.gain, self.eps = (mean, var), gain, eps
+    def __init__(self, observe: Callable[[], Pair], gain: float, eps: float) -> None:
+        self.observe, self.gain, self.eps = observe, gain, eps
 
     def __call__(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        found = posterior(prediction, *self.observed, self.gain, self.eps)
+        observed, self.var = self.observe()
+        del self.observe  # activations may hang on it, and this is kept for the backward pass
+        found = posterior(prediction, observed, self.var, self.gain, self.eps)
         mean, var, difference, self.ratio, believed = found
         self.difference = difference.detach()
         if torch.compiler.is_compiling():  # it looks through caches, and says so
@@ -228,7 +233,8 @@ class KN2d(Predicting, SmallBatchNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         mixed = None
         if not self.is_batchnorm:
-            mixed = self._mixed(self._input, batch.mean, batch.var)
+            mixing = Posterior(lambda: (batch.mean, batch.var), self.gain, self.eps)
+            mixed = self._mixed(self._input, batch.mean, mixing)
         return mixed or Estimate(batch.mean, batch.var, 1.0)
 
     @property
