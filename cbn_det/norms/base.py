@@ -158,6 +158,10 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         takes."""
         return {"ema": self.ema, "momentum": self.momentum, "eps": self.eps, "affine": self.affine}
 
+    def shown_options(self) -> dict[str, Any]:
+        """The options as the layer's repr shows them."""
+        return self.options()
+
     # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:
@@ -307,9 +311,5 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         clock.install()
 
     def extra_repr(self) -> str:
-        shown = self.options()
-        for name in getattr(self, "timed", ()):  # of .schedule: in steps, once they are known
-            steps = getattr(self, f"{name}_steps")
-            shown[name] = round(shown[name], 3) if steps is None else steps
-        options = ", ".join(f"{key}={value!r}" for key, value in shown.items())
+        options = ", ".join(f"{key}={value!r}" for key, value in self.shown_options().items())
         return f"{self.num_features}, {options}"

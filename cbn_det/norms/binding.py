@@ -135,9 +135,9 @@ class ConvBound:
         """Whether the convolution's weight is whole only while it runs (FSDP)."""
         conv = self.conv
         weight = None if conv is None else conv._parameters.get("weight")
-        if weight is None or (type(weight) is nn.Parameter and weight.dim() == 4):
-            return False
-        return type(weight.detach()) is not Tensor or weight.dim() != 4
+        if weight is None or weight.dim() != 4:
+            return weight is not None
+        return type(weight) is not nn.Parameter and type(weight.detach()) is not Tensor
 
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
         """The call of the convolution that made ``y``; None for a forward that is not recorded,

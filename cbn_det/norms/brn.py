@@ -132,9 +132,10 @@ class BRN2d(RememberingNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         if self.is_batchnorm:
             return Estimate(batch.mean, batch.var, 1.0)
-        held = self.memory.held
+        held, dtype = self.memory.held, batch.mean.dtype
         if not held:
-            held["mean"], held["invstd"] = self._reference(batch.mean.dtype)
+            held["mean"] = self.running_mean.to(dtype, copy=True)
+            held["invstd"] = (self.running_var.to(dtype) + self.eps).rsqrt_()
         r_max, d_max = self.limits()
         invstd = (batch.var + self.eps).rsqrt_()
         ratio = held["invstd"] / invstd
@@ -142,11 +143,6 @@ class BRN2d(RememberingNorm2d):
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift, invstd=invstd)
-
-    def _reference(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Running mean and inverse standard deviation."""
-        mean = self.running_mean.to(dtype, copy=True)
-        return mean, (self.running_var.to(dtype) + self.eps).rsqrt_()
 
     def _accepted(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         finite = var < math.inf  # no nan either

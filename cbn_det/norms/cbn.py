@@ -200,14 +200,14 @@ class CBN2d(FollowingNorm2d):
     @classmethod
     def commit(cls, layers: list[CBN2d]) -> None:
         compensates, is_new = layers[0]._compensates, bool(layers[0].memory.pending)
-        row = ROW if compensates else ROW[:2]
         for layer in layers:
             layer.carry_bias()
             if is_new and compensates:
                 entry = layer.memory.pending
                 layer.derivative.commit(layer.memory, entry)
                 entry["mean_change"] = entry["var_change"] = zeros_like(entry["var"])
-        rows = push(layers, row) if is_new else rows_of(layers, len(row))
+        row = ROW if compensates else ROW[:2]
+        rows = push(layers, row) if is_new else rows_of(layers)
         entries = rows[:, :2]
         if compensates:
             change = carry(layers, rows, is_new)

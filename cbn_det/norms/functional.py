@@ -203,9 +203,8 @@ def moments_of_groups(x: Tensor, groups: int, eps: float) -> GroupMoments:
     whole = moments(x.view(n, groups, size * height, width))  # a group is a channel of more rows
     invstd = (whole.var + eps).rsqrt_()
     each = [value.unsqueeze(1).expand(-1, size) for value in (whole.mean, whole.var, invstd)]
-    expanded = torch.cat(each).view(3, channels).unbind()
-    mean, var, invstd_of_channels = expanded
-    return GroupMoments(mean, var, whole.count, invstd_of_channels, (whole.mean, invstd))
+    mean, var, of_channels = torch.cat(each).view(3, channels).unbind()
+    return GroupMoments(mean, var, whole.count, of_channels, (whole.mean, invstd))
 
 
 class _Normalize(torch.autograd.Function):

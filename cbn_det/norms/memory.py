@@ -206,10 +206,11 @@ class Memory:
         self.seen = clock.now() - state["seen"]
 
 
-def rows_of(layers: list[Any], count: int) -> Tensor:
-    """[entries, count, sum of channels]: the rows of several layers, which have the same number of
+def rows_of(layers: list[Any]) -> Tensor:
+    """[entries, row, sum of channels]: the rows of several layers, which have the same number of
     entries, side by side."""
-    return _side_by_side(layers, count)[0][: len(layers[0].memory)]
+    memory = layers[0].memory
+    return _side_by_side(layers, memory.rows.shape[1])[0][: len(memory)]
 
 
 def _side_by_side(layers: list[Any], count: int) -> tuple[Tensor, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 #: schedule, in optimiser steps, of a layer that nobody told the length of its schedule
 UNRESOLVED_SCHEDULE = 3000
@@ -18,6 +19,14 @@ class Scheduled:
 
     timed: tuple[str, ...] = ("burn_in",)
     steps: int
+
+    def shown_options(self) -> dict[str, Any]:
+        """Times in optimiser steps, once these are known."""
+        shown = super().shown_options()
+        for name in self.timed:
+            steps = getattr(self, name + "_steps")
+            shown[name] = round(shown[name], 3) if steps is None else steps
+        return shown
 
     @property
     def _waits(self) -> bool:
