@@ -16,6 +16,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..norms import find_chain_at_call
+from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.errors import ConfigError
 from .checkpointer import AtomicCheckpointer
@@ -36,8 +37,7 @@ class Detectron2Detector(Detector):
             ConfigError: the config or the checkpoint cannot be read, or they do not fit.
         """
         cfg = read_config(argparse.Namespace(config_file=str(config), opts=list(opts)))
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         register()
         check_config_norms(cfg)
         model = build_model(cfg)

@@ -18,6 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from ..deploy import fold
+from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
@@ -43,8 +44,7 @@ class StandaloneDetector(Detector):
             ConfigError: the config or the checkpoint cannot be read, or they do not fit.
         """
         cfg = read_config(config, opts)
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         model = build_model(cfg).to(cfg.MODEL.DEVICE)
         load_weights(model, weights, complete=True, named_by="--weights")
         return cls(cfg, model, run, result)
