@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Detectron2Detector(Detector):
         Raises:
             ConfigError: the config or the checkpoint cannot be read, or they do not fit.
         """
-        cfg = read_config(argparse.Namespace(config_file=str(config), opts=list(opts)))
+        cfg = read_config(str(config), opts)
         cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         register()
         check_config_norms(cfg)
