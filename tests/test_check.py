@@ -152,7 +152,7 @@ def test_kalman_norms_say_where_the_chain_ends(lines: Any, engine: str) -> None:
 
 
 def test_memory_and_disk_that_do_not_suffice(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial.shutil, "disk_usage", lambda place: SimpleNamespace(free=3e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=3e6))
     pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(trial.os, "sysconf", pages.get)
     # what this process took before it, it need not take again
