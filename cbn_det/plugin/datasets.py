@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from cbn_det.data import (
     write_digits,
 )
 from cbn_det.data.image_check import DETECTRON2
+from cbn_det.data.pictures import class_names
 
 __all__ = ["check_num_classes", "ensure_digits", "prepare_datasets", "register_coco"]
 
@@ -198,6 +198,4 @@ def _class_names(name: str) -> list[str] | None:
     json_file = meta.get("json_file")
     if json_file is None or not os.path.isfile(json_file):
         return None
-    with open(json_file, encoding="utf-8") as f:
-        categories = json.load(f)["categories"]
-    return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    return class_names(json_file)
