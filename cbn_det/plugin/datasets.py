@@ -26,7 +26,7 @@ from cbn_det.data import (
 from cbn_det.data.image_check import DETECTRON2
 from cbn_det.data.pictures import class_names
 
-__all__ = ["check_num_classes", "ensure_digits", "prepare_datasets", "register_coco"]
+__all__ = ["check_num_classes", "ensure_digits", "is_coco", "prepare_datasets", "register_coco"]
 
 # The key that each of detectron2's own detectors reads its number of classes from. The others
 # (ProposalNetwork, SemanticSegmentor, PanopticDeepLab, a user's own) are not checked.
@@ -119,7 +119,7 @@ def prepare_datasets(
             if uses_digits:
                 ensure_digits()
             for name in names:
-                if _is_coco(name):
+                if is_coco(name):
                     reports[name] = _check_files(cfg, name, not eval_only and name in train)
         except DataError as e:
             problem = str(e)
@@ -132,7 +132,8 @@ def prepare_datasets(
     return reports
 
 
-def _is_coco(name: str) -> bool:
+def is_coco(name: str) -> bool:
+    """Whether :mod:`cbn_det.data` can read a set's annotations."""
     meta = MetadataCatalog.get(name)
     return meta.get("evaluator_type") in ("coco", "coco_panoptic_seg") and bool(
         meta.get("json_file") and meta.get("image_root")
