@@ -23,10 +23,9 @@ from ..run.detector import Detector
 from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
 from .config import read_config
+from .heads import MASK_THRESHOLD
 from .model import build_model
 from .weights import load_weights
-
-_MASK_THRESHOLD = 0.5
 
 
 class StandaloneDetector(Detector):
@@ -55,7 +54,7 @@ class StandaloneDetector(Detector):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         (output,) = self.model([self._tensor(image)])
         found = {key: value.cpu().numpy() for key, value in output.items()}
-        masks = found["masks"][:, 0] >= _MASK_THRESHOLD if "masks" in found else None
+        masks = found["masks"][:, 0] >= MASK_THRESHOLD if "masks" in found else None
         return found["boxes"], found["scores"], found["labels"] - 1, masks
 
     def model_input(self, image: np.ndarray) -> Tensor:
