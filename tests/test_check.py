@@ -151,8 +151,36 @@ def test_kalman_norms_say_where_the_chain_ends(lines: Any, engine: str) -> None:
     assert line_of(found, "KN: 1 without (a model input").startswith("note ")
 
 
+@pytest.mark.detectron2
+def test_a_training_set_in_another_format(lines: Any, inputs: Path, tmp_path: Path) -> None:
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import load_coco_json
+
+    images = inputs / "val" / "images"
+    content = json.loads((inputs / "val" / "boxes.json").read_text())
+    for record in content["images"]:  # as LVIS names them
+        record["coco_url"] = f"somewhere/{record.pop('file_name')}"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    name = f"other_{tmp_path.name}"
+    DatasetCatalog.register(name, lambda: load_coco_json(inputs / "val/boxes.json", images, name))
+    MetadataCatalog.get(name).set(
+        json_file=str(tmp_path / "other.json"),
+        image_root=str(images),
+        evaluator_type="lvis",
+        thing_classes=[category["name"] for category in content["categories"]],
+    )
+    try:
+        sets = f"('{dataset_name(inputs)}', '{name}')"
+        code, found = lines("detectron2", "DATASETS.TRAIN", sets)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert code == 0, found
+    assert line_of(found, "no image is in both DATASETS.TRAIN and DATASETS.TEST")
+
+
 def test_memory_and_disk_that_do_not_suffice(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial.shutil, "disk_usage", lambda place: SimpleNamespace(free=3e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=3e6))
     pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(trial.os, "sysconf", pages.get)
     # what this process took before it, it need not take again

@@ -126,7 +126,7 @@ def _images(names: list[str], files: dict[str, tuple[Path, Path]]) -> list[Path]
     for name in names:
         if name in files:
             annotations, images = files[name]
-            records = json.loads(annotations.read_text(encoding="utf-8-sig"))["images"]
+            records = json.loads(annotations.read_text(encoding="utf-8"))["images"]
             found += [images / record["file_name"] for record in records]
     return found
 

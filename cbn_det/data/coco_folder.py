@@ -110,10 +110,7 @@ def check_overlap(files: Mapping[str, list[Path]], progress: Progress) -> Findin
 
 def check_disk(output: Path, runs: int = 1) -> Finding:
     """Whether the checkpoints of ``runs`` runs with a 1x schedule fit on the disk of ``output``."""
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 1e9
+    free = disk_of(output)[1] / 1e9
     text = (
         f"{free:.1f} GB free for '{output}'; a 1x run leaves up to {GB_PER_RUN} GB of checkpoints"
     )
@@ -124,6 +121,14 @@ def check_disk(output: Path, runs: int = 1) -> Finding:
         f"{text}, {runs} of them {GB_PER_RUN * runs} GB: free some space, choose another --output, "
         "or raise SOLVER.CHECKPOINT_PERIOD",
     )
+
+
+def disk_of(output: Path) -> tuple[Path, int]:
+    """The nearest folder to a future one that is there already, and the bytes free for both."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
 
 
 def check_weights(files: list[PretrainedFile], *, offline: bool = False) -> Iterator[Finding]:

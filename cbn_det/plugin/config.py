@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -29,7 +30,7 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     Raises:
         ValueError: a file, key or value that cannot be run.
     """
-    cfg = read_config(args)
+    cfg = read_config(args.config_file, args.opts)
     notes = check_run(cfg, args)
     notes += _replace_sync_norms(cfg, world_size)
     register()
@@ -52,21 +53,14 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     return cfg, notes
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """The config of ``args.config_file`` with the KEY VALUE pairs of ``args.opts``.
+def read_config(file: str, opts: Sequence[str]) -> CfgNode:
+    """detectron2's defaults, with a YAML config and KEY VALUE words over them.
 
     Raises:
         ConfigError: a file, key or value that detectron2 does not take.
     """
-    if args.config_file.endswith(".py"):
-        raise ConfigError(
-            f"--config-file {args.config_file}: a LazyConfig is for"
-            " tools/lazyconfig_train_net.py; detectron2's own takes it too if the file calls"
-            " cbn_det.register()"
-        )
     cfg = get_cfg()
-    file = args.config_file
-    merge(cfg, file, args.opts, lambda: cfg.merge_from_file(file), remote=True)
+    merge(cfg, file, opts, lambda: cfg.merge_from_file(file), remote=True)
     return cfg
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,8 +24,9 @@ from cbn_det.data import (
     write_digits,
 )
 from cbn_det.data.image_check import DETECTRON2
+from cbn_det.data.pictures import class_names
 
-__all__ = ["check_num_classes", "ensure_digits", "prepare_datasets", "register_coco"]
+__all__ = ["check_num_classes", "ensure_digits", "is_coco", "prepare_datasets", "register_coco"]
 
 # The key that each of detectron2's own detectors reads its number of classes from. The others
 # (ProposalNetwork, SemanticSegmentor, PanopticDeepLab, a user's own) are not checked.
@@ -119,7 +119,7 @@ def prepare_datasets(
             if uses_digits:
                 ensure_digits()
             for name in names:
-                if _is_coco(name):
+                if is_coco(name):
                     reports[name] = _check_files(cfg, name, not eval_only and name in train)
         except DataError as e:
             problem = str(e)
@@ -132,7 +132,8 @@ def prepare_datasets(
     return reports
 
 
-def _is_coco(name: str) -> bool:
+def is_coco(name: str) -> bool:
+    """Whether :mod:`cbn_det.data` can read a set's annotations."""
     meta = MetadataCatalog.get(name)
     return meta.get("evaluator_type") in ("coco", "coco_panoptic_seg") and bool(
         meta.get("json_file") and meta.get("image_root")
@@ -198,6 +199,4 @@ def _class_names(name: str) -> list[str] | None:
     json_file = meta.get("json_file")
     if json_file is None or not os.path.isfile(json_file):
         return None
-    with open(json_file, encoding="utf-8") as f:
-        categories = json.load(f)["categories"]
-    return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    return class_names(json_file)

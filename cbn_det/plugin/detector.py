@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from ..norms import find_chain_at_call
+from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.errors import ConfigError
 from .checkpointer import AtomicCheckpointer
@@ -35,9 +35,8 @@ class Detectron2Detector(Detector):
         Raises:
             ConfigError: the config or the checkpoint cannot be read, or they do not fit.
         """
-        cfg = read_config(argparse.Namespace(config_file=str(config), opts=list(opts)))
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
+        cfg = read_config(str(config), opts)
+        cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         register()
         check_config_norms(cfg)
         model = build_model(cfg)

@@ -29,6 +29,7 @@ from torch import nn
 
 from ..config_files import find_config
 from ..norms import find_chain_at_call, format_norm_table, norm_rows
+from ..run.command_line import usable_device
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
 from .checkpointer import AtomicCheckpointer
@@ -96,13 +97,14 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[str]]:
     cfg = _built(f"--config-file {args.config_file}", lambda: LazyConfig.load(args.config_file))
     for word in args.opts:
         _built(word, partial(LazyConfig.apply_overrides, cfg, [word]))
-    device = _built("train.device", lambda: str(cfg.train.device))
-    if not device.startswith("cuda") or torch.cuda.is_available():
-        return cfg, []
+    key = "train.device"
+    device, notes = usable_device(key, _built(key, lambda: str(cfg.train.device)))
+    if not notes:
+        return cfg, notes
     if cfg.train.amp.enabled:
         raise ConfigError("train.amp.enabled needs a GPU, and there is none here: set it to False")
-    cfg.train.device = "cpu"
-    return cfg, [f"train.device: no GPU here, '{device}' is replaced by 'cpu'"]
+    cfg.train.device = device
+    return cfg, notes
 
 
 def _built(key: str, make: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ from torch import nn
 from ..run.job import built
 from ..run.trial import Trial
 from .config import build_config
+from .datasets import is_coco
 from .job import Detectron2Job
 from .launch import read_layout
 from .loading import place
@@ -29,14 +30,9 @@ class Detectron2Trial(Trial):
 
     def prepare(self) -> dict[str, tuple[Path, Path]]:
         built(lambda: Detectron2Job(self.cfg, self._args).prepare(eval_only=False))
-        metas = (
-            MetadataCatalog.get(n) for n in (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST)
-        )
-        return {
-            meta.name: (Path(meta.json_file), Path(meta.image_root))
-            for meta in metas
-            if meta.get("json_file") and meta.get("image_root")
-        }
+        names = filter(is_coco, (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST))
+        metas = map(MetadataCatalog.get, names)
+        return {meta.name: (Path(meta.json_file), Path(meta.image_root)) for meta in metas}
 
     def build(self, folder: Path, load_weights: bool) -> nn.Module:
         cfg = self.cfg.clone()

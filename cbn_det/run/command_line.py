@@ -82,7 +82,12 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
         )
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"MODEL.WEIGHTS {weights}: no such file")
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
-        return []
-    device, cfg.MODEL.DEVICE = cfg.MODEL.DEVICE, "cpu"
-    return [f"MODEL.DEVICE: no GPU here, '{device}' is replaced by 'cpu'"]
+    cfg.MODEL.DEVICE, notes = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    return notes
+
+
+def usable_device(key: str, device: str) -> tuple[str, list[str]]:
+    """The device that a key names; where there is no GPU, the CPU and a line that says so."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device, []
+    return "cpu", [f"{key}: no GPU here, '{device}' is replaced by 'cpu'"]

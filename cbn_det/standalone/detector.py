@@ -18,14 +18,14 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from ..deploy import fold
+from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
 from .config import read_config
+from .heads import MASK_THRESHOLD
 from .model import build_model
 from .weights import load_weights
-
-_MASK_THRESHOLD = 0.5
 
 
 class StandaloneDetector(Detector):
@@ -43,8 +43,7 @@ class StandaloneDetector(Detector):
             ConfigError: the config or the checkpoint cannot be read, or they do not fit.
         """
         cfg = read_config(config, opts)
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         model = build_model(cfg).to(cfg.MODEL.DEVICE)
         load_weights(model, weights, complete=True, named_by="--weights")
         return cls(cfg, model, run, result)
@@ -55,7 +54,7 @@ class StandaloneDetector(Detector):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         (output,) = self.model([self._tensor(image)])
         found = {key: value.cpu().numpy() for key, value in output.items()}
-        masks = found["masks"][:, 0] >= _MASK_THRESHOLD if "masks" in found else None
+        masks = found["masks"][:, 0] >= MASK_THRESHOLD if "masks" in found else None
         return found["boxes"], found["scores"], found["labels"] - 1, masks
 
     def model_input(self, image: np.ndarray) -> Tensor:

@@ -24,13 +24,13 @@ from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
 from .datasets import DetectionDataset
+from .heads import MASK_THRESHOLD
 from .loading import in_order
 
 logger = logging.getLogger(__name__)
 
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_MASK_THRESHOLD = 0.5
 
 
 def evaluate(
@@ -98,7 +98,7 @@ def _coco_results(
     ]
     if "masks" in output:  # [n, 1, H, W], probabilities
         for result, (mask,) in zip(results, output["masks"], strict=True):
-            pixels = (mask >= _MASK_THRESHOLD).to("cpu", torch.uint8).numpy()
+            pixels = (mask >= MASK_THRESHOLD).to("cpu", torch.uint8).numpy()
             rle = mask_util.encode(np.asfortranarray(pixels))
             result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     return results

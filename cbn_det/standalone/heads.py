@@ -13,6 +13,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from .norm_layers import NormLayer
 
+#: probability from which a pixel is of the object, in evaluation and in prediction
+MASK_THRESHOLD = 0.5
+
 
 class BoxPredictor(nn.Module):
     """Class scores and box deltas of RoIs.
