@@ -59,6 +59,11 @@ def read_config(file: str, opts: Sequence[str]) -> CfgNode:
     Raises:
         ConfigError: a file, key or value that detectron2 does not take.
     """
+    if file.endswith(".py"):
+        raise ConfigError(
+            f"--config-file {file}: a LazyConfig is for tools/lazyconfig_train_net.py; detectron2's"
+            " own takes it too if the file calls cbn_det.register()"
+        )
     cfg = get_cfg()
     merge(cfg, file, opts, lambda: cfg.merge_from_file(file), remote=True)
     return cfg
