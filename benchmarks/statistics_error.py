@@ -256,8 +256,8 @@ def draw(runs: dict[int, list[Point]], norms: Sequence[str]) -> Figure:
     return figure
 
 
-def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> tuple[Plan, int]:
-    """The runs, which are not evaluated, and their length in iterations.
+def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> Plan:
+    """The runs, which are not evaluated, with their length in iterations.
 
     Raises:
         ValueError: the config does not say how long to train, or the overrides do.
@@ -271,7 +271,7 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> t
     moments = sorted({max(1, round(part * length)) - 1 for part in MOMENTS} - {0})
     request = {"norms": norms_of(args), "at": moments, "images": args.truth_images}
     request |= {"reference": args.reference} if args.reference else {}
-    plan = Plan(
+    return Plan(
         args.output,
         [args.trained_with],
         [Split(1, images) for images in args.images],
@@ -286,7 +286,6 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> t
         flags=["--statistics-error", json.dumps(request)],
         launcher=launcher,
     )
-    return plan, length
 
 
 def norms_of(args: argparse.Namespace) -> list[str]:
@@ -294,7 +293,7 @@ def norms_of(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    plan, length = plan_of(args, launcher)
+    plan = plan_of(args, launcher)
     if args.dry_run:
         plan.print_commands()
         return 0
@@ -310,7 +309,7 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
             if outcome.result.get("status") == "finished":  # others have fewer moments
                 found = runs.setdefault(outcome.run.split.images, [])
                 found += read_points(outcome.run.folder)
-        rows = table(runs, length, args.reference)
+        rows = table(runs, plan.iterations, args.reference)
         print(tabulate(rows, headers="keys", floatfmt=".3g") + "\n" + NOTES)
         if rows:
             path = plan.output / "statistics_error.csv"
