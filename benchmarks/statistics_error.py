@@ -56,6 +56,7 @@ from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
 from cbn_det.study.processes import interruptible, locked  # noqa: E402
 from cbn_det.study.recipes import RECIPES, config_iterations  # noqa: E402
+from cbn_det.study.results import read_lines  # noqa: E402
 from cbn_det.study.runner import run_all  # noqa: E402
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
@@ -147,16 +148,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """What a run has measured, in the order of iterations. Of an iteration that was measured twice
-    (the run was resumed), the later one counts. What a killed process left of a line does not."""
-    points = {}
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        points[point["iteration"]] = point
-    return [points[iteration] for iteration in sorted(points)]
+    """What a run has measured, in the order of iterations."""
+    return read_lines(folder / FILE)
 
 
 def pairs(points: Iterable[Point], norm: str, other: str, key: str) -> list[tuple[float, float]]:
