@@ -57,7 +57,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import statistics
@@ -66,6 +65,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from csv_file import write_csv  # noqa: E402
 from ratios import CONFIDENCE, FEWEST, paired_ratio  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 from timing import say, started, take_turns  # noqa: E402
@@ -327,10 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out, rows)
     return 0
 
 

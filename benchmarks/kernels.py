@@ -35,7 +35,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -54,6 +53,7 @@ from counting import (  # noqa: E402
     over_batchnorm,
     set_schedule,
 )
+from csv_file import write_csv  # noqa: E402
 from cuda_branch import cuda_branch  # noqa: E402
 from detector import PLACES, detector_step  # noqa: E402
 from ratios import FEWEST, paired_ratio  # noqa: E402
@@ -156,18 +156,6 @@ def milliseconds(step: Callable[[], None]) -> float:
     return start.elapsed_time(end) / _TIMED_STEPS
 
 
-def write(path: Path, rows: list[Row], facts: Row) -> None:
-    """The rows as CSV, each with what it was made on.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-
-
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="kernels.py", description=__doc__, formatter_class=raw)
@@ -227,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(tabulate(rows, headers="keys", floatfmt=".5g"))
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if args.out:
-        write(args.out, rows, facts)
+        write_csv(args.out, [row | facts for row in rows])
     return 0
 
 

@@ -33,7 +33,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from csv_file import write_csv  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
@@ -306,11 +306,7 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
         print(tabulate(rows, headers="keys", floatfmt=".3g") + "\n" + NOTES)
         if rows:
             path = plan.output / "statistics_error.csv"
-            columns = dict.fromkeys(key for row in rows for key in row)
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
             print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
     return 1 if any(o.result.get("status") == "failed" for o in outcomes) else 0
 
