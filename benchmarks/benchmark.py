@@ -57,19 +57,18 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from csv_file import write_csv  # noqa: E402
 from ratios import CONFIDENCE, FEWEST, paired_ratio  # noqa: E402
 from tabulate import tabulate  # noqa: E402
-from timing import Worker, say, take_turns  # noqa: E402
+from timing import say, started, take_turns  # noqa: E402
 
 from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.engines import ENGINES  # noqa: E402
@@ -254,22 +253,15 @@ def measure(args: argparse.Namespace, name: str, commands: dict[str, list[str]])
         WorkerFailed: a norm that cannot be built or run.
     """
     say(f"{name}: building {', '.join(commands)}")
-    workers: list[Worker] = []
-    with tempfile.TemporaryDirectory() as logs:
-        try:
-            for norm, words in commands.items():
-                log = Path(logs) / f"{len(workers)}.log"
-                workers.append(Worker(norm, [*WORKER, *words], log, args.threads))
-            facts = [worker.answer() for worker in workers]
-            for worker, fact in zip(workers, facts, strict=True):
-                worker.ask(f"run {max(args.warm_up, fact['warm_up'] + 2)}")
-            first = workers[0].ask("time 1")["wall"]
-            steps = max(1, math.ceil(args.turn_seconds / first))
-            taken = take_turns(workers, steps, args.repetitions, args.seconds)
-            peaks = {worker.norm: worker.ask("memory")["peak_mb"] for worker in workers}
-        finally:
-            for worker in workers:
-                worker.end()
+    commands = {norm: [*WORKER, *words] for norm, words in commands.items()}
+    with started(commands, args.threads) as workers:
+        facts = [worker.answer() for worker in workers]
+        for worker, fact in zip(workers, facts, strict=True):
+            worker.ask(f"run {max(args.warm_up, fact['warm_up'] + 2)}")
+        first = workers[0].ask("time 1")["wall"]
+        steps = max(1, math.ceil(args.turn_seconds / first))
+        taken = take_turns(workers, steps, args.repetitions, args.seconds)
+        peaks = {worker.norm: worker.ask("memory")["peak_mb"] for worker in workers}
     times = {norm: [answer[args.clock] for answer in answers] for norm, answers in taken.items()}
     machine, versions = facts[0]["machine"], facts[0]["versions"]
     made_on = {
@@ -335,10 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.out, rows)
     return 0
 
 

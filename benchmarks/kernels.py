@@ -35,9 +35,7 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -55,11 +53,12 @@ from counting import (  # noqa: E402
     over_batchnorm,
     set_schedule,
 )
+from csv_file import write_csv  # noqa: E402
 from cuda_branch import cuda_branch  # noqa: E402
 from detector import PLACES, detector_step  # noqa: E402
 from ratios import FEWEST, paired_ratio  # noqa: E402
 from tabulate import tabulate  # noqa: E402
-from timing import Worker, WorkerFailed, take_turns  # noqa: E402
+from timing import WorkerFailed, say, started, take_turns  # noqa: E402
 
 from cbn_det import __version__  # noqa: E402
 from cbn_det.run.errors import one_line  # noqa: E402
@@ -70,7 +69,7 @@ NORMS = (
     *("GN", "BGN", "BRN", "MBN(double_forward=False)", "MBN", "CBN", "CBN(positions=None)"),
     *("KN", "GKN"),
 )
-_WORKER = Path(__file__).with_name("dispatch_worker.py")
+_WORKER = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("dispatch_worker.py")))
 _TIMED_STEPS = 50
 
 Row = dict[str, Any]
@@ -109,7 +108,7 @@ def iteration_table(
     for place in places:
         reference = None
         for norm in (REFERENCE, *norms):
-            _say(f"{place}: {norm}")
+            say(f"{place}: {norm}")
             model, step = detector_step(norm, place, device=device, size=size)
             for _ in range(set_schedule(model)):
                 step()
@@ -127,18 +126,11 @@ def dispatch_table(norms: Sequence[str], device: str, repetitions: int, steps: i
     Raises:
         WorkerFailed: a norm that cannot be built or run.
     """
-    workers: list[Worker] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for norm in (REFERENCE, *norms):
-                command = [sys.executable, "-W", "ignore", str(_WORKER), norm, device]
-                workers.append(Worker(norm, command, Path(folder) / f"{len(workers)}.log", 1))
-            for worker in workers:
-                worker.ask(f"run {worker.answer()['warm_up'] + 10}")
-            taken = take_turns(workers, steps, repetitions, seconds=600.0)
-        finally:
-            for worker in workers:
-                worker.end()
+    commands = {norm: [*_WORKER, norm, device] for norm in (REFERENCE, *norms)}
+    with started(commands, threads=1) as workers:
+        for worker in workers:
+            worker.ask(f"run {worker.answer()['warm_up'] + 10}")
+        taken = take_turns(workers, steps, repetitions, seconds=600.0)
     # a busy machine disturbs the time of the process less; a GPU's it does not hold
     clock = "cpu" if device == "cpu" else "wall"
     times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
@@ -162,22 +154,6 @@ def milliseconds(step: Callable[[], None]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / _TIMED_STEPS
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def write(path: Path, rows: list[Row], facts: Row) -> None:
-    """The rows as CSV, each with what it was made on.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -239,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(tabulate(rows, headers="keys", floatfmt=".5g"))
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if args.out:
-        write(args.out, rows, facts)
+        write_csv(args.out, [row | facts for row in rows])
     return 0
 
 

@@ -33,7 +33,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from csv_file import write_csv  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
@@ -56,6 +56,7 @@ from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
 from cbn_det.study.processes import interruptible, locked  # noqa: E402
 from cbn_det.study.recipes import RECIPES, config_iterations  # noqa: E402
+from cbn_det.study.results import read_lines  # noqa: E402
 from cbn_det.study.runner import run_all  # noqa: E402
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
@@ -147,16 +148,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """What a run has measured, in the order of iterations. Of an iteration that was measured twice
-    (the run was resumed), the later one counts. What a killed process left of a line does not."""
-    points = {}
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            point = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        points[point["iteration"]] = point
-    return [points[iteration] for iteration in sorted(points)]
+    """What a run has measured, in the order of iterations."""
+    return read_lines(folder / FILE)
 
 
 def pairs(points: Iterable[Point], norm: str, other: str, key: str) -> list[tuple[float, float]]:
@@ -256,8 +249,8 @@ def draw(runs: dict[int, list[Point]], norms: Sequence[str]) -> Figure:
     return figure
 
 
-def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> tuple[Plan, int]:
-    """The runs, which are not evaluated, and their length in iterations.
+def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> Plan:
+    """The runs, which are not evaluated, with their length in iterations.
 
     Raises:
         ValueError: the config does not say how long to train, or the overrides do.
@@ -271,7 +264,7 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> t
     moments = sorted({max(1, round(part * length)) - 1 for part in MOMENTS} - {0})
     request = {"norms": norms_of(args), "at": moments, "images": args.truth_images}
     request |= {"reference": args.reference} if args.reference else {}
-    plan = Plan(
+    return Plan(
         args.output,
         [args.trained_with],
         [Split(1, images) for images in args.images],
@@ -286,7 +279,6 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> t
         flags=["--statistics-error", json.dumps(request)],
         launcher=launcher,
     )
-    return plan, length
 
 
 def norms_of(args: argparse.Namespace) -> list[str]:
@@ -294,7 +286,7 @@ def norms_of(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    plan, length = plan_of(args, launcher)
+    plan = plan_of(args, launcher)
     if args.dry_run:
         plan.print_commands()
         return 0
@@ -310,15 +302,11 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
             if outcome.result.get("status") == "finished":  # others have fewer moments
                 found = runs.setdefault(outcome.run.split.images, [])
                 found += read_points(outcome.run.folder)
-        rows = table(runs, length, args.reference)
+        rows = table(runs, plan.iterations, args.reference)
         print(tabulate(rows, headers="keys", floatfmt=".3g") + "\n" + NOTES)
         if rows:
             path = plan.output / "statistics_error.csv"
-            columns = dict.fromkeys(key for row in rows for key in row)
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
             print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
     return 1 if any(o.result.get("status") == "failed" for o in outcomes) else 0
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ratios import FEWEST
 
-REPOSITORY = str(Path(__file__).resolve().parents[1])
+from cbn_det.study.engine import source_environment
 
 #: glibc gives large freed blocks back to the system or keeps them, depending on the order in which
 #: they came, and getting them anew takes as long as a norm does. So workers keep what they once
@@ -44,8 +45,6 @@ class Worker:
     ) -> None:
         self.norm = norm
         self.log = log
-        paths = [REPOSITORY, os.environ.get("PYTHONPATH")]
-        found = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         limit = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         with open(log, "wb") as errors:
             self._process = subprocess.Popen(
@@ -54,7 +53,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=KEEP_FREED_MEMORY | os.environ | found | (limit if threads else {}),
+                env=KEEP_FREED_MEMORY | source_environment() | (limit if threads else {}),
             )
 
     def answer(self) -> dict:
@@ -89,6 +88,20 @@ class Worker:
         """Ends the process, whatever it is doing."""
         self._process.kill()
         self._process.communicate()
+
+
+@contextmanager
+def started(
+    commands: Mapping[str, Sequence[str]], threads: int | None = None
+) -> Iterator[list[Worker]]:
+    """Workers side by side, which end with the context; ``commands`` start them, by norm."""
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = []
+        for number, (norm, command) in enumerate(commands.items()):
+            workers.append(Worker(norm, command, logs / f"{number}.log", threads))
+            stack.callback(workers[-1].end)
+        yield workers
 
 
 def take_turns(

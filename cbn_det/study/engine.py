@@ -19,9 +19,8 @@ HOME = Path(__file__).resolve().parents[2]
 
 def source_environment() -> dict[str, str]:
     """The environment in which a child process finds this package, installed or not."""
-    if {"site-packages", "dist-packages"} & set(
-        HOME.parts
-    ):  # there anyway, and behind python's own
+    # an installed package is found anyway, and behind python's own
+    if {"site-packages", "dist-packages"} & set(HOME.parts):
         return dict(os.environ)
     paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from cbn_det.study.disk import full_disk_note
 from cbn_det.study.engine import source_environment
@@ -72,7 +71,9 @@ class Process:
         return signal_group(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        end_group(self._process)
+        signal_group(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
 
 
 def signal_group(leader: int, number: int) -> bool:
@@ -84,16 +85,8 @@ def signal_group(leader: int, number: int) -> bool:
     return True
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """Kill a process and everything it started."""
-    signal_group(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin:
-        process.stdin.close()
-
-
 @contextmanager
-def locked(folder: Path) -> Iterator[IO[str]]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder: for this process, and for those that inherit the file.
 
     Raises:
@@ -109,7 +102,7 @@ def locked(folder: Path) -> Iterator[IO[str]]:
                 "was killed are writing their last checkpoints: try again in a minute"
             ) from None
         os.set_inheritable(file.fileno(), True)
-        yield file
+        yield
 
 
 @contextmanager

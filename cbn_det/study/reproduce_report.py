@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from cbn_det.shell import join
 from cbn_det.study.published import Elsewhere, Published, Source, Table, Values
 from cbn_det.study.reproduce import (
     BASELINES,
@@ -66,7 +66,7 @@ def table_text(reproduction: Reproduction, table: Table, rows: Sequence[Row]) ->
         ]
         words += reproduction.overrides
         parts.append(
-            f"Changed by {shlex.join(words)}: these are not the table's rows, and no differences "
+            f"Changed by {join(words)}: these are not the table's rows, and no differences "
             "to published numbers are given."
         )
     for task in rows[0].tasks:

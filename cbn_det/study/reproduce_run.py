@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from cbn_det.shell import join
 from cbn_det.study.compare import EXIT_FAILED, announce
 from cbn_det.study.engine import HOME
 from cbn_det.study.gpus import visible_gpus
@@ -67,4 +67,4 @@ def runs_of(reproduction: Reproduction, rows: Sequence[Row], seeds: Sequence[int
 def as_typed(words: Sequence[str]) -> str:
     """A command line as one would type it in the present folder."""
     home = f"{HOME}{os.sep}" if Path.cwd() == HOME else ""
-    return shlex.join([word.removeprefix(home) for word in words])
+    return join(word.removeprefix(home) for word in words)

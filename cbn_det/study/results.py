@@ -81,16 +81,21 @@ def read_result(folder: Path) -> dict | None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.json so far; a half-written last line is left out.
-
-    A run that was resumed logs some iterations twice: the later line counts.
-    """
+    """The lines of a run's metrics.json so far."""
     try:
-        text = (folder / "metrics.json").read_text(encoding="utf-8")
+        return read_lines(folder / "metrics.json")
     except FileNotFoundError:
         return []
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of JSON that a run has written, in the order of iterations; what a killed process
+    left of a line is left out.
+
+    A run that was resumed writes some iterations twice: the later line counts.
+    """
     lines: dict[int, dict] = {}
-    for line in text.splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

@@ -15,6 +15,8 @@ from cbn_det.study.processes import Process
 from cbn_det.study.progress import Display, say
 from cbn_det.study.results import read_result
 
+POLL_SECONDS = 0.5
+
 
 @dataclass
 class Outcome:
@@ -45,7 +47,6 @@ def run_all(
     runs: list[Run],
     jobs: int,
     done: Callable[[Outcome], None],
-    poll_seconds: float = 0.5,
     gpus: Sequence[str] = (),
     submit: Callable[[Run], Active] | None = None,
 ) -> list[Outcome]:
@@ -97,7 +98,7 @@ def run_all(
                     ended(run, process.result())
                 display.update([run for run, *_ in active.values()], len(outcomes))
                 if active:
-                    time.sleep(poll_seconds)
+                    time.sleep(POLL_SECONDS)
         finally:
             if active:
                 _end_all([process for _, process, _ in active.values()])

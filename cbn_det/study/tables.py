@@ -133,10 +133,9 @@ def of_classes(rows: list[Row]) -> list[Table]:
     found = []
     for split, group in by_split(rows).items():
         for task in tasks_of(group):
-            names = list(dict.fromkeys(name for row in group for name in row.ap_of_class[task]))
             lines = [
-                {"class": name} | {row.norm: _ap(row.ap_of_class[task].get(name)) for row in group}
-                for name in names
+                {"class": name} | {row.norm: _ap(row.ap_of_class[task][name]) for row in group}
+                for name in group[0].ap_of_class[task]  # all rows have the same
             ]
             what = f"{TASK_NAMES[task]}AP of each class"
             if lines:
