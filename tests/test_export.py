@@ -359,6 +359,26 @@ def test_a_model_that_became_another_one_is_not_written(
     assert "puts out something else" in capsys.readouterr().err and not output.exists()
 
 
+def test_a_standalone_model_that_became_another_one_is_not_written(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """By folding, which a comparison of the folded model with the one that is read would miss."""
+    from cbn_det.standalone import detector
+
+    run, fold = build(tmp_path, "standalone", {"FPN": "CBN"}), detector.fold
+
+    def wrong(model: torch.nn.Module, **options: Any) -> Any:
+        report = fold(model, **options)
+        for parameter in model.backbone.parameters():
+            parameter.data *= 1.01
+        return report
+
+    monkeypatch.setattr(detector, "fold", wrong)
+    output = tmp_path / "deployed"
+    assert deploy.main([str(run), "--output", str(output)]) == 1
+    assert "puts out something else" in capsys.readouterr().err and not output.exists()
+
+
 def test_differences_are_between_detections_of_the_same_label() -> None:
     """Those of equal score may change places; one may not stand for two."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])

@@ -65,15 +65,13 @@ class StandaloneDetector(Detector):
         return _Traceable(self.model)
 
     def write_plain(self, folder: Path, images: list[Tensor]) -> tuple[Any, list[Path]]:
+        expected = _of_each(images, self.model)
         report = fold(self.model, partly=True)
         plain = plain_torchvision(self.model).cpu()
         path = folder / "model.pth"
         replace_file(path, lambda file: torch.save(plain, file))
         read = torch.load(path, weights_only=False).to(self.cfg.MODEL.DEVICE)
-        with torch.no_grad():
-            expected = [_in_order(self.model([image])[0]) for image in images]
-            found = [_in_order(read([image])[0]) for image in images]
-        check_same(expected, found, images, "written")
+        check_same(expected, _of_each(images, read), images, "written")
         return report, [path]
 
     def _tensor(self, image: np.ndarray) -> Tensor:
@@ -83,8 +81,10 @@ class StandaloneDetector(Detector):
         return tensor.to(self.cfg.MODEL.DEVICE)
 
 
-def _in_order(output: dict[str, Tensor]) -> list[Tensor]:
-    return [output[name] for name in OUTPUTS if name in output]
+@torch.no_grad()
+def _of_each(images: list[Tensor], model: GeneralizedRCNN) -> list[list[Tensor]]:
+    outputs = (model([image])[0] for image in images)
+    return [[output[name] for name in OUTPUTS if name in output] for output in outputs]
 
 
 class _Traceable(nn.Module):
