@@ -156,22 +156,53 @@ def test_a_forward_without_gradient_at_the_start_of_an_iteration(mode):
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
     torch.testing.assert_close(norm.running_var, plain.running_var)
     x = inputs(2).requires_grad_()
-    norm(x).sum().backward()  # what was held can be differentiated through
+    paper = PaperBRN(5, torch.tensor(3.0).double(), 5.0)  # they are the reference from now on
+    paper.mean, paper.var = norm.running_mean.clone(), norm.running_var.clone()
+    out = norm(x)
+    torch.testing.assert_close(out, paper(x, norm.weight, norm.bias))
+    out.sum().backward()  # what was held can be differentiated through
     tick()
     norm(x).sum().backward()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_mini_batch_that_is_not_finite_leaves_the_running_statistics_alone(bad):
-    norm = layer()
-    norm(inputs(0))
-    before = norm.running_mean.clone(), norm.running_var.clone()
-    x = inputs(1)
+@pytest.mark.parametrize("iteration", ["burn-in", "later"])
+@pytest.mark.parametrize("then", ["next", "skipped", "eval", "first"])
+def test_running_statistics_that_are_not_finite_are_put_back(bad, iteration, then):
+    """By the next iteration's forward, of all layers; by evaluation after a step that a GradScaler
+    skips, which ends no iteration; and where no iteration was before."""
+    norms = nn.ModuleList([layer(), layer()])
+    for norm in norms:
+        norm.burn_in_steps = 9 if iteration == "burn-in" else 0
+    before = [norm.running_mean.clone() for norm in norms]
+    for t in range(0 if then == "first" else 2):
+        before = [norm.running_mean.clone() for norm in norms]
+        if t:
+            tick()
+        for norm in norms:
+            norm(inputs(t))
+    if then != "first":
+        tick()
+        before = [norm.running_mean.clone() for norm in norms]
+    x = inputs(2)
     x[0, 2, 0, 0] = bad
-    norm(x)
-    moved = norm.running_mean != before[0]
-    assert moved.tolist() == [True, True, False, True, True]
-    assert norm.running_var[2] == before[1][2] and norm.running_var.isfinite().all()
+    for norm in norms:
+        norm(x)
+        assert not norm.running_mean[2].isfinite()
+    if then == "eval":
+        norms.eval()
+    else:
+        for t in range(2):
+            if then != "skipped" or t:
+                tick()
+            for norm in norms:
+                norm(inputs(3))
+    for norm, old in zip(norms, before, strict=True):
+        assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+        if then == "eval":
+            moved = norm.running_mean != old
+            assert moved.tolist() == [True, True, False, True, True]
+            assert norm(inputs(3)).isfinite().all()
 
 
 def test_no_variance():

@@ -142,11 +142,6 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         """What the running statistics average. By default: the mini-batch's own moments."""
         return batch
 
-    def _accepted(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what the running statistics are about to average, the variance unbiased, what they
-        take."""
-        return mean, var
-
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Sets the running statistics, for evaluation, from mean and variance [C] of this layer's
         input over many mini-batches (PreciseBN)."""
@@ -273,8 +268,6 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         else:
             var = var * (count / max(count - 1.0, 1.0))
         old_mean, old_var = self.running_mean, self.running_var
-        if not recomputing:
-            mean, var = self._accepted(mean, var)
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
             difference = mean - old_mean
             if isinstance(momentum, Tensor):

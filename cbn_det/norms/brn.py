@@ -21,13 +21,15 @@ times r. Within the limits, y is x normalised by the running statistics; at ``r_
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import is_number
+from .base import Forward, is_number
 from .functional import Estimate, Moments
+from .memory import instead_of, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -37,8 +39,9 @@ class BRN2d(RememberingNorm2d):
     """Batch Renormalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
 
     The running statistics take part in training, so forwards without gradient in training mode,
-    which move them as they move BatchNorm's, are seen by the iterations after. A mini-batch whose
-    moments are not finite leaves them alone. Where a DistributedDataParallel broadcasts buffers, as
+    which move them as they move BatchNorm's, are seen by the iterations after. Where a mini-batch
+    made them nan or infinite, they are put back, before the next iteration and before evaluation,
+    to those that the iteration began with. Where a DistributedDataParallel broadcasts buffers, as
     torch's does by default, rank 0's are the reference on all ranks.
 
     Args:
@@ -126,27 +129,60 @@ class BRN2d(RememberingNorm2d):
         self._require_times()
         return self.limits() == (1.0, 0.0)
 
-    def _is_plain(self, input: Tensor) -> bool:
-        return False  # it would take in statistics that are not finite
+    @property
+    def averages_batch(self) -> bool:
+        return True
 
     def estimate(self, batch: Moments) -> Estimate:
         if self.is_batchnorm:
             return Estimate(batch.mean, batch.var, 1.0)
-        held, dtype = self.memory.held, batch.mean.dtype
-        if not held:
-            held["mean"] = self.running_mean.to(dtype, copy=True)
-            held["invstd"] = (self.running_var.to(dtype) + self.eps).rsqrt_()
+        dtype = batch.mean.dtype
+        mean, reference = self.memory.older[0].to(dtype), self.memory.kept["invstd"].to(dtype)
         r_max, d_max = self.limits()
         invstd = (batch.var + self.eps).rsqrt_()
-        ratio = held["invstd"] / invstd
-        distance = (batch.mean - held["mean"]).mul_(held["invstd"])
+        ratio = reference / invstd
+        distance = (batch.mean - mean).mul_(reference)
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift, invstd=invstd)
 
-    def _accepted(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        finite = var < math.inf  # no nan either
-        return (
-            torch.where(finite, mean, self.running_mean.to(mean.dtype)),
-            torch.where(finite, var, self.running_var.to(var.dtype)),
-        )
+    # ---- the reference ----
+
+    def _begin(self, input: Tensor, how: Forward) -> None:
+        super()._begin(input, how)
+        if self.recomputing_statistics:
+            self.memory.forget_entries()  # the reference of what follows is where this ends
+        elif not self.memory.pushed:
+            with torch.inference_mode(False), torch.no_grad():
+                self.commit([self])
+
+    @classmethod
+    def commit(cls, layers: list[BRN2d]) -> None:
+        now = _put_back(layers)
+        share_out(layers, now)
+        var = now[1] if now.dtype == torch.float64 else now[1].float()
+        invstd = var + layers[0].eps
+        parts = invstd.rsqrt_().split([layer.num_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.memory.kept["invstd"] = part
+            layer.memory.pushed = 1
+
+    def group_for_commit(self) -> Hashable:
+        return *super().group_for_commit(), self.eps
+
+    def train(self, mode: bool = True) -> BRN2d:
+        if self.training and not mode and self.memory.pushed:
+            with torch.no_grad():
+                _put_back([self])
+        return super().train(mode)
+
+
+def _put_back(layers: list[BRN2d]) -> Tensor:
+    """The running statistics [2, sum of channels] of several layers, in channels where they are not
+    finite put back to those that the iteration began with."""
+    running = [n.running_mean for n in layers] + [n.running_var for n in layers]
+    now = torch.cat(running).view(2, -1)
+    now = torch.where(now[1] < math.inf, now, instead_of(layers))  # no nan either
+    widths = [layer.num_features for layer in layers]
+    torch._foreach_copy_(running, [*now[0].split(widths), *now[1].split(widths)])
+    return now

@@ -210,19 +210,18 @@ def rows_of(layers: list[Any]) -> Tensor:
     """[entries, row, sum of channels]: the rows of several layers, which have the same number of
     entries, side by side."""
     memory = layers[0].memory
-    return _side_by_side(layers, memory.rows.shape[1])[0][: len(memory)]
+    return _side_by_side(layers, memory.rows.shape[1])[: len(memory)]
 
 
-def _side_by_side(layers: list[Any], count: int) -> tuple[Tensor, bool]:
-    """[capacity, count, sum of channels]: a tensor that each layer has a part of from now on; and
-    whether it is that of their latest commit."""
+def _side_by_side(layers: list[Any], count: int) -> Tensor:
+    """[capacity, count, sum of channels]: a tensor that each layer has a part of from now on."""
     memories, widths = [n.memory for n in layers], [n.num_features for n in layers]
     first = memories[0]
     whole = None if first.rows is None else first.rows._base
     if whole is not None and whole.shape[2] == sum(widths):
         parts = whole.split(widths, 2)
         if all(_same(m.rows, part) for m, part in zip(memories, parts, strict=True)):
-            return whole, True
+            return whole
     if first.rows is None:
         any_value = next(iter(first.pending.values()))
         whole = any_value.new_zeros(first.capacity, count, sum(widths))
@@ -230,7 +229,7 @@ def _side_by_side(layers: list[Any], count: int) -> tuple[Tensor, bool]:
         whole = torch.cat([memory.rows for memory in memories], 2)
     for memory, part in zip(memories, whole.split(widths, 2), strict=True):
         memory.rows = part
-    return whole, False
+    return whole
 
 
 def _same(view: Tensor, part: Tensor) -> bool:
@@ -249,6 +248,22 @@ def share_out(layers: list[Any], older: Tensor) -> None:
         layer.memory.older = tuple(part)
 
 
+def instead_of(layers: list[Any]) -> Tensor:
+    """[2, sum of channels]: ``layer.instead()`` of several layers side by side."""
+    older = [layer.memory.older for layer in layers]
+    whole = None if older[0] is None else older[0][0]._base
+    if whole is not None and whole.shape[1] == sum(layer.num_features for layer in layers):
+        offset = 0
+        for layer, parts in zip(layers, older, strict=True):
+            if parts is None or parts[0]._base is not whole or parts[0].storage_offset() != offset:
+                break
+            offset += layer.num_features
+        else:
+            return whole
+    values = [layer.instead() for layer in layers]
+    return torch.stack([torch.cat(of_all) for of_all in zip(*values, strict=True)])
+
+
 def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """Makes the pending entries of several layers, all with the same slot free, their newest ones.
 
@@ -264,15 +279,10 @@ def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """
     memories = [layer.memory for layer in layers]
     first = memories[0]
-    rows, unchanged = _side_by_side(layers, len(row))
+    rows = _side_by_side(layers, len(row))
     new = rows[first.slot]
     torch.cat([memory.pending[key] for key in row for memory in memories], out=new.view(-1))
-    if unchanged:
-        instead = first.older[0]._base
-    else:
-        values = [layer.instead() for layer in layers]
-        instead = torch.stack([torch.cat(of_all) for of_all in zip(*values, strict=True)])
-    torch.where(new[1] < math.inf, new[:2], instead, out=new[:2])
+    torch.where(new[1] < math.inf, new[:2], instead_of(layers), out=new[:2])
     for key in first.pending.keys() - set(row):
         for memory in memories:
             if key not in memory.stacked:
