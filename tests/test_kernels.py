@@ -31,7 +31,7 @@ from detector import detector_step  # noqa: E402
 MOST = {
     "GN": (-1, -1),
     "BGN": (10, 10),
-    "BRN": (23, 11),
+    "BRN": (18, 6.25),
     "MBN(double_forward=False)": (14, 3),
     "MBN": (26.5, 3),
     "CBN": (23, 3),

@@ -199,7 +199,7 @@ def _check_at_work(layers: dict[str, Any], fed: dict[str, nn.Parameter]) -> None
             of_groups = layer.running_mean.unflatten(0, (4, -1))
             assert torch.equal(of_groups, of_groups[:, :1].expand_as(of_groups)), name
         elif kind == "BRN":
-            assert layer.diagnostics and layer.memory.older, name
+            assert layer.diagnostics and layer.memory.kept, name
         elif re.fullmatch(_FIRST_OF_A_CHAIN, name):
             assert not hasattr(layer.chain, "weight"), name
         else:  # KN and GKN

@@ -38,8 +38,11 @@ def is_number(value: Any) -> bool:
 
 def _exporting() -> bool:
     """Whether the forward is recorded as a graph that is kept."""
-    is_exporting = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return torch.jit.is_tracing() or (is_exporting is not None and is_exporting())
+    return torch.jit.is_tracing() or _is_exported()
+
+
+# since torch 2.7
+_is_exported = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
@@ -77,6 +80,11 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         ValueError: an option out of range; names the option and what it takes.
     """
 
+    #: whether the latest training forward is not part of training, and therefore BatchNorm's:
+    #: memory is neither read nor written, and running statistics move by the mini-batch's own
+    #: (:class:`~cbn_det.norms.recalibration.Recalibration` has the rule)
+    recomputing_statistics = False
+
     def __init__(
         self,
         num_features: int,
@@ -102,13 +110,6 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         # a forward of a second pass or a measurement, which leaves the layer as it is
         self._unchanged = False
         clock.install()
-
-    @property
-    def recomputing_statistics(self) -> bool:
-        """Whether this training forward is not part of training, and therefore BatchNorm's: memory
-        is neither read nor written, and running statistics move by the mini-batch's own
-        (:class:`~cbn_det.norms.recalibration.Recalibration` has the rule)."""
-        return self._recalibration.active and not self._unchanged
 
     # ---- what a method defines ----
 
@@ -198,8 +199,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
 
     def _begin(self, input: Tensor, how: Forward) -> None:
         """The start of a training forward."""
-        if not self._unchanged:
-            self._recalibration.see(self.momentum, how.repeated)
+        anew = False if self._unchanged else self._recalibration.see(self.momentum, how.repeated)
+        self.__dict__["recomputing_statistics"] = anew  # past Module.__setattr__, which takes long
 
     def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
         """Its end: what the method remembers of it; None: that it was there."""

@@ -59,30 +59,26 @@ class ConvBound:
 
     num_features: int
     training: bool
+    conv: nn.Conv2d | None = None  #: the convolution this layer is bound to
 
     @property
     def needs_conv(self) -> bool:
         """Whether the method must know the convolution that feeds this layer."""
         return False
 
-    @property
-    def conv(self) -> nn.Conv2d | None:
-        """The convolution this layer is bound to."""
-        return self.__dict__.get("_conv")
-
     def bind(self, conv: nn.Conv2d) -> None:
         """Names the convolution whose output this layer normalises. Done by itself wherever the
         norm is registered in, or right after, an ``nn.Conv2d``."""
         self.unbind()
         handle = conv.register_forward_pre_hook(self._keep_input)
-        self.__dict__.update(_conv=conv, _conv_handle=handle)
+        self.__dict__.update(conv=conv, _conv_handle=handle)
 
     def unbind(self) -> None:
         """Forgets the convolution."""
         handle = self.__dict__.pop("_conv_handle", None)
         if handle is not None:
             handle.remove()
-        self.__dict__.update(NOTHING_SEEN, _conv=None, _checked={})
+        self.__dict__.update(NOTHING_SEEN, conv=None, _checked={})
 
     def _keep_input(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
         bound = self.conv
@@ -90,7 +86,7 @@ class ConvBound:
             return
         if conv is not bound:
             # put in the place of the other one, with its hooks (torch.ao.quantization does so)
-            self.__dict__.update(_conv=conv, _checked={})
+            self.__dict__.update(conv=conv, _checked={})
         self.__dict__["_conv_input"] = args[0].detach() if self.training and args else None
 
     def _take_conv_input(self) -> Tensor | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .base import Forward, is_number
 from .functional import Estimate, Moments
-from .memory import instead_of, share_out
+from .memory import instead_of
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -137,7 +137,7 @@ class BRN2d(RememberingNorm2d):
         if self.is_batchnorm:
             return Estimate(batch.mean, batch.var, 1.0)
         dtype = batch.mean.dtype
-        mean, reference = self.memory.older[0].to(dtype), self.memory.kept["invstd"].to(dtype)
+        mean, reference = (self.memory.kept[key].to(dtype) for key in ("mean", "invstd"))
         r_max, d_max = self.limits()
         invstd = (batch.var + self.eps).rsqrt_()
         ratio = reference / invstd
@@ -158,14 +158,17 @@ class BRN2d(RememberingNorm2d):
 
     @classmethod
     def commit(cls, layers: list[BRN2d]) -> None:
-        now = _put_back(layers)
-        share_out(layers, now)
-        var = now[1] if now.dtype == torch.float64 else now[1].float()
-        invstd = var + layers[0].eps
-        parts = invstd.rsqrt_().split([layer.num_features for layer in layers])
-        for layer, part in zip(layers, parts, strict=True):
-            layer.memory.kept["invstd"] = part
+        mean, var = now = _put_back(layers)
+        invstd = ((var if now.dtype == torch.float64 else var.float()) + layers[0].eps).rsqrt_()
+        widths = [layer.num_features for layer in layers]
+        parts = (values.split(widths) for values in (mean, var, invstd))
+        for layer, *reference in zip(layers, *parts, strict=True):
+            layer.memory.kept = dict(zip(("mean", "var", "invstd"), reference, strict=True))
             layer.memory.pushed = 1
+
+    def instead(self) -> tuple[Tensor, Tensor]:
+        kept = self.memory.kept
+        return (kept["mean"], kept["var"]) if kept else super().instead()
 
     def group_for_commit(self) -> Hashable:
         return *super().group_for_commit(), self.eps

@@ -90,10 +90,13 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast would run the matrix products of a compensation in 16 bits."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+_has_autocast = lru_cache(torch.amp.is_autocast_available)
+_NOTHING = nullcontext()
 
 
 def moments(

@@ -250,17 +250,11 @@ def share_out(layers: list[Any], older: Tensor) -> None:
 
 def instead_of(layers: list[Any]) -> Tensor:
     """[2, sum of channels]: ``layer.instead()`` of several layers side by side."""
-    older = [layer.memory.older for layer in layers]
-    whole = None if older[0] is None else older[0][0]._base
-    if whole is not None and whole.shape[1] == sum(layer.num_features for layer in layers):
-        offset = 0
-        for layer, parts in zip(layers, older, strict=True):
-            if parts is None or parts[0]._base is not whole or parts[0].storage_offset() != offset:
-                break
-            offset += layer.num_features
-        else:
-            return whole
     values = [layer.instead() for layer in layers]
+    whole, widths = values[0][0]._base, [layer.num_features for layer in layers]
+    if whole is not None and whole.shape == (2, sum(widths)):  # of all layers, if it is theirs
+        if all(_same(v[0], part) for v, part in zip(values, whole[0].split(widths), strict=True)):
+            return whole
     return torch.stack([torch.cat(of_all) for of_all in zip(*values, strict=True)])
 
 

@@ -49,18 +49,17 @@ class Recalibration:
     """
 
     def __init__(self, momentum: float | None) -> None:
-        self.active = False  # the latest forward computed statistics anew
         self._with_gradient = False  # forwards with gradient do, until the next step
         self._own_momentum = momentum  # the one that training goes by
         self._used_momentum = momentum  # by the latest forward
         self._seen = clock.now()
         self._reset_at: int | None = None  # the clock at the latest reset
 
-    def see(self, momentum: float | None, repeated: bool) -> None:
-        """Called at the start of a forward; ``repeated``: it recomputes an earlier one."""
+    def see(self, momentum: float | None, repeated: bool) -> bool:
+        """Called at the start of a forward; ``repeated``: it recomputes an earlier one. Returns
+        whether it computes statistics anew."""
         if repeated:
-            self.active = self._with_gradient
-            return
+            return self._with_gradient
         if self._seen != clock.now():
             self._seen = clock.now()
             self._own_momentum = self._used_momentum  # an iteration was trained with it
@@ -68,11 +67,10 @@ class Recalibration:
         self._used_momentum = momentum
         if not trains():
             self._reset_at = None  # those with gradient that follow are training again
-            self.active = True
-            return
+            return True
         anew = momentum in (1.0, None) and momentum != self._own_momentum
         self._with_gradient = self._with_gradient or anew or self._reset_at == clock.now()
-        self.active = self._with_gradient
+        return self._with_gradient
 
     def reset(self) -> None:
         """Running statistics were set to their initial values."""

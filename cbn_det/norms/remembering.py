@@ -269,7 +269,9 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 f"the saved memory has window={state['capacity'] + 1}, this layer has"
                 f" window={self.window}"
             )
-        per_channel = [v for name in ("pending", "held", "rows", "older") for v in state[name].values()]
+        per_channel = [
+            v for name in ("pending", "held", "rows", "kept") for v in state[name].values()
+        ]
         widths = {v.shape[-1] for v in per_channel if v.dim() in (1, 3)} - {self.num_features}
         if widths:
             raise ValueError(
