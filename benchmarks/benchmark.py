@@ -71,9 +71,8 @@ from tabulate import tabulate  # noqa: E402
 from timing import say, started, take_turns  # noqa: E402
 
 from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.engines import ENGINES, resolve_engine  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
-from cbn_det.study.engine import resolve_engine  # noqa: E402
 from cbn_det.study.recipes import RECIPES, read_yaml  # noqa: E402
 
 WORKER = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("workloads.py")))

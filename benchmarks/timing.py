@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ratios import FEWEST
 
-from cbn_det.study.engine import source_environment
+from cbn_det.study.processes import source_environment
 
 #: glibc gives large freed blocks back to the system or keeps them, depending on the order in which
 #: they came, and getting them anew takes as long as a norm does. So workers keep what they once

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cbn_det.study.disk import full_disk_note
-from cbn_det.study.engine import source_environment
 from cbn_det.study.plan import Run
 from cbn_det.study.results import read_result
 
@@ -22,6 +22,23 @@ CHILD = (sys.executable, "-m", "cbn_det.study.child")
 EXIT_USAGE = 2
 # Where a run that failed says why: a traceback fits in.
 LAST_LINES = 60
+# The last is what torch.save says of it.
+DISK_IS_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|inline_container\.cc.*unexpected pos"
+)
+# Less than a checkpoint of any detector: whatever is said to have failed, this is why.
+NEARLY_FULL_BYTES = 20 * 2**20
+# The folder that this package is imported from.
+HOME = Path(__file__).resolve().parents[2]
+
+
+def source_environment() -> dict[str, str]:
+    """The environment in which a child process finds this package, installed or not."""
+    # an installed package is found anyway, and behind python's own
+    if {"site-packages", "dist-packages"} & set(HOME.parts):
+        return dict(os.environ)
+    paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Process:
@@ -155,3 +172,16 @@ def result_of(run: Run, ending: str) -> dict:
         if note := full_disk_note(said, run.folder):
             result["message"] = f"{note}; {result.get('message')}"
     return result
+
+
+def full_disk_note(text: str, folder: Path) -> str | None:
+    """The words for a run that failed since the disk was full; None where there is no sign of it.
+
+    Args:
+        text: what the run said at its end.
+        folder: where it wrote.
+    """
+    free = shutil.disk_usage(folder).free
+    if DISK_IS_FULL.search(text) or free < NEARLY_FULL_BYTES:
+        return f"the disk is full ({free / 2**20:.0f} MB free now): free some space, then run again"
+    return None

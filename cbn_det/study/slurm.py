@@ -22,9 +22,14 @@ try:
 except ImportError:  # only --submit needs it
     submitit = None
 
-from cbn_det.study.engine import source_environment
 from cbn_det.study.plan import Run
-from cbn_det.study.processes import command_of, locked, prepare_folder, result_of
+from cbn_det.study.processes import (
+    command_of,
+    locked,
+    prepare_folder,
+    result_of,
+    source_environment,
+)
 from cbn_det.study.progress import say
 from cbn_det.study.results import read_result
 
