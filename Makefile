@@ -24,7 +24,6 @@ help: ## show this list
 
 demo: ## train and compare GN, BN and CBN at 2 images per GPU on CPU (about 10 minutes on 2 cores; goes on where it stopped)
 	@$(RUN) tools/demo.py --engine $(DEMO_ENGINE) --iters $(DEMO_ITERS) --jobs $(DEMO_JOBS) --output $(DEMO_OUTPUT)
-	@$(RUN) -c "import sys; print('The python for every other command:', sys.executable)"
 
 test: ## run all tests; without detectron2, those that need it are skipped and counted (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_JOBS)

@@ -20,7 +20,7 @@ _TRAINING = [
     *("numpy", "torchvision", "fvcore", "pycocotools", "pillow", "tqdm", "tabulate"),
     *("scikit-learn", "tensorboard"),
 ]
-_COMPARE = [*_TRAINING, "matplotlib", "rich", "jinja2"]
+_COMPARE = [*_TRAINING, "matplotlib", "jinja2"]
 EXTRAS = {
     # make docs
     "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11"],

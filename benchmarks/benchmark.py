@@ -61,37 +61,46 @@ import math
 import os
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from csv_file import write_csv  # noqa: E402
-from ratios import CONFIDENCE, FEWEST, paired_ratio  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-from timing import say, started, take_turns  # noqa: E402
+from publishing import Row, publish  # noqa: E402
+from timing import (  # noqa: E402
+    CONFIDENCE,
+    FEWEST,
+    Workload,
+    paired_ratio,
+    peak_mb,
+    run,
+    say,
+    started,
+    take_turns,
+)
+from workloads import (  # noqa: E402
+    COPY,
+    STAGES,
+    inference_workload,
+    iteration_workload,
+    layer_workload,
+    norm_workload,
+)
 
 from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.engines import ENGINES  # noqa: E402
+from cbn_det.engines import ENGINES, resolve_engine  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
-from cbn_det.study.engine import resolve_engine  # noqa: E402
-from cbn_det.study.recipes import RECIPES, read_yaml  # noqa: E402
+from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 
-WORKER = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("workloads.py")))
 #: load average per core from which on others are in the way
 BUSY = 0.3
-#: what norms alone are compared with
-COPY = "copy"
 #: outputs of the convolutions below
 MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
 #: an FPN output and lateral convolution, a RoI head's, and the last of a bottleneck
 SHAPES = ["2,256,100,100,256,3", "2,256,100,100,256,1", "128,256,7,7,256,3", "2,64,200,200,256,1"]
-#: what a detector's norms may be when it is timed
-STAGES = ("trained", "deployed", "folded")
-
-#: columns of the CSV that are the same in all rows
-MADE_ON = ("repetitions", "clock", "machine", "versions")
-
-Row = dict[str, str | float]
+#: by norm, what makes its workload
+Builds = dict[str, Callable[[], Workload]]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -173,17 +182,25 @@ def numbers(text: str, names: str) -> list[int]:
     return list(map(int, words))
 
 
-def layer_commands(norms: list[str], text: str, device: str) -> tuple[str, dict[str, list[str]]]:
-    """What to call the case, and the worker's words for each norm."""
+def layer_case(norms: list[str], text: str, device: str) -> tuple[str, Builds]:
+    """What to call a convolution with its norm, and what makes it with each norm."""
     n, c, h, w, out, kernel = numbers(text, "N,C,H,W,OUT,KERNEL")
     if kernel % 2 == 0:
         raise ValueError(f"--shapes {text}: the kernel must be odd")
     name = f"{kernel}x{kernel} {c}->{out}, {n}x{h}x{w}"
-    return name, {norm: ["layer", norm, *text.split(","), device] for norm in norms}
+    shape = (n, c, h, w)
+    return name, {o: partial(layer_workload, o, shape, out, kernel, device) for o in norms}
 
 
-def detector_commands(args: argparse.Namespace) -> tuple[str, dict[str, list[str]]]:
-    """The same for a detector's training iteration or inference.
+def norm_case(norms: list[str], text: str, device: str) -> tuple[str, Builds]:
+    """The same of norms alone, beside a copy."""
+    shape = numbers(text, "N,C,H,W")
+    builds = {norm: partial(norm_workload, norm, shape, device) for norm in (COPY, *norms)}
+    return "x".join(map(str, shape)), builds
+
+
+def detector_case(args: argparse.Namespace) -> tuple[str, Builds]:
+    """The same of a detector's training iteration or inference.
 
     Weights are random unless the overrides name MODEL.WEIGHTS: how long an iteration takes hardly
     depends on them. An untrained detector has a box for every class at every place; for inference
@@ -198,28 +215,28 @@ def detector_commands(args: argparse.Namespace) -> tuple[str, dict[str, list[str
     last = ["MODEL.DEVICE", args.device] if args.device else []
     if args.kind == "iteration":
         # with the key, the worker would take the share of one process of several
-        scales = read_yaml(config).get("SOLVER", {}).get("REFERENCE_WORLD_SIZE")
+        scales = setting(config, "SOLVER.REFERENCE_WORLD_SIZE")
         first += ["SOLVER.REFERENCE_WORLD_SIZE", "0"] if scales else []
         first += ["SOLVER.IMS_PER_BATCH", str(args.images)]
     else:
         first += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"]
-    commands = {}
+    builds: Builds = {}
     for norm in args.norms:
-        kind, name = ["iteration"], norm
+        build, name = iteration_workload, norm
         if args.kind == "inference":
             stage, _, name = norm.rpartition(":")
             if stage not in ("", *STAGES):
                 raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
-            kind = ["inference", stage or "trained"]
+            build = partial(inference_workload, stage or "trained")
         own = [word for key in keys for word in (key, name)]
-        commands[norm] = [*kind, *first, *last, *own, *args.opts]
+        builds[norm] = partial(build, [*first, *last, *own, *args.opts])
     images = args.images if args.kind == "iteration" else 1
     sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys]
-    return f"{config.stem}, {images} images, {engine}; norm in {', '.join(sites)}", commands
+    return f"{config.stem}, {images} images, {engine}; norm in {', '.join(sites)}", builds
 
 
-def cases(args: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
-    """What is timed: by name, the worker's words for each norm.
+def cases(args: argparse.Namespace) -> dict[str, Builds]:
+    """What is timed, by name.
 
     Raises:
         ValueError: a setting that cannot be followed; names the option.
@@ -231,47 +248,40 @@ def cases(args: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
     if min(args.warm_up, args.threads or 1, getattr(args, "images", 1)) < 1:
         raise ValueError("--warm-up, --threads and --images are 1 or more")
     if args.kind == "layer":
-        return dict(layer_commands(args.norms, text, args.device) for text in args.shapes)
+        return dict(layer_case(args.norms, text, args.device) for text in args.shapes)
     if args.kind == "norm":
         if COPY in args.norms:
             raise ValueError(f"--norms {COPY}: it takes part anyway")
-        found = {}
-        for text in args.shapes:
-            words = list(map(str, numbers(text, "N,C,H,W")))
-            commands = {n: ["norm", n, *words, args.device] for n in (COPY, *args.norms)}
-            found["x".join(words)] = commands
-        return found
+        return dict(norm_case(args.norms, text, args.device) for text in args.shapes)
     if len(args.opts) % 2:
         raise ValueError(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
-    return dict([detector_commands(args)])
+    return dict([detector_case(args)])
 
 
-def measure(args: argparse.Namespace, name: str, commands: dict[str, list[str]]) -> list[Row]:
-    """All norms at one case: a row each.
+def measure(args: argparse.Namespace, name: str, builds: Builds) -> tuple[list[Row], Row]:
+    """All norms at one case: a row each, and what they were measured on.
 
     Raises:
         WorkerFailed: a norm that cannot be built or run.
     """
-    say(f"{name}: building {', '.join(commands)}")
-    commands = {norm: [*WORKER, *words] for norm, words in commands.items()}
-    with started(commands, args.threads) as workers:
-        facts = [worker.answer() for worker in workers]
+    say(f"{name}: building {', '.join(builds)}")
+    with started(builds, args.threads) as workers:
+        facts = [worker.facts() for worker in workers]
         for worker, fact in zip(workers, facts, strict=True):
-            worker.ask(f"run {max(args.warm_up, fact['warm_up'] + 2)}")
-        first = workers[0].ask("time 1")["wall"]
+            worker.ask(run, max(args.warm_up, fact["warm_up"] + 2))
+        first = workers[0].ask(run, 1)["wall"]
         steps = max(1, math.ceil(args.turn_seconds / first))
         taken = take_turns(workers, steps, args.repetitions, args.seconds)
-        peaks = {worker.norm: worker.ask("memory")["peak_mb"] for worker in workers}
+        peaks = {worker.norm: worker.ask(peak_mb) for worker in workers}
     times = {norm: [answer[args.clock] for answer in answers] for norm, answers in taken.items()}
     machine, versions = facts[0]["machine"], facts[0]["versions"]
     made_on = {
-        "repetitions": len(times[workers[0].norm]),
         "clock": args.clock,
         "machine": machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
     }
     size = 4 * math.prod(map(int, name.split("x"))) if args.kind == "norm" else None
-    return [row | made_on for row in rows_of(name, times, peaks, size)]
+    return rows_of(name, times, peaks, size), made_on
 
 
 def rows_of(
@@ -287,16 +297,17 @@ def rows_of(
     """
     reference, rows = next(iter(times)), []
     for norm, seconds in times.items():
-        ratio = paired_ratio(seconds, times[reference])
+        ratio, (low, high) = paired_ratio(seconds, times[reference])
         row = {"case": name, "norm": norm, "ms": 1e3 * statistics.median(seconds)}
         head = f"ratio to {reference}"
-        row |= {head: ratio.median, f"{head} low": ratio.low, f"{head} high": ratio.high}
+        row |= {head: ratio, f"{head} low": low, f"{head} high": high}
         if size:
             moved = 2 if norm == COPY else 8
             row["GB/s"] = moved * size / statistics.median(seconds) / 1e9
-            row[f"of {reference}'s, %"] = 100 * moved / 2 / ratio.median
+            row[f"of {reference}'s, %"] = 100 * moved / 2 / ratio
         row["peak MB"] = peaks[norm]
         row["memory ratio"] = peaks[norm] / peaks[reference] if peaks[reference] > 0 else ""
+        row["repetitions"] = len(seconds)
         rows.append(row)
     return rows
 
@@ -311,23 +322,21 @@ def main(arguments: list[str] | None = None) -> int:
             " still paired, but intervals get wide and seconds too long; --clock cpu is disturbed"
             " less"
         )
+    rows: list[Row] = []
     try:
-        rows = [row for name, words in cases(args).items() for row in measure(args, name, words)]
+        for name, builds in cases(args).items():
+            found, made_on = measure(args, name, builds)
+            rows += found
     except KeyboardInterrupt:
         say("Stopped; nothing was written.")
         return 130
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
-    shown = [{k: v for k, v in row.items() if k not in MADE_ON} for row in rows]
-    print(tabulate(shown, headers="keys", floatfmt=".4g"))
-    print(*(f"{key}: {rows[0][key]}" for key in MADE_ON), sep="; ")
+    publish(rows, made_on, args.out)
     print(
         f"Medians of paired repetitions with {CONFIDENCE:.0%} intervals; norms past burn-in,"
         f" windows full. Load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
     )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(args.out, rows)
     return 0
 
 

@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from timing import end_burn_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from worker import end_burn_in
-from workloads import build_layer_norm
+from workloads import stack_workload
 
-from cbn_det.norms import DoubleForward, resolve_burn_in
+from cbn_det.norms import resolve_burn_in
 
 #: steps of a schedule whose burn-in lasts
 _LONG = 10**6
@@ -24,7 +23,6 @@ _LONG = 10**6
 ITERATIONS = 8
 # no views by their schema, and yet nothing is launched
 _NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
-CHANNELS = 64  # of each layer that is counted
 
 
 class DispatchCounter(TorchDispatchMode):
@@ -73,39 +71,6 @@ def set_schedule(model: nn.Module, in_burn_in: bool = False) -> int:
     return 1 + end_burn_in(model)
 
 
-def training_step(
-    model: nn.Sequential, shape: tuple[int, int, int, int], device: str
-) -> Callable[[], None]:
-    """Forward, backward, optimiser step and Double Forward of a stack on one input [N, C, H, W]."""
-    x = torch.randn(shape, device=device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, foreach=True)
-    twice = any(getattr(layer, "double_forward", False) for layer in model)
-    double_forward = DoubleForward(model) if twice else None
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        if double_forward is not None:
-            double_forward.refresh()
-
-    return step
-
-
-def pairs(norm: str, count: int, channels: int, device: str) -> nn.Sequential:
-    """So many 3x3 convolutions, each with its norm and ReLU.
-
-    Raises:
-        ValueError: an unknown norm, or one that does not fit the channels.
-    """
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for _ in range(count):
-        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        layers += [conv, build_layer_norm(norm, channels), nn.ReLU()]
-    return nn.Sequential(*layers).to(device)
-
-
 def layer_step(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> Callable[[], None]:
     """A step of two convolutions with their norms: forward, backward and optimiser step, and the
     second pass of norms that ask for it.
@@ -117,11 +82,10 @@ def layer_step(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> C
     Raises:
         ValueError: an unknown norm, or one that does not fit.
     """
-    model = pairs(norm, 2, CHANNELS, device)
-    step = training_step(model, (2, CHANNELS, 12, 12), device)
-    for _ in range(set_schedule(model, in_burn_in)):
-        step()
-    return step
+    work = stack_workload(norm, 2, (2, 64, 12, 12), device)
+    for _ in range(set_schedule(work.model, in_burn_in)):
+        work.step()
+    return work.step
 
 
 def layer_counts(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> Counter[str]:

@@ -39,8 +39,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,12 +53,20 @@ from counting import (  # noqa: E402
     over_batchnorm,
     set_schedule,
 )
-from csv_file import write_csv  # noqa: E402
 from cuda_branch import cuda_branch  # noqa: E402
 from detector import PLACES, detector_step  # noqa: E402
-from ratios import FEWEST, paired_ratio  # noqa: E402
+from publishing import Row, publish  # noqa: E402
 from tabulate import tabulate  # noqa: E402
-from timing import WorkerFailed, say, started, take_turns  # noqa: E402
+from timing import (  # noqa: E402
+    FEWEST,
+    WorkerFailed,
+    paired_ratio,
+    run,
+    say,
+    started,
+    take_turns,
+)
+from workloads import stack_workload  # noqa: E402
 
 from cbn_det import __version__  # noqa: E402
 from cbn_det.run.errors import one_line  # noqa: E402
@@ -69,10 +77,7 @@ NORMS = (
     *("GN", "BGN", "BRN", "MBN(double_forward=False)", "MBN", "CBN", "CBN(positions=None)"),
     *("KN", "GKN"),
 )
-_WORKER = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("dispatch_worker.py")))
 _TIMED_STEPS = 50
-
-Row = dict[str, Any]
 
 
 def layer_table(norms: Sequence[str], device: str, show_operations: bool) -> list[Row]:
@@ -126,20 +131,20 @@ def dispatch_table(norms: Sequence[str], device: str, repetitions: int, steps: i
     Raises:
         WorkerFailed: a norm that cannot be built or run.
     """
-    commands = {norm: [*_WORKER, norm, device] for norm in (REFERENCE, *norms)}
-    with started(commands, threads=1) as workers:
+    shape = (1, 64, 4, 4)
+    builds = {n: partial(stack_workload, n, 8, shape, device) for n in (REFERENCE, *norms)}
+    with started(builds, threads=1) as workers:
         for worker in workers:
-            worker.ask(f"run {worker.answer()['warm_up'] + 10}")
+            worker.ask(run, worker.facts()["warm_up"] + 10)
         taken = take_turns(workers, steps, repetitions, seconds=600.0)
     # a busy machine disturbs the time of the process less; a GPU's it does not hold
     clock = "cpu" if device == "cpu" else "wall"
     times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
     rows = []
     for norm, seconds in times.items():
-        ratio = paired_ratio(seconds, times[REFERENCE])
+        ratio, (low, high) = paired_ratio(seconds, times[REFERENCE])
         middle = sorted(seconds)[len(seconds) // 2]
-        ends = {"low": ratio.low, "high": ratio.high}
-        rows.append({"norm": norm, "ms": middle * 1e3, "ratio": ratio.median, **ends})
+        rows.append({"norm": norm, "ms": middle * 1e3, "ratio": ratio, "low": low, "high": high})
     return rows
 
 
@@ -212,10 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         "branch": "cuda" if stand_in or args.device == "cuda" else "cpu",
         "cbn_det": __version__,
     }
-    print(tabulate(rows, headers="keys", floatfmt=".5g"))
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    if args.out:
-        write_csv(args.out, [row | facts for row in rows])
+    publish(rows, facts, args.out, digits=".5g")
     return 0
 
 

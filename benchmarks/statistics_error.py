@@ -44,9 +44,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from csv_file import write_csv  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from tabulate import tabulate  # noqa: E402
+from publishing import Row, publish  # noqa: E402
 
 from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.run.arguments import add_datasets  # noqa: E402
@@ -55,7 +54,7 @@ from cbn_det.study.figures import colours, save_png  # noqa: E402
 from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
 from cbn_det.study.processes import interruptible, locked  # noqa: E402
-from cbn_det.study.recipes import RECIPES, config_iterations  # noqa: E402
+from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 from cbn_det.study.results import read_lines  # noqa: E402
 from cbn_det.study.runner import run_all  # noqa: E402
 
@@ -87,7 +86,6 @@ smaller. apart: distance of the variance from the reference's, in % of the sampl
 mini-batch's variance; its error added: by how much the distance from the truth is larger, in %."""
 
 Point = dict[str, Any]
-Row = dict[str, Any]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -256,7 +254,7 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> P
         ValueError: the config does not say how long to train, or the overrides do.
     """
     config = args.config_file and Path(find_config(str(args.config_file)))
-    length = args.iters or config_iterations(config or RECIPES[args.recipe].config)
+    length = args.iters or setting(config or RECIPES[args.recipe].config, "SOLVER.MAX_ITER")
     if "SOLVER.MAX_ITER" in args.opts[::2]:
         raise ValueError("SOLVER.MAX_ITER is set by --iters, not by --opts")
     if length is None:
@@ -303,10 +301,10 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
                 found = runs.setdefault(outcome.run.split.images, [])
                 found += read_points(outcome.run.folder)
         rows = table(runs, plan.iterations, args.reference)
-        print(tabulate(rows, headers="keys", floatfmt=".3g") + "\n" + NOTES)
+        path = plan.output / "statistics_error.csv"
+        publish(rows, {}, path if rows else None, digits=".3g")
+        print(NOTES)
         if rows:
-            path = plan.output / "statistics_error.csv"
-            write_csv(path, rows)
             print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
     return 1 if any(o.result.get("status") == "failed" for o in outcomes) else 0
 

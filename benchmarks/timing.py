@@ -1,20 +1,37 @@
-"""Processes that hold a norm's model each, and take turns."""
+"""Norms that are timed side by side: a process for each holds its model, and they take turns."""
 
 from __future__ import annotations
 
-import json
+import math
+import os
+import platform
 import random
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from ratios import FEWEST
+import torch
+from torch import nn
 
-from cbn_det.study.engine import source_environment
+from cbn_det import __version__
+from cbn_det.norms import SmallBatchNorm2d, resolve_burn_in
+from cbn_det.run.errors import one_line
+from cbn_det.run.measure import machine, peak_memory_mb
+
+CONFIDENCE = 0.95
+
+#: repetitions below which no interval for a median reaches the confidence
+FEWEST = 6
 
 #: glibc gives large freed blocks back to the system or keeps them, depending on the order in which
 #: they came, and getting them anew takes as long as a norm does. So workers keep what they once
@@ -24,6 +41,22 @@ KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**36),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
 }
+_PAST_ANY_SCHEDULE = 10**9
+
+
+@dataclass
+class Workload:
+    """What is timed.
+
+    Attributes:
+        step: one training step, forward to optimiser.
+        model: what it trains; its norms are set past their burn-in, where they do all their work.
+        device: of the model.
+    """
+
+    step: Callable[[], None]
+    model: nn.Module
+    device: torch.device
 
 
 class WorkerFailed(RuntimeError):
@@ -35,71 +68,113 @@ class Worker:
 
     Args:
         norm: its name.
-        command: that starts the process.
-        log: file for what it prints.
+        build: makes the workload there.
+        log: file for what the process prints.
         threads: of torch; None: the default.
     """
 
     def __init__(
-        self, norm: str, command: Sequence[str], log: Path, threads: int | None = None
+        self, norm: str, build: Callable[[], Workload], log: Path, threads: int | None = None
     ) -> None:
         self.norm = norm
-        self.log = log
-        limit = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        with open(log, "wb") as errors:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=KEEP_FREED_MEMORY | source_environment() | (limit if threads else {}),
-            )
+        self._log = log
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._built = self._pool.submit(_hold, build, log, threads)
 
-    def answer(self) -> dict:
-        """The next line the worker prints.
+    def facts(self) -> dict[str, Any]:
+        """Waits until the workload is there: "machine", "versions", and the steps of "warm_up"
+        until everything that its norms remember is there.
 
         Raises:
-            WorkerFailed: it says why it cannot go on, or is gone.
+            WorkerFailed: it cannot be built; says why.
         """
-        line = self._process.stdout.readline()
-        content = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in content:
-            raise WorkerFailed(f"{self.norm}: {content['error']}")
-        return content
+        return self._answer(self._built.result)
 
-    def _last_words(self) -> str:
-        self._process.wait()
-        said = self.log.read_text("utf-8", "replace").strip().splitlines()
-        return (
-            f"it died (exit code {self._process.returncode}): {said[-1] if said else 'no output'}"
-        )
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls :func:`run` or :func:`peak_mb` there.
 
-    def ask(self, request: str) -> dict:
-        """Sends a request and waits for the answer; raises as :meth:`answer` does."""
+        Raises:
+            WorkerFailed: it raised, or the process died; says why.
+        """
+        return self._answer(lambda: self._pool.submit(function, *args).result())
+
+    def _answer(self, get: Callable[[], Any]) -> Any:
         try:
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what it had to say is still to be read
-        return self.answer()
+            return get()
+        except BrokenProcessPool as error:
+            said = self._log.read_text("utf-8", "replace").split("\n") if self._log.exists() else []
+            last = next((line for line in reversed(said) if line.strip()), "no output")
+            raise WorkerFailed(f"{self.norm}: its process died: {last.strip()}") from error
+        except Exception as error:
+            raise WorkerFailed(f"{self.norm}: {one_line(error)}") from error
 
     def end(self) -> None:
-        """Ends the process, whatever it is doing."""
-        self._process.kill()
-        self._process.communicate()
+        """Ends the process after the step at hand."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _hold(build: Callable[[], Workload], log: Path, threads: int | None) -> dict[str, Any]:
+    """In a worker: makes the workload that the other functions are about."""
+    global _work, _imported
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    warnings.simplefilter("ignore")
+    if threads:
+        torch.set_num_threads(threads)
+    _imported = peak_memory_mb()
+    _work = build()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "machine": machine(on_gpu=_work.device.type == "cuda"),
+        "versions": versions | {"cbn_det": __version__},
+        "warm_up": end_burn_in(_work.model),
+    }
+
+
+def run(steps: int) -> dict[str, float]:
+    """In a worker: makes steps; "wall" and "cpu" seconds of one (cpu: of the process, all
+    threads)."""
+    _synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        _work.step()
+    _synchronize()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall": wall / steps, "cpu": cpu / steps}
+
+
+def peak_mb() -> float:
+    """In a worker: the most memory in MiB that was in use beyond what the imports take: of tensors
+    on a GPU, of the process elsewhere."""
+    return peak_memory_mb() - (0.0 if _work.device.type == "cuda" else _imported)
+
+
+def _synchronize() -> None:
+    if _work.device.type == "cuda":
+        torch.cuda.synchronize(_work.device)
+
+
+def end_burn_in(model: nn.Module) -> int:
+    """Sets norms past their burn-in; returns the steps until everything they remember is there."""
+    layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
+    resolve_burn_in(model, 1, start_iter=_PAST_ANY_SCHEDULE)
+    return max((getattr(layer, "window", 0) for layer in layers), default=0)
 
 
 @contextmanager
 def started(
-    commands: Mapping[str, Sequence[str]], threads: int | None = None
+    builds: Mapping[str, Callable[[], Workload]], threads: int | None = None
 ) -> Iterator[list[Worker]]:
-    """Workers side by side, which end with the context; ``commands`` start them, by norm."""
+    """Workers side by side, which end with the context; ``builds`` make their workloads, by
+    norm."""
+    for name, value in KEEP_FREED_MEMORY.items():
+        os.environ.setdefault(name, value)  # read where a process starts
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = []
-        for number, (norm, command) in enumerate(commands.items()):
-            workers.append(Worker(norm, command, logs / f"{number}.log", threads))
+        for number, (norm, build) in enumerate(builds.items()):
+            workers.append(Worker(norm, build, logs / f"{number}.log", threads))
             stack.callback(workers[-1].end)
         yield workers
 
@@ -110,22 +185,59 @@ def take_turns(
     """Lets every worker make `steps` steps in each repetition, in an order drawn anew each time.
 
     Returns:
-        for each norm, what its worker answered: "wall" and "cpu" seconds of a step.
+        for each norm, what :func:`run` says of each repetition.
     """
     order = random.Random(0)
     taken: dict[str, list[dict[str, float]]] = {worker.norm: [] for worker in workers}
-    started = said = time.monotonic()
+    began = said = time.monotonic()
     for done in range(repetitions):
         now = time.monotonic()
-        if done >= FEWEST and now - started > seconds:
+        if done >= FEWEST and now - began > seconds:
             say(f"--seconds {seconds:g} are over: {done} repetitions instead of {repetitions}")
             break
         if now - said > 15:
             say(f"{done} of {repetitions} repetitions")
             said = now
         for worker in order.sample(workers, len(workers)):
-            taken[worker.norm].append(worker.ask(f"time {steps}"))
+            taken[worker.norm].append(worker.ask(run, steps))
     return taken
+
+
+def paired_ratio(
+    times: Sequence[float], reference: Sequence[float]
+) -> tuple[float, tuple[float, float]]:
+    """The median ratio of two lists of times, the i-th of both taken one shortly after the other,
+    and its :func:`median_interval`.
+
+    What disturbs a machine for longer than a repetition takes disturbs both times of a pair, and
+    what disturbs a single time is an outlier, which a median ignores.
+
+    Raises:
+        ValueError: lists of different length, or shorter than `FEWEST`.
+    """
+    ratios = [time / base for time, base in zip(times, reference, strict=True)]
+    return statistics.median(ratios), median_interval(ratios)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A `CONFIDENCE` interval for the median of what the values are drawn from, whatever its
+    distribution: the k-th smallest and the k-th largest value, with k as large as may be. (How many
+    of n values lie below the true median is binomial, n times one half.)
+
+    Raises:
+        ValueError: fewer than `FEWEST` values.
+    """
+    n = len(values)
+    if n < FEWEST:
+        raise ValueError(f"{n} repetitions: an interval needs {FEWEST} or more")
+    outside, k = 0.0, 0  # probability that fewer than k values lie below the true median
+    while True:
+        outside += math.comb(n, k) / 2**n
+        if 2 * outside > 1 - CONFIDENCE:
+            break
+        k += 1
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
 
 
 def say(text: str) -> None:

@@ -1,10 +1,5 @@
-"""What ``benchmarks/benchmark.py`` times: a process of its own for each norm.
-
-python benchmarks/workloads.py layer NORM N C H W OUT KERNEL DEVICE
-python benchmarks/workloads.py norm NORM N C H W DEVICE
-python benchmarks/workloads.py iteration LAUNCHER-ARGUMENTS
-python benchmarks/workloads.py inference trained|deployed|folded LAUNCHER-ARGUMENTS
-"""
+"""What the benchmarks time or count: steps of convolutions with their norms, of norms alone, and of
+detectors."""
 
 from __future__ import annotations
 
@@ -12,14 +7,15 @@ import argparse
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from torch import nn
-from worker import Workload, serve
+from timing import Workload
+from torch import Tensor, nn
 
+from cbn_det.commands.check import make_trial
 from cbn_det.deploy import fold, to_batchnorm
 from cbn_det.engines import resolve_engine
 from cbn_det.norms import DoubleForward, build_norm, known_norms, parse_spec, resolve_burn_in
@@ -27,12 +23,50 @@ from cbn_det.run.arguments import argument_parser
 from cbn_det.run.job import built
 
 COPY = "copy"
+#: training batches, read before anything is timed and used in turn
+BATCHES = 8
+#: what is done to a detector before its inference is timed
+STAGES = {"trained": None, "deployed": to_batchnorm, "folded": fold}
 _PLAIN = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(32, channels)}
 
+Shape = tuple[int, int, int, int]
 
-def layer_workload(
-    norm: str, shape: tuple[int, int, int, int], channels: int, kernel: int, device: str
-) -> Workload:
+
+def build_layer_norm(norm: str, channels: int) -> nn.Module:
+    """The norm of that name: BN, GN, or one of ours. Raises ValueError for an unknown one."""
+    if norm in _PLAIN:
+        return _PLAIN[norm](channels)
+    name = parse_spec(norm)[0]
+    if name not in known_norms():
+        known = ", ".join([*_PLAIN, *sorted(known_norms())])
+        raise ValueError(f"unknown norm {norm!r}. Known: {known}")
+    return build_norm(norm, channels)
+
+
+def training_step(model: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:
+    """Forward, backward, optimiser step and, where a norm asks for it, Double Forward.
+
+    Args:
+        x: the input of each step.
+        gradient: of the output.
+    """
+    # weights have to move, or norms that follow them would have less to do; a little is enough
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+    twice = any(getattr(layer, "double_forward", False) for layer in model.modules())
+    double_forward = DoubleForward(model) if twice else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        model(x).backward(gradient)
+        optimizer.step()
+        if double_forward is not None:
+            double_forward.refresh()
+
+    return step
+
+
+def layer_workload(norm: str, shape: Shape, channels: int, kernel: int, device: str) -> Workload:
     """
     Args:
         norm: "BN", "GN", or a norm of ours, with options or without; or "FILE.py:FUNCTION" for a
@@ -47,47 +81,44 @@ def layer_workload(
         OSError: the file cannot be read.
     """
     torch.manual_seed(0)
-    model = _conv_and_norm(norm, shape[1], channels, kernel).to(device)
-    resolve_burn_in(model, 1)
-    x = torch.randn(shape, device=device, requires_grad=True)
-    gradient = torch.randn(shape[0], channels, *shape[2:], device=device) / channels
-    # weights have to move, or norms that follow them would have less to do; a little is enough
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    double_forward = DoubleForward(model)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        x.grad = None
-        model(x).backward(gradient)
-        optimizer.step()
-        double_forward.refresh()
-
-    return Workload(step, model, torch.device(device))
-
-
-def _conv_and_norm(norm: str, inputs: int, channels: int, kernel: int) -> nn.Module:
     path, _, function = norm.rpartition(":")
     if path.endswith(".py"):
         found = runpy.run_path(path)
         if function not in found:
             raise ValueError(f"{path} defines no {function!r}")
-        return found[function](inputs, channels, kernel)
-    conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, build_layer_norm(norm, channels))
+        model = found[function](shape[1], channels, kernel)
+    else:
+        conv = nn.Conv2d(shape[1], channels, kernel, padding=kernel // 2, bias=False)
+        model = nn.Sequential(conv, build_layer_norm(norm, channels))
+    model.to(device)
+    resolve_burn_in(model, 1)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gradient = torch.randn(shape[0], channels, *shape[2:], device=device) / channels
+    return Workload(training_step(model, x, gradient), model, torch.device(device))
 
 
-def build_layer_norm(norm: str, channels: int) -> nn.Module:
-    """The norm of that name: BN, GN, or one of ours. Raises ValueError for an unknown one."""
-    if norm in _PLAIN:
-        return _PLAIN[norm](channels)
-    name = parse_spec(norm)[0]
-    if name not in known_norms():
-        known = ", ".join([*_PLAIN, *sorted(known_norms())])
-        raise ValueError(f"unknown norm {norm!r}. Known: {known}")
-    return build_norm(norm, channels)
+def stack_workload(norm: str, count: int, shape: Shape, device: str) -> Workload:
+    """So many 3x3 convolutions, each with its norm and ReLU.
+
+    Args:
+        norm: "BN", "GN" or a spec of ours.
+        shape: of the input and all outputs, [N, C, H, W].
+
+    Raises:
+        ValueError: an unknown norm, or one that does not fit the channels.
+    """
+    torch.manual_seed(0)
+    channels = shape[1]
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        layers += [conv, build_layer_norm(norm, channels), nn.ReLU()]
+    model = nn.Sequential(*layers).to(device)
+    x, gradient = (torch.randn(shape, device=device) for _ in range(2))
+    return Workload(training_step(model, x, gradient), model, torch.device(device))
 
 
-def norm_workload(norm: str, shape: tuple[int, int, int, int], device: str) -> Workload:
+def norm_workload(norm: str, shape: Shape, device: str) -> Workload:
     """
     Args:
         norm: "BN", "GN", a norm of ours, with options or without, or "copy": one tensor written
@@ -113,41 +144,24 @@ def norm_workload(norm: str, shape: tuple[int, int, int, int], device: str) -> W
     return Workload(step, model, torch.device(device))
 
 
-#: training batches, read before anything is timed and used in turn
-BATCHES = 8
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """The launcher's arguments, with the engine resolved.
-
-    Raises:
-        ImportError: the engine does not work here.
-    """
-    args = argument_parser().parse_args(words)
-    args.engine = resolve_engine(args.engine)
-    args.command = "benchmarks/benchmark.py"
-    return args
-
-
-def iteration_workload(args: argparse.Namespace) -> Workload:
+def iteration_workload(words: Sequence[str]) -> Workload:
     """The training iteration that a launcher's command line describes: forward, backward,
     optimiser step, Double Forward. Reading images, evaluation and checkpoints are no part of it.
 
     Raises:
+        ImportError: the engine does not work here.
         ValueError: a config that cannot be run.
     """
     with tempfile.TemporaryDirectory() as folder:  # metrics are opened there, and not read
-        args.opts = [*args.opts, "OUTPUT_DIR", folder]
-        model, step_on = _training(args)
+        trial = make_trial(_parse([*words, "OUTPUT_DIR", folder]))
+        trial.prepare()
+        model = trial.build(Path(folder), bool(trial.cfg.MODEL.WEIGHTS))
+        trial.repeat(BATCHES)
     turns = cycle(range(BATCHES))
-    return Workload(lambda: step_on(next(turns)), model, next(model.parameters()).device)
+    return Workload(lambda: trial.step(next(turns)), model, next(model.parameters()).device)
 
 
-#: what is done to the model before it is timed
-STAGES = {"trained": None, "deployed": to_batchnorm, "folded": fold}
-
-
-def inference_workload(stage: str, args: argparse.Namespace) -> Workload:
+def inference_workload(stage: str, words: Sequence[str]) -> Workload:
     """The forward pass over a test image that a launcher's command line describes, from the image
     in memory to the detections.
 
@@ -155,11 +169,11 @@ def inference_workload(stage: str, args: argparse.Namespace) -> Workload:
         stage: a name of `STAGES`.
 
     Raises:
+        ImportError: the engine does not work here.
         ValueError: a config that cannot be run, or a norm that cannot be deployed so.
     """
     with tempfile.TemporaryDirectory() as folder:  # evaluation would write there; this does not
-        args.opts = [*args.opts, "OUTPUT_DIR", folder]
-        model, batches = _inference(args)
+        model, batches = _inference(_parse([*words, "OUTPUT_DIR", folder]))
     if (deploy := STAGES[stage]) is not None:
         print(deploy(model), file=sys.stderr)
     turns = cycle(batches)
@@ -171,22 +185,17 @@ def inference_workload(stage: str, args: argparse.Namespace) -> Workload:
     return Workload(step, model, next(model.parameters()).device)
 
 
-def _training(args: argparse.Namespace) -> tuple[nn.Module, Callable[[int], None]]:
-    """The model of a command line, and what makes one of its steps, as both engines do."""
-    if args.engine == "detectron2":
-        from cbn_det.plugin.trial import Detectron2Trial as Trial
-    else:
-        from cbn_det.standalone.trial import StandaloneTrial as Trial
-    trial = Trial(args)
-    trial.prepare()
-    model = trial.build(Path(trial.cfg.OUTPUT_DIR), bool(trial.cfg.MODEL.WEIGHTS))
-    trial.repeat(BATCHES)
-    return model, trial.step
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The launcher's arguments."""
+    args = argument_parser().parse_args(words)
+    args.command = "benchmarks/benchmark.py"
+    return args
 
 
 def _inference(args: argparse.Namespace) -> tuple[nn.Module, list]:
     """The model of a command line, for evaluation, and test batches of one image."""
-    if args.engine == "detectron2":
+    engine = resolve_engine(args.engine)
+    if engine == "detectron2":
         from cbn_det.plugin.config import build_config
         from cbn_det.plugin.job import Detectron2Job as Job
         from cbn_det.plugin.trainer import Trainer
@@ -205,30 +214,7 @@ def _inference(args: argparse.Namespace) -> tuple[nn.Module, list]:
     torch.manual_seed(cfg.SEED)
     model = built(job.build_trained if cfg.MODEL.WEIGHTS else lambda: build_model(cfg))
     model.to(cfg.MODEL.DEVICE).eval()
-    if args.engine == "detectron2":
+    if engine == "detectron2":
         return model, list(islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), BATCHES))
     samples = islice(in_order(job._test_set(), cfg), BATCHES)
     return model, [[image.to(cfg.MODEL.DEVICE)] for image, _ in samples]
-
-
-def main(words: list[str]) -> int:
-    """Runs a worker until its stdin ends and returns its exit code."""
-    kind, *rest = words
-    if kind == "layer":
-        norm, *numbers, device = rest
-        n, c, h, w, out, kernel = map(int, numbers)
-        return serve(lambda: layer_workload(norm, (n, c, h, w), out, kernel, device))
-    if kind == "norm":
-        norm, *numbers, device = rest
-        n, c, h, w = map(int, numbers)
-        return serve(lambda: norm_workload(norm, (n, c, h, w), device))
-    if kind == "inference":
-        stage, *rest = rest
-        args = parse(rest)
-        return serve(lambda: inference_workload(stage, args))
-    args = parse(rest)
-    return serve(lambda: iteration_workload(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

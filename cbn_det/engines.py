@@ -1,12 +1,10 @@
-"""Which engine trains: detectron2 where it is installed, else torchvision's parts.
-
-``python -m cbn_det.engines`` prints what ``auto`` means here.
-"""
+"""Which engine trains: detectron2 where it is installed, else torchvision's parts."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 from .run.errors import one_line
 
@@ -37,16 +35,11 @@ def resolve_engine(name: str = "auto") -> str:
         ),
     }[name]
     try:
-        importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody here can mend what an engine imports
+            importlib.import_module(module)
     except Exception as error:  # a broken build fails with more than ImportError
         raise ImportError(
             f"the {name} engine does not work here ({one_line(error)}): {remedy}"
         ) from error
     return name
-
-
-if __name__ == "__main__":
-    try:
-        print(resolve_engine())
-    except ImportError as error:
-        sys.exit(f"error: {error}")

@@ -1,17 +1,14 @@
-"""Stands in for a SLURM cluster of one machine: sbatch, srun, sacct, scontrol and scancel,
-as far as they are used. What it knows of a job lies in a folder below $FAKE_SLURM: its script, its
-state, and the process ids of its tasks; `calls` lists every call.
+"""Stands in for a SLURM cluster of one machine: sbatch, srun, sacct and scontrol, as far as they
+are used. What it knows of a job lies in a folder below $FAKE_SLURM: its script and its state;
+`calls` lists every call.
 
 A node is a process; job arrays, queues and limits there are none.
 """
 
-import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HOME = Path(os.environ["FAKE_SLURM"])
@@ -66,7 +63,6 @@ def srun(*words: str) -> None:
         with open(output.replace("%t", str(node)), "ab") as file:
             task = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
         tasks.append(task)
-    (job_folder(job) / "pids").write_text(" ".join(str(task.pid) for task in tasks))
     codes = [task.wait() for task in tasks]
     sys.exit(max(map(abs, codes)))
 
@@ -81,15 +77,6 @@ def sacct(*words: str) -> None:
 def scontrol(action: str, job: str) -> None:
     assert action == "requeue"
     (job_folder(job) / "requeue").touch()
-
-
-def scancel(job: str) -> None:
-    (job_folder(job) / "state").write_text("CANCELLED")
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in (job_folder(job) / "pids").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), number)
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":

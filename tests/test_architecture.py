@@ -22,7 +22,7 @@ ROOMS = {
     "run": ({"norms", "data"}, ENGINES),
     "plugin": ({"norms", "data", "run"}, set()),
     "standalone": ({"norms", "data", "run"}, ENGINES),
-    "study": (set(), ENGINES | {"torch", "torchvision"}),
+    "study": ({"run"}, ENGINES | {"torch", "torchvision"}),  # files alone, which needs no torch
     "commands": ({"norms", "data", "run", "study", "plugin", "standalone"}, ENGINES),
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own

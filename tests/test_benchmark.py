@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +15,29 @@ import torch
 from tiny_run import arguments, run_loggers_removed, tiny_inputs
 
 from cbn_det.norms import CBN2d, MBN2d
+from cbn_det.run.arguments import argument_parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from benchmark import cases, main, make_parser, rows_of  # noqa: E402
-from ratios import median_interval, paired_ratio  # noqa: E402
-from timing import Worker, WorkerFailed, take_turns  # noqa: E402
-from worker import end_burn_in  # noqa: E402
+from timing import (  # noqa: E402
+    KEEP_FREED_MEMORY,
+    WorkerFailed,
+    Workload,
+    end_burn_in,
+    median_interval,
+    paired_ratio,
+    run,
+    started,
+    take_turns,
+)
 from workloads import (  # noqa: E402
     BATCHES,
     inference_workload,
     iteration_workload,
     layer_workload,
     norm_workload,
-    parse,
 )
 
 inputs = tiny_inputs
@@ -58,17 +68,17 @@ def test_a_machine_that_slows_down_does_not_change_a_ratio():
     reference = speed * rng.normal(0.5, 0.01, 30)
     times = 1.25 * speed * rng.normal(0.5, 0.01, 30)
     times[[3, 20]] *= 9  # something else ran
-    ratio = paired_ratio(times.tolist(), reference.tolist())
-    assert ratio.median == pytest.approx(np.median(times / reference))
-    assert ratio.low < 1.25 < ratio.high and ratio.high - ratio.low < 0.05
+    ratio, (low, high) = paired_ratio(times.tolist(), reference.tolist())
+    assert ratio == pytest.approx(np.median(times / reference))
+    assert low < 1.25 < high and high - low < 0.05
 
 
 def test_the_same_against_the_same_is_one():
     rng = np.random.default_rng(2)
     times, reference = rng.gamma(5, size=(2, 40))
-    ratio = paired_ratio(times.tolist(), reference.tolist())
-    assert ratio.low < 1 < ratio.high
-    assert str(paired_ratio([1.0] * 6, [1.0] * 6)) == "1.000 [1.000, 1.000]"
+    _, (low, high) = paired_ratio(times.tolist(), reference.tolist())
+    assert low < 1 < high
+    assert paired_ratio([1.0] * 6, [1.0] * 6) == (1.0, (1.0, 1.0))
 
 
 def test_too_few_repetitions_are_no_interval():
@@ -85,9 +95,9 @@ class FakeWorker:
     def __init__(self, norm, turns):
         self.norm, self.turns = norm, turns
 
-    def ask(self, request):
+    def ask(self, function, steps):
         self.turns.append(self.norm)
-        assert request == "time 3"
+        assert function is run and steps == 3
         return {"wall": float(len(self.turns)), "cpu": 0.0}
 
 
@@ -106,30 +116,41 @@ def test_it_ends_when_the_time_is_over_but_not_before_there_is_an_interval(capsy
     assert "--seconds 0 are over: 6 repetitions instead of 50" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["exits", "is killed when asked"])
-def test_a_worker_that_dies_is_an_error_that_names_norm_and_reason(tmp_path, how):
-    asked = "print('{}', flush=True); input()\n" if "asked" in how else ""
-    code = f"import sys; {asked}sys.exit('no memory')"
-    worker = Worker("CBN", [sys.executable, "-c", code], tmp_path / "log")
-    with pytest.raises(WorkerFailed, match=r"CBN: it died \(exit code 1\): no memory"):
-        worker.answer()
-        worker.ask("time 1")
-    worker.end()
+def dies() -> None:
+    print("no memory", flush=True)
+    os._exit(1)
+
+
+def dies_at_once() -> Workload:
+    dies()
+
+
+def dies_when_asked() -> Workload:
+    return Workload(dies, torch.nn.Module(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("build", [dies_at_once, dies_when_asked])
+def test_a_worker_that_dies_is_an_error_that_names_norm_and_reason(build):
+    with started({"CBN": build}) as (worker,):
+        with pytest.raises(WorkerFailed, match="CBN: its process died: no memory"):
+            worker.facts()
+            worker.ask(run, 1)
+
+
+def environment() -> Workload:
+    return Workload(lambda: None, torch.nn.Module(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("own", [None, "1000"])
-def test_workers_keep_the_memory_they_freed_unless_told_otherwise(tmp_path, monkeypatch, own):
+def test_workers_keep_the_memory_they_freed_unless_told_otherwise(monkeypatch, own):
     """So that page faults are not taken for the cost of a norm."""
-    if own is None:
-        monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    else:
+    for name in KEEP_FREED_MEMORY:
+        monkeypatch.setenv(name, "")  # is put back afterwards
+        monkeypatch.delenv(name)
+    if own is not None:
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", own)
-    code = (
-        "import json, os; print(json.dumps({k: v for k, v in os.environ.items() if 'MALL' in k}))"
-    )
-    worker = Worker("BN", [sys.executable, "-c", code], tmp_path / "log")
-    found = {key: int(value) for key, value in worker.answer().items()}
-    worker.end()
+    with started({"BN": environment}) as (worker,):
+        found = {name: int(worker.ask(os.getenv, name)) for name in KEEP_FREED_MEMORY}
     assert found["MALLOC_MMAP_THRESHOLD_"] > 2**32
     assert found["MALLOC_TRIM_THRESHOLD_"] == (int(own) if own else found["MALLOC_MMAP_THRESHOLD_"])
 
@@ -295,7 +316,7 @@ def test_inference_runs_the_deployed_model_on_test_images(inputs, tmp_path, engi
         words += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
         with run_loggers_removed():
             words = arguments(inputs, tmp_path, "--engine", engine, *words, config=config)
-            work = inference_workload(stage, parse(words))
+            work = inference_workload(stage, words)
         found = []
         work.model.register_forward_hook(lambda m, args, out, to=found: to.append((args[0], out)))
         for _ in range(3):
@@ -321,16 +342,12 @@ def test_inference_is_that_of_the_weights_it_is_given(inputs, tmp_path, engine):
     config = "tiny.yaml" if engine == "detectron2" else "standalone.yaml"
     words = ["--engine", engine, "MODEL.FPN.NORM", "CBN"]
     with run_loggers_removed():
-        first = inference_workload(
-            "trained", parse(arguments(inputs, tmp_path, *words, config=config))
-        )
+        first = inference_workload("trained", arguments(inputs, tmp_path, *words, config=config))
         state = {key: value + 0.01 for key, value in first.model.state_dict().items()}
         weights = tmp_path / "weights.pth"
         torch.save({"model": state}, weights)
         words += ["MODEL.WEIGHTS", str(weights)]
-        work = inference_workload(
-            "trained", parse(arguments(inputs, tmp_path, *words, config=config))
-        )
+        work = inference_workload("trained", arguments(inputs, tmp_path, *words, config=config))
     assert not work.model.training
     for key, value in work.model.state_dict().items():
         torch.testing.assert_close(value, state[key].to(value.dtype), rtol=0, atol=0, msg=key)
@@ -342,17 +359,18 @@ def scores(output: list) -> torch.Tensor:
     return first["instances"].scores if "instances" in first else first["scores"]
 
 
-def commands_of(*words: str) -> tuple[str, dict[str, list[str]]]:
-    ((title, commands),) = cases(make_parser().parse_args(words)).items()
-    return title, commands
+def builds_of(*words: str) -> tuple[str, dict[str, partial]]:
+    ((title, builds),) = cases(make_parser().parse_args(words)).items()
+    return title, builds
 
 
 def test_inference_knows_what_may_be_done_to_a_norm(capsys):
     norms = ("--norms", "FrozenBN", "folded:CBN(window=8)", "--engine", "standalone")
-    _, commands = commands_of("inference", *norms)
-    assert commands["FrozenBN"][:2] == ["inference", "trained"]
-    assert commands["folded:CBN(window=8)"][:2] == ["inference", "folded"]
-    assert commands["folded:CBN(window=8)"][-1] == "CBN(window=8)"
+    _, builds = builds_of("inference", *norms)
+    assert {build.func for build in builds.values()} == {inference_workload}
+    assert builds["FrozenBN"].args[0] == "trained"
+    stage, words = builds["folded:CBN(window=8)"].args
+    assert stage == "folded" and words[-1] == "CBN(window=8)"
     error = refused(capsys, ["inference", "--norms", "FrozenBN", "melted:CBN"])
     assert "--norms melted:CBN: before the colon stands trained or" in error
 
@@ -364,7 +382,7 @@ def test_an_iteration_trains_and_its_batches_come_again(inputs, tmp_path, engine
     norms = [word for key in keys for word in (key, "MBN(window=2)")]
     words = arguments(inputs, tmp_path, "--engine", engine, *norms, config=config)
     with run_loggers_removed():
-        work = iteration_workload(parse(words))
+        work = iteration_workload(words)
         layers = [m for m in work.model.modules() if isinstance(m, MBN2d)]
         assert layers and end_burn_in(work.model) == 2
         images, second = [], []
@@ -393,13 +411,12 @@ def test_iterations_get_each_norm_at_the_sites_asked_for():
     words = ["iteration", "--norms", "BN", "CBN(window=8)", "--recipe", "finetune"]
     words += ["--norm-keys", "MODEL.FPN.NORM", "--engine", "standalone", "--device", "cuda"]
     words += ["--coco-dataset", "a", "b", "c", "--images", "4", "--opts", "MODEL.WEIGHTS", "w.pth"]
-    title, commands = commands_of(*words)
+    title, builds = builds_of(*words)
     assert title.endswith("4 images, standalone; norm in FPN")
-    kind, *words = commands["CBN(window=8)"]
-    from cbn_det.run.arguments import argument_parser
-
+    (words,) = builds["CBN(window=8)"].args
     args: argparse.Namespace = argument_parser().parse_args(words)
-    assert kind == "iteration" and args.config_file.endswith("Finetune-RCNN-R18-FPN-digits.yaml")
+    assert builds["CBN(window=8)"].func is iteration_workload
+    assert args.config_file.endswith("Finetune-RCNN-R18-FPN-digits.yaml")
     assert args.coco_dataset == [["a", "b", "c"]] and args.engine == "standalone"
     options = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     assert options == {
@@ -417,6 +434,8 @@ def test_a_config_for_several_gpus_is_timed_with_the_images_asked_for(images):
 
     config = str(REPOSITORY / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml")
     words = ["iteration", "--norms", "BN", "GN", "--config-file", config, "--images", str(images)]
-    title, commands = commands_of(*words, "--engine", "detectron2")
-    cfg, _ = build_config(parse(commands["GN"][1:]), world_size=1)
+    title, builds = builds_of(*words, "--engine", "detectron2")
+    args = argument_parser().parse_args(builds["GN"].args[0])
+    args.command = ""
+    cfg, _ = build_config(args, world_size=1)
     assert f"{images} images" in title and cfg.SOLVER.IMS_PER_BATCH == images

@@ -13,10 +13,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import same_numbers  # noqa: E402
-from counting import count_steps, pairs, set_schedule, training_step  # noqa: E402
+from counting import count_steps, set_schedule  # noqa: E402
 from cuda_branch import cuda_branch  # noqa: E402
 from test_kernels import MOST  # noqa: E402
 from test_same_numbers import RECORD  # noqa: E402
+from workloads import stack_workload  # noqa: E402
 
 from cbn_det.norms import functional  # noqa: E402
 
@@ -27,10 +28,9 @@ NORMS = [norm for norm in MOST if norm not in ("GN", "MBN")]
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_step_after_burn_in_waits_for_no_number(norm: str) -> None:
     with cuda_branch():
-        model = pairs(norm, 2, 64, "meta")
-        step = training_step(model, (2, 64, 8, 8), "meta")
-        for _ in range(set_schedule(model) + 1):
-            step()
+        work = stack_workload(norm, 2, (2, 64, 8, 8), "meta")
+        for _ in range(set_schedule(work.model) + 1):
+            work.step()
 
 
 # autograd takes mv on a CPU for KN's where it takes a sum on meta
@@ -39,11 +39,10 @@ def test_the_meta_device_dispatches_what_a_cpu_does(norm: str) -> None:
     counts = []
     with cuda_branch():
         for device in ("cpu", "meta"):
-            model = pairs(norm, 2, 64, device)
-            step = training_step(model, (2, 64, 8, 8), device)
-            for _ in range(2 * set_schedule(model)):  # constants are made once a device
-                step()
-            counts.append(count_steps(step).total())
+            work = stack_workload(norm, 2, (2, 64, 8, 8), device)
+            for _ in range(2 * set_schedule(work.model)):  # constants are made once a device
+                work.step()
+            counts.append(count_steps(work.step).total())
     assert counts[0] == counts[1]
 
 

@@ -13,8 +13,8 @@ import pytest
 from cbn_det.data.errors import DataError
 from cbn_det.study import runner
 from cbn_det.study.compare import compare, guarded
-from cbn_det.study.disk import full_disk_note
 from cbn_det.study.plan import Plan, Split
+from cbn_det.study.processes import full_disk_note
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
@@ -117,6 +117,7 @@ def raising(error: Exception):
         (FileNotFoundError(errno.ENOENT, "No such file", "my.yaml"), 2, "no file my.yaml"),
         (ValueError("no such split"), 2, "no such split"),
         (RuntimeError("another comparison"), 2, "another comparison"),
+        (ImportError("the standalone engine does not work here"), 2, "does not work here"),
     ],
 )
 def test_an_error_that_a_user_can_mend_is_one_line(error, code, said, capsys) -> None:
@@ -131,11 +132,11 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
         guarded("tool", raising(KeyError("x")))
 
 
-@pytest.mark.parametrize("place", ["out", "out/runs", "out/report.html.partial"])
+@pytest.mark.parametrize("place", ["out", "out/runs", "out/report.html"])
 def test_an_output_that_is_in_the_way_is_one_line(tmp_path, place, capsys) -> None:
     blocked = tmp_path / place
     blocked.parent.mkdir(parents=True, exist_ok=True)
-    if place.endswith("partial"):
+    if place.endswith("html"):
         blocked.mkdir()
     else:
         blocked.write_text("a file where a folder should be")

@@ -82,7 +82,8 @@ def test_a_detectron2_that_fails_is_broken_not_missing(
 
 
 def test_a_broken_detectron2_is_told_on_stderr(broken_detectron2: dict[str, str]) -> None:
-    done = python(broken_detectron2, "-W", "ignore", "-m", "cbn_det.engines")
+    code = "from cbn_det.engines import resolve_engine; print(resolve_engine())"
+    done = python(broken_detectron2, "-W", "ignore", "-c", code)
     assert (done.returncode, done.stdout) == (0, "standalone\n")
     (line,) = done.stderr.splitlines()
     assert "undefined symbol: _ZN3c10" in line

@@ -21,11 +21,10 @@ from counting import (  # noqa: E402
     count_steps,
     layer_counts,
     over_batchnorm,
-    pairs,
-    training_step,
 )
 from cuda_branch import cuda_branch  # noqa: E402
 from detector import detector_step  # noqa: E402
+from workloads import stack_workload, training_step  # noqa: E402
 
 # operations a layer and iteration over BatchNorm: (full windows, in burn-in), at most
 MOST = {
@@ -63,8 +62,7 @@ def test_gkn_is_groupnorm_where_nothing_is_predicted() -> None:
     """To the last operation: the maps are read for no statistics that are not used."""
     counts = []
     for norm in ("GN", "GKN"):
-        model = pairs(norm, 1, 32, "cpu")
-        step = training_step(model, (2, 32, 8, 8), "cpu")
+        step = stack_workload(norm, 1, (2, 32, 8, 8), "cpu").step
         step()
         counts.append(count_steps(step, 1))
     assert counts[0] == counts[1]
@@ -88,7 +86,7 @@ def test_what_counts_as_an_operation() -> None:
 def test_backward_and_step_are_counted() -> None:
     """A convolution and a BatchNorm, by hand."""
     model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2))
-    step = training_step(model, (2, 2, 3, 3), "cpu")
+    step = training_step(model, torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))
     step()  # the optimiser's buffers
     counts = count_steps(step, 3)
     once = ("convolution.default", "convolution_backward.default", "native_batch_norm.default")
@@ -100,7 +98,7 @@ def test_backward_and_step_are_counted() -> None:
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_counts_are_those_of_the_meta_device_and_of_other_sizes(norm: str) -> None:
     def counts(device: str, size: int) -> Counter[str]:
-        step = training_step(pairs(norm, 2, 32, device), (2, 32, size, size), device)
+        step = stack_workload(norm, 2, (2, 32, size, size), device).step
         step()
         return count_steps(step, 1)
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbn_det.study import files
-from cbn_det.study.figures import COLOURS, colours, to_svg
-from cbn_det.study.final_ap import ap_over_images, final_ap
+from cbn_det.run import files
+from cbn_det.study.figures import COLOURS, ap_over_images, colours, final_ap, to_svg
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.recipes import QUICKSTART
 from cbn_det.study.report import MAX_WIDTH, Comparison, picture_strip
-from cbn_det.study.results import Row, Spread, make_rows
+from cbn_det.study.results import Row, Spread
+from cbn_det.study.runner import Outcome
 
 ODD = """<b>"X"&'$a$_1"""
 
@@ -93,22 +94,20 @@ def compared(tmp_path: Path, entries: list[tuple[str, int, dict]], **changes) ->
     """A comparison of (norm, seed, result); every run has a folder as a launcher leaves it."""
     norms = list(dict.fromkeys(norm for norm, _, _ in entries))
     settings = {"splits": [Split(1, 2)], "seeds": [1, 2], "engine": "standalone"}
-    plan = Plan(tmp_path, norms, **settings | changes)
-    results = []
+    plan = Plan(tmp_path, norms, iterations=100, **settings | changes)
+    outcomes = []
     for place, (norm, seed, result) in enumerate(entries):
         label, folder = f"{norm} 1x2 seed {seed}", tmp_path / "runs" / str(place)
         if result["status"] == "finished":
             write_run(folder, result["results"]["bbox"]["AP"])
         command = ("python", "train_net.py", norm)
         run = Run(label, folder, command, "s", norm=norm, split=Split(1, 2), seed=seed)
-        results.append((run, result))
-    rows = make_rows([(run.norm, run.split, result) for run, result in results])
-    command = "python tools/compare_norms.py --norms GN"
-    return Comparison(plan, results, rows, command, seconds=3723.0, config_iterations=2400)
+        outcomes.append(Outcome(run, result))
+    return Comparison(plan, outcomes, "python tools/compare_norms.py --norms GN", seconds=3723.0)
 
 
 def page_of(comparison: Comparison) -> Page:
-    written = files.write_files(comparison)
+    written = comparison.write()
     assert written[-1].name == "report.html"
     return Page(written[-1].read_text(encoding="utf-8"))
 
@@ -128,7 +127,8 @@ def test_the_page_says_what_was_compared_and_what_came_out(tmp_path) -> None:
     assert "Z80 <8 bit>, 2 cores" in text and "python 3.11, torch 2.14" in text
     assert "1 h 2 min" in text
     facts = next(c for _, c in page.rows if c[:3] == ["GN", "1x2", "2"])
-    assert facts == "GN,1x2,2,22.0,0.250,512,3 min 5 s,13.96 M,3.20 G,cpu,finished".split(",")
+    assert facts == "GN,1x2,2,22.0,0.250,512,13.96,3.20,3 min 5 s,cpu,finished".split(",")
+    assert f"The python of this and every other command is {sys.executable}." in text
     assert text.count("python tools/compare_norms.py --norms GN") == 1, "at its end, not its head"
     assert "To be expected of this recipe" in text
     assert "python train_net.py CBN" in text
@@ -230,15 +230,15 @@ def test_one_colour_a_norm_everywhere(tmp_path) -> None:
 
 def test_curves_of_ap_want_evaluations_during_training(tmp_path) -> None:
     comparison = compared(tmp_path, [("GN", 1, finished(20.0))])
-    assert "ap_curves.png" in {path.name for path in files.write_files(comparison)}
-    metrics = comparison.results[0][0].folder / "metrics.json"
+    assert "ap_curves.png" in {path.name for path in comparison.write()}
+    metrics = comparison.outcomes[0].run.folder / "metrics.json"
     metrics.write_text('{"iteration": 49, "bbox/AP": NaN}\n{"iteration": 99, "bbox/AP": 3.0}\n')
-    names = {path.name for path in files.write_files(comparison)}
+    names = {path.name for path in comparison.write()}
     assert "ap_curves.png" not in names and "ap.png" in names
 
 
 def test_figures_take_the_colour_of_the_page(tmp_path) -> None:
-    row = Row(r"$\frac$", Split(1, 2), "finished", ap={"bbox": Spread(10.0, 1.0, 2)})
+    row = Row(r"$\frac$", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, 1.0, 2)}})
     svg = to_svg(final_ap([row]))
     assert svg.startswith('<svg role="img" fill="currentColor"')
     assert "#000000" not in svg and "#ffffff" not in svg
@@ -246,7 +246,7 @@ def test_figures_take_the_colour_of_the_page(tmp_path) -> None:
 
 
 def test_figures_keep_world_sizes_and_total_batches_apart(tmp_path) -> None:
-    spread = {"bbox": Spread(10.0, None, 1)}
+    spread = {"bbox": {"AP": Spread(10.0, None, 1)}}
     small = Row("GN", Split(1, 2), "finished", ap=spread)
     rows = [small, dataclasses.replace(small, split=Split(1, 8))]
     assert len(final_ap(rows).axes) == 2
@@ -258,7 +258,8 @@ def test_ap_over_images_is_drawn_where_one_thing_stays(tmp_path) -> None:
     """Of 8x1, 1x8 and 1x2: one total batch, and one world size; 8x1 and 1x2 share neither."""
     aps = {Split(8, 1): 30.0, Split(1, 8): 40.0, Split(1, 2): 20.0}
     rows = [
-        Row("GN", split, "finished", ap={"bbox": Spread(ap, None, 1)}) for split, ap in aps.items()
+        Row("GN", split, "finished", ap={"bbox": {"AP": Spread(ap, None, 1)}})
+        for split, ap in aps.items()
     ]
     titles = [axes.get_title() for axes in ap_over_images(rows).axes]
     assert titles == ["total batch 8", "world size 1: total batch grows with images"]
@@ -290,7 +291,7 @@ def test_pictures_are_of_runs_that_left_some_and_stand_image_by_image(tmp_path) 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
     comparison = compared(tmp_path, [("GN", 1, finished(20.0))])
-    files.write_files(comparison)
+    comparison.write()
     before = (tmp_path / "report.html").read_text()
 
     def full(*args):
@@ -299,6 +300,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     comparison.seconds = 1.0
     monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        files.write_files(comparison)
+        comparison.write()
     assert (tmp_path / "report.html").read_text() == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

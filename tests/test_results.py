@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cbn_det.study.plan import Run, Split
-from cbn_det.study.results import Row, Spread, make_rows, read_metrics
-from cbn_det.study.tables import by_total_batch, make_tables, of_classes, text_report
+from cbn_det.study.results import Row, Spread, make_rows, read_lines
+from cbn_det.study.tables import make_tables, of_classes, text_report
 
 
 def finished(ap: float | None, precise: float | None = None) -> dict:
@@ -41,15 +41,14 @@ def test_recovered_share_reproduces_the_published_control() -> None:
         ]
     )
     by_name = {(row.norm, row.split): row for row in rows}
-    assert by_name["BN", small].recovered == 0.0
-    assert round(100 * by_name["BN", small].recovered_precise) == 63
-    assert round(100 * by_name["CBN", small].recovered, 1) == 72.5
-    assert by_name["CBN", small].recovered_precise is None
-    assert by_name["CBN", Split(4, 2)].recovered is None, "there is no BN at 4x2 to compare with"
-    assert by_name["CBN", small].to_gn == {}, "GN was not trained"
-    assert not [row for row in rows if row.to_sync], "SyncBN was not trained"
+    gains = {key: row.gains["bbox"] for key, row in by_name.items()}
+    assert gains["BN", small]["recovered"] == 0.0
+    assert round(100 * gains["BN", small]["recovered, PreciseBN"]) == 63
+    assert round(100 * gains["CBN", small]["recovered"], 1) == 72.5
+    assert gains["CBN", small].keys() == {"recovered"}, "neither PreciseBN, GN nor SyncBN"
+    assert gains["CBN", Split(4, 2)] == {}, "there is no BN at 4x2 to compare with"
+    assert gains["BN", large] == {}, "one rank has the whole batch: nothing is lost"
     assert "AP - SyncBN" not in text_report(rows, [], "t")
-    assert by_name["BN", large].recovered is None, "one rank has the whole batch: nothing is lost"
     assert "73 %" in text_report(rows, [], "t") and "recovered" in text_report(rows, [], "t")
 
 
@@ -59,8 +58,9 @@ def test_syncbn_is_the_reference_where_it_was_run() -> None:
     rows = make_rows(
         [(n, s, finished(ap)) for n, s, ap in results] + [("BN", Split(1, 8), finished(99.0))]
     )
-    assert [row.recovered for row in rows[:3]] == [1.0, 0.0, 0.5]
-    assert [row.to_sync.get("bbox") for row in rows] == [None, -10.0, -5.0, None]
+    gains = [row.gains["bbox"] for row in rows]
+    assert [gain["recovered"] for gain in gains[:3]] == [1.0, 0.0, 0.5]
+    assert [gain.get("AP - SyncBN") for gain in gains] == [None, -10.0, -5.0, None]
     text = text_report(rows, [], "t")
     assert "-5.0" in text and "AP - SyncBN" in text and "AP - GN" not in text
 
@@ -72,9 +72,12 @@ def test_mask_ap_has_distances_of_its_own() -> None:
         result["results"]["segm"] = {"AP": mask}
         rows.append((norm, Split(8, 2), result))
     rows = make_rows(rows)
-    assert rows[2].to_gn == {"bbox": -1.0, "segm": -4.0}
-    assert rows[2].to_sync == {"bbox": 1.0, "segm": -3.0}
-    assert rows[0].to_sync == {"bbox": 2.0, "segm": 1.0}
+    assert rows[2].gains["bbox"] == {"AP - SyncBN": 1.0, "AP - GN": -1.0}
+    assert rows[2].gains["segm"] == {"AP - SyncBN": -3.0, "AP - GN": -4.0}
+    assert [rows[0].gains[task] for task in ("bbox", "segm")] == [
+        {"AP - SyncBN": 2.0},
+        {"AP - SyncBN": 1.0},
+    ]
 
 
 def test_ap_of_each_class_is_over_seeds_and_of_each_split() -> None:
@@ -150,13 +153,13 @@ def test_a_run_that_detects_nothing_counts_as_zero() -> None:
             ("GN", split, {"status": "finished", "results": {}}),
         ]
     )
-    assert (row.ap["bbox"].mean, row.ap["bbox"].n) == (10.5, 2)
-    assert row.ap50["bbox"].mean == 10.5 and row.ap["segm"].mean == 9.0
-    assert row.ap_precise["bbox"].mean == 12.0
-    assert row.ap_large["bbox"] is None and row.ap_image_share["bbox"] is None
-    assert unevaluated.ap["bbox"] is None
+    assert (row.number().mean, row.number().n) == (10.5, 2)
+    assert row.number("bbox", "AP50").mean == 10.5 and row.number("segm").mean == 9.0
+    assert row.number("bbox", "AP, PreciseBN").mean == 12.0
+    assert row.number("bbox", "APl") is None and row.number("bbox", "AP, image share") is None
+    assert unevaluated.number() is None
     alone = make_rows([("BN", split, blind)])[0]
-    assert alone.ap["bbox"] is None, "nobody says that there was anything to detect"
+    assert alone.number() is None, "nobody says that there was anything to detect"
 
 
 @pytest.mark.parametrize("source", ["results_precise_bn", "results_image_share"])
@@ -166,11 +169,12 @@ def test_any_evaluation_shows_that_there_was_something_to_detect(source) -> None
     one[source] = {"bbox": {"AP": 20.0}}
     row, other_row = make_rows([(norm, Split(8, 1), r) for norm, r in (("BN", one), ("GN", other))])
     both = make_rows([("BN", Split(8, 1), one), ("BN", Split(8, 1), other)])[0]
-    of = {"results_precise_bn": both.ap_precise, "results_image_share": both.ap_image_share}[source]
-    assert (of["bbox"].mean, of["bbox"].n) == (10.0, 2)
-    assert (both.ap["bbox"].mean, both.ap["bbox"].n) == (0.0, 2)
-    assert row.ap["bbox"].mean == other_row.ap["bbox"].mean == 0.0, "of the whole table"
-    assert both.ap["segm"] is None
+    column = "AP, PreciseBN" if source == "results_precise_bn" else "AP, image share"
+    found, plain = both.number("bbox", column), both.number()
+    assert (found.mean, found.n) == (10.0, 2)
+    assert (plain.mean, plain.n) == (0.0, 2)
+    assert row.number().mean == other_row.number().mean == 0.0, "of the whole table"
+    assert both.number("segm") is None
 
 
 def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
@@ -178,7 +182,7 @@ def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> N
     results = [("GN", middle, 60.0), ("GN", small, 62.0), ("BN", small, 23.0), ("BN", middle, 38.0)]
     results += [("BN", Split(1, 8), 43.0), ("BN", other, 30.0)]
     rows = make_rows([(norm, split, finished(ap)) for norm, split, ap in results])
-    distances = [row.to_gn.get("bbox") for row in rows]
+    distances = [row.gains["bbox"].get("AP - GN") for row in rows]
     assert distances == [None, None, -39.0, -22.0, -17.0, None]
     assert "-39.0" in text_report(rows, [], "t")
 
@@ -188,18 +192,18 @@ def test_no_share_of_a_loss_within_the_spread() -> None:
     for above, known in ((1.0, False), (10.0, True)):
         results = [("BN", ap) for ap in (38.0, 40.0)] + [("SyncBN", 39.0 + above), ("KN", 39.5)]
         rows = make_rows([(norm, Split(8, 1), finished(ap)) for norm, ap in results])
-        assert (rows[2].recovered is not None) == known
+        assert ("recovered" in rows[2].gains["bbox"]) == known
 
 
 def test_no_share_where_nothing_was_lost() -> None:
     rows = make_rows([("BN", Split(2, 1), finished(40.0)), ("BN", Split(1, 2), finished(39.0))])
-    assert [row.recovered for row in rows] == [None, None]
+    assert [row.gains["bbox"] for row in rows] == [{}, {}]
 
 
 def test_failed_runs_do_not_enter_the_mean() -> None:
     broken = finished(90.0) | {"status": "failed", "message": "disk full"}
     row = make_rows([("GN", Split(1, 2), finished(10.0)), ("GN", Split(1, 2), broken)])[0]
-    assert (row.ap["bbox"].mean, row.ap["bbox"].n) == (10.0, 1)
+    assert (row.number().mean, row.number().n) == (10.0, 1)
     assert row.status == "1 of 2 finished" and row.reasons == ["failed: disk full"]
     assert "1 of 2 finished; failed: disk full" in text_report([row], [], "t")
 
@@ -210,7 +214,6 @@ def test_different_world_sizes_and_total_batches_never_share_a_table_or_a_column
     rows = make_rows(
         [(norm, split, finished(ap)) for norm in ("BN", "GN") for split, ap in aps.items()]
     )
-    assert {total: len(group) for total, group in by_total_batch(rows).items()} == {2: 2, 8: 6}
     first, *others = make_tables(rows)
     columns = [[line[name] for line in first.lines] for name in first.lines[0] if name != "norm"]
     assert columns == [["12.0"] * 2, ["18.0"] * 2, ["42.0"] * 2, ["81.0"] * 2]
@@ -236,7 +239,7 @@ def test_mask_ap_gets_columns_where_there_is_one() -> None:
     result["results"]["segm"] = {"AP": 7.5, "AP50": 9.0}
     text = text_report(make_rows([("GN", Split(1, 2), result)]), [], "t")
     assert "mask AP" in text and "7.5" in text
-    row = Row("GN", Split(1, 2), "finished", ap={"bbox": Spread(10.0, None, 1)})
+    row = Row("GN", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, None, 1)}})
     assert "mask AP" not in text_report([row], [], "t")
 
 
@@ -249,8 +252,10 @@ def test_metrics_of_a_resumed_run_and_a_half_written_line(tmp_path) -> None:
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"iteration": 59, "tot'
     (tmp_path / "metrics.json").write_text(text)
-    assert [m["iteration"] for m in read_metrics(tmp_path)] == [19, 39]
-    assert read_metrics(tmp_path)[0] == {"iteration": 19, "total_loss": 2.5, "bbox/AP": 1.0}
+    found = read_lines(tmp_path / "metrics.json")
+    assert [line["iteration"] for line in found] == [19, 39]
+    assert found[0] == {"iteration": 19, "total_loss": 2.5, "bbox/AP": 1.0}
+    assert read_lines(tmp_path / "of a run that has not begun") == []
 
 
 def test_a_report_says_what_it_was_made_with(tmp_path: Path) -> None:
@@ -259,7 +264,7 @@ def test_a_report_says_what_it_was_made_with(tmp_path: Path) -> None:
     for seed in (1, 2):
         run = Run(f"GN {seed}", tmp_path, (), "s", norm="GN", split=Split(1, 2), seed=seed)
         results.append((run, {"machine": machine, "versions": {"torch": "2"}}))
-    row = Row("GN", Split(1, 2), "finished", ap={"bbox": Spread(10.0, 1.0, 2)})
+    row = Row("GN", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, 1.0, 2)}})
     text = text_report([row], results, "t")
     assert "Made with: seeds 1 2; Z80, 1 cores, 1 threads a process; torch 2." in text
 
@@ -270,3 +275,14 @@ def test_a_short_run_is_called_short(length, short) -> None:
     text = text_report([row], [], "t", config_iterations=length)
     assert ("Short runs, 600 of the config's 2400 iterations" in text) == short
     assert ("Short runs" in text) == short
+
+
+def test_a_column_without_any_number_is_left_out() -> None:
+    """Of a table, not of a row: "-" stands where another row has a number."""
+    rows = make_rows([("GN", Split(1, 2), finished(4.0)), ("BN", Split(1, 2), finished(3.0, 5.0))])
+    (table,) = make_tables(rows)
+    columns = ["norm", "AP", "AP50", "AP, PreciseBN", "AP - GN", "status"]
+    assert [list(line) for line in table.lines] == [columns, columns]
+    assert [line["AP, PreciseBN"] for line in table.lines] == ["-", "5.0"]
+    (empty,) = make_tables(make_rows([("GN", Split(1, 2), {"status": "failed"})]))
+    assert list(empty.lines[0].values()) == ["GN", "-", "0 of 1 finished"]

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 TORCH_PAIR=${TORCH_PAIR:-torch==2.14.1 torchvision==0.29.1}
-MODULES="numpy fvcore pycocotools PIL tqdm tabulate sklearn tensorboard matplotlib rich jinja2 pytest pytest_timeout xdist black ruff"
+MODULES="numpy fvcore pycocotools PIL tqdm tabulate sklearn tensorboard matplotlib jinja2 pytest pytest_timeout xdist black ruff"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv

@@ -63,7 +63,7 @@ def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
     """Ends early where what follows would need what is missing."""
     status.show("reading the config")
     with heard("cbn_det") as lines:
-        trial, refused = _tried(lambda: _read(args))
+        trial, refused = _tried(lambda: make_trial(args))
     yield from (*lines, *refused)
     if trial is None:
         return
@@ -91,7 +91,13 @@ def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
             yield finding
 
 
-def _read(args: argparse.Namespace) -> Trial:
+def make_trial(args: argparse.Namespace) -> Trial:
+    """The trial of a command line, on the engine that it names.
+
+    Raises:
+        ImportError: the engine does not work here.
+        ValueError: the command line or the config cannot be run.
+    """
     args.config_file = find_config(args.config_file)
     if args.config_file.endswith(".py"):
         raise ValueError(f"--config-file {args.config_file}: a LazyConfig cannot be checked")

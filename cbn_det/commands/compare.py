@@ -54,14 +54,12 @@ import os
 from pathlib import Path
 
 from ..config_files import find_config
-from ..engines import ENGINES
+from ..engines import ENGINES, resolve_engine
 from ..run.arguments import add_datasets, share_of_images
 from ..study.compare import STOPPED, STOPPED_WATCHING, compare, guarded
-from ..study.engine import resolve_engine
 from ..study.gpus import visible_gpus
 from ..study.plan import Plan, Split
-from ..study.recipes import RECIPES
-from ..study.sites import SITES
+from ..study.recipes import RECIPES, SITES
 from ..study.slurm import CLUSTERS, Cluster
 
 
@@ -206,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         splits=args.split or [Split(ranks, images) for images in args.images_per_gpu],
         seeds=args.seeds,
         reference=args.bn_reference,
-        engine=resolve_engine(args.engine),
+        engine=resolve_engine() if args.engine == "auto" else args.engine,
         recipe=args.recipe,
         config=config,
         sites=args.sites,

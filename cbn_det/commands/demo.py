@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..data.digits import write_digits
-from ..engines import ENGINES
+from ..engines import ENGINES, resolve_engine
 from ..study.compare import compare, guarded
-from ..study.engine import resolve_engine
 from ..study.plan import Plan, Split
 
 NORMS = ["GN", "BN", "CBN"]
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         NORMS,
         [Split(1, 2)],
         [1],
-        engine=resolve_engine(args.engine),
+        engine=resolve_engine() if args.engine == "auto" else args.engine,
         iterations=args.iters,
         overrides=["TEST.EVAL_PERIOD", str(evaluation_period(args.iters))],
     )

@@ -37,8 +37,8 @@ from pathlib import Path
 
 from ..cli import typed_words
 from ..run.arguments import add_datasets
+from ..run.files import write_text
 from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
-from ..study.files import write_text
 from ..study.published import TABLES
 from ..study.reproduce import Reproduction
 from ..study.reproduce_report import LEGEND, document, overview, table_text

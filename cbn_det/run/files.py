@@ -24,6 +24,12 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> Path:
+    """:func:`replace_file` with a text; returns ``path``."""
+    replace_file(path, lambda file: file.write(text.encode("utf-8")))
+    return path
+
+
 def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Appends a line of text. What a process that was killed inside here left of a line stays one
     of its own, which readers can tell is none."""

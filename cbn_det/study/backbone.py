@@ -8,9 +8,10 @@ running statistics that only some of the compared norms have a use for.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+
+from cbn_det.run.files import replace_file
 
 # Where detectron2's and the standalone engine's FPN keep the network below it.
 PREFIXES = ("backbone.bottom_up.", "backbone.body.")
@@ -32,10 +33,9 @@ def extract_backbone(checkpoint: Path, output: Path) -> int:
     weights = {name: w for name, w in state.get("model", {}).items() if name.startswith(PREFIXES)}
     if not weights:
         raise ValueError(f"{checkpoint}: no weights below {' or '.join(PREFIXES)} in it")
-    partial = output.with_name(output.name + ".partial")
     # detectron2 otherwise matches names by their longest common suffix, which could hide a mistake.
-    torch.save({"model": weights, "matching_heuristics": False}, partial)
-    os.replace(partial, output)
+    state = {"model": weights, "matching_heuristics": False}
+    replace_file(output, lambda file: torch.save(state, file))
     return len(weights)
 
 

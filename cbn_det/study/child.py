@@ -25,6 +25,8 @@ def main(command: Sequence[str]) -> int:
     # SIGTERM comes to the whole group, and is for the command. A handler, as an ignored signal
     # would be ignored by the command too.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    # SLURM sends it to every process of a job, and it is for submitit: the command inherits this.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)
     orphaned = threading.Event()
 

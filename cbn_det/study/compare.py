@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,16 +10,12 @@ from collections.abc import Callable, Sequence
 from cbn_det.cli import typed_words
 from cbn_det.shell import join
 from cbn_det.study.backbone import extract_backbone
-from cbn_det.study.disk import advice
-from cbn_det.study.files import write_files
 from cbn_det.study.plan import Plan, Run, backbone_file
 from cbn_det.study.processes import interruptible, locked
 from cbn_det.study.progress import say
-from cbn_det.study.recipes import config_iterations
 from cbn_det.study.report import Comparison
-from cbn_det.study.results import make_rows, reason_of
+from cbn_det.study.results import reason_of
 from cbn_det.study.runner import Active, Outcome, run_all
-from cbn_det.study.tables import text_report
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -75,35 +72,51 @@ def compare(
         if broken:
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
-            names = ", ".join(dict.fromkeys(plan.norms))
-            amount = f"{len(runs)} run{'s' * (len(runs) > 1)}, {side_by_side(runs, jobs, gpus)}"
+            at_a_time = max(1, jobs // max(run.ranks for run in runs))
             say(
-                f"[{steps - 1}/{steps}] training {names} with the {plan.engine} engine: {amount}, "
-                f"in {plan.output / 'runs'}"
+                f"[{steps - 1}/{steps}] training {', '.join(dict.fromkeys(plan.norms))} with the "
+                f"{plan.engine} engine: {len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} "
+                f"at a time{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
             )
             outcomes = run_all(runs, jobs, announce, gpus=gpus, submit=submit)
         say(f"[{steps}/{steps}] report")
-        # A whole schedule, scaled to more images a step, has fewer iterations and is not short.
-        shortened = plan.iterations or "SOLVER.MAX_ITER" in plan.overrides[::2]
-        length = config_iterations(plan.config_of(plan.norms[0])) if shortened else None
-        comparison = Comparison(
-            plan,
-            results=[(o.run, o.result) for o in outcomes],
-            rows=make_rows([(o.run.norm, o.run.split, o.result) for o in outcomes]),
-            command=join(typed_words()),
-            seconds=time.monotonic() - started,
-            reused=sum(o.reused for o in outcomes),
-            config_iterations=length,
-        )
-        *others, page = write_files(comparison)
-    rows, results = comparison.rows, comparison.results
-    text = text_report(
-        rows, results, comparison.title, config_iterations=length, expected=plan.expected
-    )
-    print("\n" + text)
+        command, seconds = join(typed_words()), time.monotonic() - started
+        comparison = Comparison(plan, outcomes, command, seconds)
+        *others, page = comparison.write()
+    print("\n" + comparison.text())
     print(f"Files: {', '.join(str(path) for path in others)}. Wall time: {comparison.wall}.")
+    print(f"The python for every other command: {comparison.python}")
     print(f"Report with curves and pictures: {page}", flush=True)
+    return exit_code(outcomes)
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """1 where a run failed; a diverged one is a result."""
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
+
+
+def announce(outcome: Outcome) -> None:
+    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
+    boxes = (result.get("results") or {}).get("bbox") or {}
+    if result.get("status") != "finished":
+        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
+    elif boxes.get("AP") is not None:
+        text = f"finished{kept} AP {boxes['AP']:.1f}"
+    else:
+        text = f"finished{kept} without AP"
+    say(f"{outcome.run.label}: {text}")
+
+
+def train_backbone(
+    pretrain: Run, gpus: Sequence[str] = (), submit: Callable[[Run], Active] | None = None
+) -> str | None:
+    """Train the recipe's backbone once; None, or why the comparison cannot go on."""
+    result = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0].result
+    if result.get("status") != "finished":
+        return f"the backbone's training {result.get('status')}: {result.get('message')}"
+    if not backbone_file(pretrain).exists():
+        extract_backbone(pretrain.folder / "model_final.pth", backbone_file(pretrain))
+    return None
 
 
 def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:
@@ -125,41 +138,27 @@ def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int
         print(f"{tool}: there is no file {error.filename}", file=sys.stderr)
         return EXIT_REFUSED
     except OSError as error:
-        print(f"{tool}: {advice(error)}", file=sys.stderr)
+        print(f"{tool}: {_advice(error)}", file=sys.stderr)
         return EXIT_FAILED
-    except (RuntimeError, ValueError) as error:
+    except ModuleNotFoundError:  # the command says what to install
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
         print(f"{tool}: {error}", file=sys.stderr)
         # The data room wraps an OSError into words of its own.
         return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
 
 
-def side_by_side(runs: list[Run], jobs: int, gpus: Sequence[str]) -> str:
-    """How many runs at a time, and on which GPUs, for a reader."""
-    ranks = max(run.ranks for run in runs)
-    where = f" on GPU {' '.join(gpus)}" if gpus else ""
-    return f"up to {max(1, jobs // ranks)} at a time{where}"
-
-
-def announce(outcome: Outcome) -> None:
-    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
-    boxes = (result.get("results") or {}).get("bbox") or {}
-    if result.get("status") != "finished":
-        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
-    elif boxes.get("AP") is not None:
-        text = f"finished{kept} AP {boxes['AP']:.1f}"
-    else:
-        text = f"finished{kept} without AP"
-    say(f"{outcome.run.label}: {text}")
-
-
-def train_backbone(
-    pretrain: Run, gpus: Sequence[str] = (), submit: Callable[[Run], Active] | None = None
-) -> str | None:
-    """Train the recipe's backbone once; None, or why the comparison cannot go on."""
-    outcome = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0]
-    if outcome.result.get("status") != "finished":
-        result = outcome.result
-        return f"the backbone's training {result.get('status')}: {result.get('message')}"
-    if not backbone_file(pretrain).exists():
-        extract_backbone(pretrain.folder / "model_final.pth", backbone_file(pretrain))
-    return None
+def _advice(error: OSError) -> str:
+    """One line: what went wrong and what to do."""
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full{place}: free some space (df -h shows how much there is), then run "
+            "the same command again; it goes on from here"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"cannot write{place}: {error.strerror}. Choose another folder with --output, or "
+            "change the permissions, then run the same command again"
+        )
+    return f"{error}. Mend that, then run the same command again; it goes on from here"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,10 +16,19 @@ import cbn_det
 from cbn_det.coco_sets import check_coco_sets
 from cbn_det.engines import ENGINES
 from cbn_det.shell import join
-from cbn_det.study.engine import LAUNCHER
-from cbn_det.study.recipes import RECIPES, batch, config_texts, data_sets, device, schedule
-from cbn_det.study.sites import norm_keys, norm_words
+from cbn_det.study.recipes import (
+    RECIPES,
+    batch,
+    config_texts,
+    data_sets,
+    device,
+    norm_keys,
+    norm_words,
+    schedule,
+    setting,
+)
 
+LAUNCHER = (sys.executable, "-m", "cbn_det", "train")
 # In the path of a base config: the norm's name in small letters, "cbn" for "CBN(window=8)".
 PLACE_OF_NORM = "{norm}"
 # What the matrix sets itself, and the arguments of the tool that say to what.
@@ -82,7 +92,7 @@ class Plan:
         recipe: a name of `RECIPES`.
         config: base config in place of the recipe's own. With "{norm}" in its path, each norm has a
             config of its own, whose norms are left as they are where the spec has no options.
-        sites: names of `cbn_det.study.sites.SITES` to put the norm at; None: as the config does.
+        sites: names of `cbn_det.study.recipes.SITES` to put the norm at; None: as the config does.
         iterations: length of the compared runs; the config's schedule is scaled to it. None: as in
             the config.
         precise_bn: iterations over which BatchNorm statistics are recomputed for a second
@@ -154,6 +164,14 @@ class Plan:
         """What is known of short runs of the recipe at 2 images; "" of any others."""
         changed = self.config is not None or self.sites is not None or self.datasets
         return "" if changed or self.splits != [Split(1, 2)] else RECIPES[self.recipe].expected
+
+    @property
+    def config_iterations(self) -> int | None:
+        """The config's own length of training, where the runs are given another."""
+        # a whole schedule, scaled to more images a step, has fewer iterations and is not short
+        if not self.iterations and "SOLVER.MAX_ITER" not in self.overrides[::2]:
+            return None
+        return setting(self.config_of(self.norms[0]), "SOLVER.MAX_ITER")
 
     @property
     def has_config_per_norm(self) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cbn_det.study.disk import full_disk_note
-from cbn_det.study.engine import source_environment
 from cbn_det.study.plan import Run
 from cbn_det.study.results import read_result
 
@@ -22,6 +22,23 @@ CHILD = (sys.executable, "-m", "cbn_det.study.child")
 EXIT_USAGE = 2
 # Where a run that failed says why: a traceback fits in.
 LAST_LINES = 60
+# The last is what torch.save says of it.
+DISK_IS_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|inline_container\.cc.*unexpected pos"
+)
+# Less than a checkpoint of any detector: whatever is said to have failed, this is why.
+NEARLY_FULL_BYTES = 20 * 2**20
+# The folder that this package is imported from.
+HOME = Path(__file__).resolve().parents[2]
+
+
+def source_environment() -> dict[str, str]:
+    """The environment in which a child process finds this package, installed or not."""
+    # an installed package is found anyway, and behind python's own
+    if {"site-packages", "dist-packages"} & set(HOME.parts):
+        return dict(os.environ)
+    paths = [str(HOME), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Process:
@@ -29,14 +46,23 @@ class Process:
 
     Args:
         run: starts at once, from its last checkpoint if it has one.
-        jobs: processes side by side, which share the cores.
+        sharing: processes that share the cores of this machine.
         gpus: one for each process, as CUDA_VISIBLE_DEVICES names it; empty ones leave it alone.
+        more: further arguments of the launcher.
+        log: file in the run's folder for what the launcher prints.
     """
 
-    def __init__(self, run: Run, jobs: int, gpus: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run: Run,
+        sharing: int,
+        gpus: Sequence[str] = (),
+        more: Sequence[str] = (),
+        log: str = "console.log",
+    ) -> None:
         self._run = run
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = str(max(1, (cores or 1) // max(jobs, run.ranks)))
+        threads = str(max(1, (cores or 1) // sharing))
         env = source_environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # GNU OpenMP's threads wait for each other in a loop, for most of a core where something
         # else runs too: 12 convolutions with two threads on two busy cores took 5.7 s instead of
@@ -45,9 +71,11 @@ class Process:
         if gpus := [name for name in gpus if name]:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(gpus))
         prepare_folder(run)
-        with open(run.folder / "console.log", "ab") as console:
+        at = run.command.index("--config-file")
+        resume = ["--resume"] if (run.folder / "last_checkpoint").exists() else []
+        with open(run.folder / log, "ab") as console:
             self._process = subprocess.Popen(
-                [*CHILD, *command_of(run)],
+                [*CHILD, *run.command[:at], *resume, *more, *run.command[at:]],
                 stdin=subprocess.PIPE,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -59,30 +87,36 @@ class Process:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    def wait(self) -> int | None:
+        """Wait for its end; None in place of the exit code in a handler of a signal that has come
+        meanwhile."""
+        with suppress(ChildProcessError):  # whoever was interrupted has it
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return self._process.poll()
+
     def result(self) -> dict:
         self.kill()  # ranks that outlived their parent
         code = self._process.returncode
-        ending = f"{'refused' if code == EXIT_USAGE else 'crashed'} (exit code {code})"
-        return result_of(
-            self._run, f"killed by {signal.Signals(-code).name}" if code < 0 else ending
-        )
+        if code < 0:
+            return result_of(self._run, f"killed by {signal.Signals(-code).name}")
+        what = "refused" if code == EXIT_USAGE else "crashed"
+        return result_of(self._run, f"{what} (exit code {code})")
 
     def stop(self) -> bool:
-        return signal_group(self._process.pid, signal.SIGTERM)
+        return self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        signal_group(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._process.stdin.close()
 
-
-def signal_group(leader: int, number: int) -> bool:
-    """Send a signal to a process group; False when none of it is left."""
-    try:
-        os.killpg(leader, number)
-    except ProcessLookupError:
-        return False
-    return True
+    def _signal(self, number: int) -> bool:
+        """Send a signal to the process group; False when none of it is left."""
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 @contextmanager
@@ -126,17 +160,6 @@ def prepare_folder(run: Run) -> None:
     (run.folder / "result.json").unlink(missing_ok=True)
 
 
-def command_of(run: Run, more: Sequence[str] = ()) -> list[str]:
-    """The command line that starts a run, or resumes it from its last checkpoint.
-
-    Args:
-        more: further arguments of the launcher.
-    """
-    at = run.command.index("--config-file")
-    resume = ["--resume"] if (run.folder / "last_checkpoint").exists() else []
-    return [*run.command[:at], *resume, *more, *run.command[at:]]
-
-
 def result_of(run: Run, ending: str) -> dict:
     """The result of a run that is over; made up where it left none.
 
@@ -155,3 +178,16 @@ def result_of(run: Run, ending: str) -> dict:
         if note := full_disk_note(said, run.folder):
             result["message"] = f"{note}; {result.get('message')}"
     return result
+
+
+def full_disk_note(text: str, folder: Path) -> str | None:
+    """The words for a run that failed since the disk was full; None where there is no sign of it.
+
+    Args:
+        text: what the run said at its end.
+        folder: where it wrote.
+    """
+    free = shutil.disk_usage(folder).free
+    if DISK_IS_FULL.search(text) or free < NEARLY_FULL_BYTES:
+        return f"the disk is full ({free / 2**20:.0f} MB free now): free some space, then run again"
+    return None

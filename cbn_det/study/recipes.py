@@ -1,8 +1,10 @@
-"""The training recipes that norms are compared with, and how their configs are read."""
+"""The training recipes that norms are compared with, and what has to be overridden in a config: the
+norm at its sites, batch and schedule."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ from cbn_det.norm_keys import NORM_KEYS
 
 QUICKSTART = CONFIGS / "quickstart"
 
+# What `--sites` calls a place of the norm -> its config key.
+SITES = {row.site: row.key for row in NORM_KEYS}
 BACKBONE_NORM_KEY, *HEAD_NORM_KEYS = (row.key for row in NORM_KEYS if row.prefix)
 # Of models that only detectron2 has, which a config of the user's own may describe.
 DETECTRON2_NORM_KEYS = tuple(row.key for row in NORM_KEYS if not row.prefix)
+# The row without any norm: what the backbone came with is frozen, nothing is put elsewhere.
+NO_NORM, FROZEN = "none", "FrozenBN"
 # detectron2's own SOLVER.IMS_PER_BATCH and BASE_LR, for configs that do not set them.
 DETECTRON2_BATCH, DETECTRON2_RATE = 16, 0.001
 
@@ -77,9 +83,73 @@ def read_yaml(config: Path) -> dict[str, Any]:
         raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
 
 
-def config_iterations(config: Path) -> int | None:
-    """The config's own SOLVER.MAX_ITER; None where it sets none."""
-    return read_yaml(config).get("SOLVER", {}).get("MAX_ITER")
+def setting(config: Path, key: str, overrides: Sequence[str] = (), default: Any = None) -> Any:
+    """What a config file, those it builds on, or overrides set a key to.
+
+    Args:
+        key: dotted, "SOLVER.MAX_ITER".
+        overrides: KEY VALUE pairs; such a value is text.
+
+    Raises:
+        OSError, ValueError: see :func:`read_yaml`.
+    """
+    node: Any = read_yaml(config)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    own = default if node is None else node
+    return dict(zip(overrides[::2], overrides[1::2], strict=False)).get(key, own)
+
+
+def device(config: Path, overrides: Sequence[str]) -> str:
+    """MODEL.DEVICE of a config with overrides."""
+    return setting(config, "MODEL.DEVICE", overrides, "cuda")
+
+
+def data_sets(config: Path, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """DATASETS.TRAIN and DATASETS.TEST of a config with overrides."""
+    cfg = CfgNode({"DATASETS": {"TRAIN": (), "TEST": ()}})
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        cfg.merge_from_list([key, setting(config, key, overrides, ())])  # reads what is text
+    return list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
+
+
+def norm_keys(
+    config: Path | None, recipe: str, engine: str, sites: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The config keys that the compared norm is written to.
+
+    Args:
+        config: of the user's own; None: the recipe's.
+        recipe: a name of `RECIPES`.
+        engine: the standalone engine knows no keys of models that it does not have.
+        sites: names of `SITES`. None: where the config names a norm that is not frozen; where it
+            names none, the recipe's sites that the config does not freeze.
+
+    Raises:
+        ValueError: an unknown site.
+    """
+    known = [
+        key for key in SITES.values() if engine == "detectron2" or key not in DETECTRON2_NORM_KEYS
+    ]
+    if sites is not None:
+        unknown = [site for site in sites if SITES.get(site) not in known]
+        if unknown:
+            names = ", ".join(site for site, key in SITES.items() if key in known)
+            raise ValueError(f"site {unknown[0]!r}: known are {names}")
+        return tuple(key for key in known if key in {SITES[site] for site in sites})
+    if config is None:
+        return RECIPES[recipe].norm_keys
+    norms = {key: setting(config, key) for key in known}
+    trained = tuple(key for key in known if norms[key] not in (None, "", FROZEN))
+    usual = (*RECIPES[recipe].norm_keys, *DETECTRON2_NORM_KEYS)
+    return trained or tuple(key for key in known if key in usual and norms[key] != FROZEN)
+
+
+def norm_words(keys: Sequence[str], norm: str) -> list[str]:
+    """KEY VALUE pairs that put a norm at these keys."""
+    if norm != NO_NORM:
+        return [word for key in keys for word in (key, norm)]
+    return [word for key in keys for word in (key, FROZEN if key == BACKBONE_NORM_KEY else "")]
 
 
 def batch(config: Path, ranks: int, images: int, iterations: int | None) -> list[str]:
@@ -98,12 +168,11 @@ def batch(config: Path, ranks: int, images: int, iterations: int | None) -> list
         ValueError: the config's batch is no multiple of `images`.
     """
     total = ranks * images
-    solver = read_yaml(config).get("SOLVER", {})
-    if not solver.get("REFERENCE_WORLD_SIZE"):
+    if not setting(config, "SOLVER.REFERENCE_WORLD_SIZE"):
         return ["SOLVER.IMS_PER_BATCH", str(total)]
-    own = solver.get("IMS_PER_BATCH", DETECTRON2_BATCH)
+    own = setting(config, "SOLVER.IMS_PER_BATCH", default=DETECTRON2_BATCH)
     if iterations:
-        rate = solver.get("BASE_LR", DETECTRON2_RATE) * total / own
+        rate = setting(config, "SOLVER.BASE_LR", default=DETECTRON2_RATE) * total / own
         return [
             *("SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.IMS_PER_BATCH", str(total)),
             *("SOLVER.BASE_LR", str(float(f"{rate:.8g}"))),
@@ -116,43 +185,26 @@ def batch(config: Path, ranks: int, images: int, iterations: int | None) -> list
     return ["SOLVER.REFERENCE_WORLD_SIZE", str(own // images)]
 
 
-def device(config: Path, overrides: list[str]) -> str:
-    """MODEL.DEVICE of a config with overrides."""
-    words = dict(zip(overrides[::2], overrides[1::2], strict=False))
-    own = read_yaml(config).get("MODEL", {}).get("DEVICE", "cuda")
-    return words.get("MODEL.DEVICE", own)
-
-
-def data_sets(config: Path, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """DATASETS.TRAIN and DATASETS.TEST of a config with overrides."""
-    cfg = CfgNode({"DATASETS": {"TRAIN": (), "TEST": ()}})
-    own = read_yaml(config).get("DATASETS", {})
-    words = dict(zip(overrides[::2], overrides[1::2], strict=False))
-    for name in cfg.DATASETS:
-        key = f"DATASETS.{name}"
-        cfg.merge_from_list([key, words.get(key, own.get(name, ()))])
-    return list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
-
-
 def schedule(config: Path, iterations: int) -> list[str]:
     """Overrides that stretch or shrink the whole schedule of a config to `iterations`.
 
     Raises:
         ValueError: the config does not say SOLVER.MAX_ITER, so there is nothing to scale.
     """
-    solver = read_yaml(config).get("SOLVER", {})
-    if "MAX_ITER" not in solver:
+    length, steps, warmup = (
+        setting(config, f"SOLVER.{name}") for name in ("MAX_ITER", "STEPS", "WARMUP_ITERS")
+    )
+    if length is None:
         raise ValueError(
             f"{config}: --iters scales SOLVER.MAX_ITER, which this config does not set"
         )
-    factor = iterations / solver["MAX_ITER"]
+    factor = iterations / length
     options = ["SOLVER.MAX_ITER", str(iterations)]
-    if "STEPS" in solver:
-        steps = solver["STEPS"]
+    if steps is not None:
         steps = steps if isinstance(steps, list | tuple) else re.findall(r"\d+", str(steps))
         # a step at the end, or two at once, are refused where the schedule is built
         scaled = sorted({max(1, round(int(step) * factor)) for step in steps} - {iterations})
         options += ["SOLVER.STEPS", f"({', '.join(map(str, scaled))},)" if scaled else "()"]
-    if "WARMUP_ITERS" in solver:
-        options += ["SOLVER.WARMUP_ITERS", str(round(solver["WARMUP_ITERS"] * factor))]
+    if warmup is not None:
+        options += ["SOLVER.WARMUP_ITERS", str(round(warmup * factor))]
     return options

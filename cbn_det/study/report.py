@@ -1,23 +1,29 @@
-"""report.html: everything about a comparison in one file that needs nothing else to be read."""
+"""The files of a comparison: table.md, summary.json, figures, and report.html, which has everything
+in one file that needs nothing else to be read."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cbn_det.run.files import write_text
 from cbn_det.shell import join
-from cbn_det.study import tables
-from cbn_det.study.figures import ONE_PANEL, colours, to_svg
-from cbn_det.study.plan import Plan, Run, Split
-from cbn_det.study.results import Row
+from cbn_det.study import figures, tables
+from cbn_det.study.plan import Plan, Run
+from cbn_det.study.results import make_rows
+from cbn_det.study.runner import Outcome
 
 TEMPLATE = "report.html.jinja"
 # Of each run; and in pixels, so that an enlarged one shows the names of classes.
@@ -31,41 +37,98 @@ class Comparison:
 
     Args:
         plan: what was asked for.
-        results: every run with the content of its result.json.
-        rows: the same as mean and spread over seeds.
+        outcomes: how every run ended.
         command: the command line that was given.
         seconds: how long it took.
-        reused: how many of the runs were finished before.
-        config_iterations: the config's own length of training, if it has one.
     """
 
     plan: Plan
-    results: list[tuple[Run, dict]]
-    rows: list[Row]
+    outcomes: list[Outcome]
     command: str
     seconds: float
-    reused: int = 0
-    config_iterations: int | None = None
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
+    python: str = sys.executable
+
+    def __post_init__(self) -> None:
+        self.results = [(outcome.run, outcome.result) for outcome in self.outcomes]
+        self.rows = make_rows([(run.norm, run.split, result) for run, result in self.results])
+        self.reused = sum(outcome.reused for outcome in self.outcomes)
 
     @property
     def wall(self) -> str:
         """How long it took, for a reader; where nothing was left to train, how long that took."""
-        if not self.results or self.reused < len(self.results):
+        if self.reused < len(self.outcomes):
             return _duration(self.seconds)
         trained = sum(result.get("train_seconds") or 0.0 for _, result in self.results)
         runs = "the run was" if self.reused == 1 else f"all {self.reused} runs were"
         return f"{runs} finished before, after {_duration(trained)} of training in all"
 
-    @property
-    def title(self) -> str:
+    def text(self, style: str = "simple") -> str:
+        """All tables; `style` is a format of tabulate."""
         plan = self.plan
         recipe = f"recipe '{plan.recipe}', " if plan.config is None else ""
-        return f"Comparison of norms, {recipe}{plan.config_name}, {plan.engine} engine"
+        title = f"Comparison of norms, {recipe}{plan.config_name}, {plan.engine} engine"
+        title = f"# {title}" if style == "github" else title
+        return tables.text_report(
+            self.rows, self.results, title, style, plan.config_iterations, plan.expected
+        )
+
+    def write(self) -> list[Path]:
+        """Write everything into the comparison's folder; the paths, report.html last.
+
+        Raises:
+            OSError: something could not be written; what was there before is whole still.
+        """
+        output = self.plan.output
+        drawn = {
+            "ap_curves.png": (
+                "Box AP of the evaluations during training, one line a run.",
+                figures.ap_curves(self.results),
+            ),
+            "loss.png": (
+                "Training loss, smoothed, one line a run.",
+                figures.loss_curves(self.results),
+            ),
+            "ap.png": (
+                "Final box AP; error bars: spread over seeds, where there are several.",
+                figures.final_ap(self.rows),
+            ),
+            "ap_over_images.png": (
+                "Final box AP over images per GPU, with spread over seeds; dotted: with PreciseBN.",
+                figures.ap_over_images(self.rows),
+            ),
+        }
+        drawn = {name: (caption, figure) for name, (caption, figure) in drawn.items() if figure}
+        page = _page(self, list(drawn.values()))
+        return [
+            write_text(output / "table.md", self.text("github")),
+            write_text(output / "summary.json", json.dumps(self._summary(), indent=2) + "\n"),
+            *(figures.save_png(figure, output / name) for name, (_, figure) in drawn.items()),
+            write_text(output / "report.html", page),
+        ]
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "engine": self.plan.engine,
+            "command": self.command,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "runs": [
+                {
+                    "label": run.label,
+                    "norm": run.norm,
+                    "ranks": run.split.ranks,
+                    "images_per_gpu": run.split.images,
+                    "seed": run.seed,
+                    "folder": str(run.folder.relative_to(self.plan.output)),
+                    "result": result,
+                }
+                for run, result in self.results
+            ],
+        }
 
 
-def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
-    """The page as text; `figures` are put in under their captions, those that are None left out."""
+def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
+    """report.html; `drawn` are figures with their captions."""
     # Names and messages come from configs and exceptions: every value is escaped.
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -74,28 +137,28 @@ def render(comparison: Comparison, figures: dict[str, Figure | None]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    plan, rows, results = comparison.plan, comparison.rows, comparison.results
     return env.get_template(TEMPLATE).render(
         comparison=comparison,
-        plan=comparison.plan,
-        headline=_headline(comparison.plan),
+        plan=plan,
+        headline=_headline(plan),
         facts=_facts(comparison),
         tables=[
             (table.heading, list(zip(table.rows, table.lines, strict=True)))
-            for table in tables.make_tables(comparison.rows)
+            for table in tables.make_tables(rows)
         ],
-        classes=[(table.heading, table.lines) for table in tables.of_classes(comparison.rows)],
-        notes=tables.notes(comparison.rows, comparison.config_iterations, comparison.plan.expected),
+        classes=[(table.heading, table.lines) for table in tables.of_classes(rows)],
+        notes=tables.notes(rows, plan.config_iterations, plan.expected),
         figures=[
-            (caption, Markup(to_svg(f)), f.get_figwidth() > ONE_PANEL)
-            for caption, f in figures.items()
-            if f
+            (caption, Markup(figures.to_svg(figure)), figure.get_figwidth() > figures.ONE_PANEL)
+            for caption, figure in drawn
         ],
         scenes=_scenes(comparison),
-        machines=tables.machines(comparison.results),
-        versions=tables.versions(comparison.results),
-        runs=[(run, _run_facts(run, result), result) for run, result in comparison.results],
-        commands=[(run.label, join(run.command)) for run, _ in comparison.results],
-        colours=colours([row.norm for row in comparison.rows]),
+        machines=tables.machines(results),
+        versions=tables.versions(results),
+        runs=[(run, _run_facts(run, result), result) for run, result in results],
+        commands=[(run.label, join(run.command)) for run, _ in results],
+        colours=figures.colours([row.norm for row in rows]),
         words=tables.in_words,
     )
 
@@ -113,10 +176,11 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     # What the runs said of themselves; where none got far enough, what they were asked to do.
     lengths = sorted({row.iterations for row in comparison.rows if row.iterations})
     data = [result.get("dataset") or {} for _, result in comparison.results]
+    wide = {s: f" on each of {s.ranks} processes" for s in plan.splits if s.ranks > 1}
     return {
         "iterations": _either(lengths or [plan.iterations or "the config's"]),
         "seeds": " ".join(map(str, plan.seeds)),
-        "splits": _either([_split(split) for split in plan.splits]),
+        "splits": _either([f"{split.images}{wide.get(split, '')}" for split in plan.splits]),
         "train": _either(list(dict.fromkeys(n for d in data for n in d.get("train", [])))),
         "test": _either(list(dict.fromkeys(n for d in data for n in d.get("test", [])))),
         "wall": comparison.wall,
@@ -165,32 +229,19 @@ def picture_strip(folder: Path) -> list[tuple[str, str]]:
 
 def _run_facts(run: Run, result: dict) -> dict[str, str]:
     boxes = (result.get("results") or {}).get("bbox") or {}
-    parameters, flops, seconds = (
-        result.get(key) for key in ("parameters", "flops", "train_seconds")
-    )
+    seconds = result.get("train_seconds")
     return {
         "split": str(run.split),
         "seed": str(run.seed),
-        "AP": _number(boxes.get("AP"), ".1f"),
-        "s/iter": _number(result.get("sec_per_iter"), ".3f"),
-        "peak MB": _number(result.get("peak_memory_mb"), ".0f"),
+        "AP": "-" if boxes.get("AP") is None else f"{boxes['AP']:.1f}",
+        **tables.cost_cells(result),
         "training": "-" if seconds is None else _duration(seconds),
-        "parameters": "-" if parameters is None else f"{parameters / 1e6:.2f} M",
-        "FLOPs": "-" if flops is None else f"{flops / 1e9:.2f} G",
         "device": str(result.get("device") or "-"),
     }
 
 
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
 def _either(values: list) -> str:
     return " / ".join(map(str, values))
-
-
-def _split(split: Split) -> str:
-    return f"{split.images}" + (f" on each of {split.ranks} processes" if split.ranks > 1 else "")
 
 
 def _duration(seconds: float) -> str:

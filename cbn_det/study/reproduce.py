@@ -16,8 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cbn_det.config_files import CONFIGS
-from cbn_det.study.engine import LAUNCHER
-from cbn_det.study.plan import Run
+from cbn_det.study.plan import LAUNCHER, Run
 from cbn_det.study.published import TABLES, Published, Table, Values
 from cbn_det.study.recipes import read_yaml, schedule
 from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of

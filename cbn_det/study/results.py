@@ -13,8 +13,15 @@ from cbn_det.study.plan import Split
 TASKS = ("bbox", "segm")
 # The evaluations of a run, as its result.json names them.
 EVALUATIONS = ("results", "results_precise_bn", "results_image_share")
+# A column of AP -> the evaluation and the metric that its numbers are from.
+AP_COLUMNS = {
+    **{metric: ("results", metric) for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "AP, PreciseBN": ("results_precise_bn", "AP"),
+    "AP, image share": ("results_image_share", "AP"),
+}
 # The AP of a class in a result: "AP-person".
 OF_CLASS = "AP-"
+COSTS = ("sec_per_iter", "peak_memory_mb", "parameters", "flops")
 # A small-batch loss has to be larger than so many standard deviations over seeds.
 LOSS_IN_SPREADS = 2.0
 
@@ -28,7 +35,7 @@ class Spread:
     n: int
 
     @classmethod
-    def of(cls, values: list[float | None]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
         """Over the values that exist; None when there are none."""
         known = [value for value in values if value is not None]
         if not known:
@@ -36,39 +43,35 @@ class Spread:
         std = statistics.stdev(known) if len(known) > 1 else None
         return cls(statistics.fmean(known), std, len(known))
 
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
+
 
 @dataclass
 class Row:
     """One line of a table: a norm at one split, over seeds.
 
-    AP values are on the 0-100 scale, by task. `reasons` are those of the runs that did not finish.
-    `recovered` and `recovered_precise` are shares (1.0 = all) of the small-batch loss; see
-    `fill_recovered`. `to_sync` and `to_gn` are by task the AP above SyncBN's and GN's (below it:
-    negative), see `fill_distances`.
+    Attributes:
+        reasons: of the runs that did not finish.
+        ap: by task and column of `AP_COLUMNS`, on the 0-100 scale.
+        ap_of_class: by task and class, likewise.
+        gains: by task and column of `tables.GAINS`; see :func:`fill_gains`.
+        cost: by key of `COSTS`, in seconds, MiB, parameters and multiply-adds.
     """
 
     norm: str
     split: Split
     status: str
     reasons: list[str] = field(default_factory=list)
-    ap: dict[str, Spread | None] = field(default_factory=dict)
-    ap50: dict[str, Spread | None] = field(default_factory=dict)
-    ap75: dict[str, Spread | None] = field(default_factory=dict)
-    ap_small: dict[str, Spread | None] = field(default_factory=dict)
-    ap_medium: dict[str, Spread | None] = field(default_factory=dict)
-    ap_large: dict[str, Spread | None] = field(default_factory=dict)
-    ap_precise: dict[str, Spread | None] = field(default_factory=dict)
-    ap_image_share: dict[str, Spread | None] = field(default_factory=dict)
+    ap: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
     ap_of_class: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
-    sec_per_iter: Spread | None = None
-    peak_memory_mb: Spread | None = None
-    parameters: Spread | None = None
-    flops: Spread | None = None
+    gains: dict[str, dict[str, float]] = field(default_factory=dict)
+    cost: dict[str, Spread | None] = field(default_factory=dict)
     iterations: int | None = None
-    recovered: float | None = None
-    recovered_precise: float | None = None
-    to_sync: dict[str, float] = field(default_factory=dict)
-    to_gn: dict[str, float] = field(default_factory=dict)
+
+    def number(self, task: str = "bbox", column: str = "AP") -> Spread | None:
+        """A number of `ap`; None where there is none."""
+        return self.ap.get(task, {}).get(column)
 
 
 def read_result(folder: Path) -> dict | None:
@@ -80,22 +83,15 @@ def read_result(folder: Path) -> dict | None:
     return result if isinstance(result, dict) else None
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.json so far."""
-    try:
-        return read_lines(folder / "metrics.json")
-    except FileNotFoundError:
-        return []
-
-
 def read_lines(path: Path) -> list[dict]:
-    """The lines of JSON that a run has written, in the order of iterations; what a killed process
-    left of a line is left out.
+    """The lines of JSON that a run has written so far, in the order of iterations; what a killed
+    process left of a line is left out.
 
     A run that was resumed writes some iterations twice: the later line counts.
     """
     lines: dict[int, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
@@ -119,29 +115,22 @@ def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
     rows = []
     for (norm, split), group in groups.items():
         good = [result for result in group if result.get("status") == "finished"]
-        row = Row(norm, split, status=_status(len(good), len(group)), reasons=_reasons(group))
+        row = Row(norm, split, status=_status(len(good), len(group)))
+        row.reasons = [reason_of(r) for r in group if r.get("status") != "finished"]
         for task in TASKS:
-            for values, source, metric in (
-                (row.ap, "results", "AP"),
-                (row.ap50, "results", "AP50"),
-                (row.ap75, "results", "AP75"),
-                (row.ap_small, "results", "APs"),
-                (row.ap_medium, "results", "APm"),
-                (row.ap_large, "results", "APl"),
-                (row.ap_precise, "results_precise_bn", "AP"),
-                (row.ap_image_share, "results_image_share", "AP"),
-            ):
-                values[task] = spread_of(good, source, task, metric, asked)
-            row.ap_of_class[task] = {
-                name.removeprefix(OF_CLASS): spread_of(good, "results", task, name, asked)
-                for name in classes[task]
+            row.ap[task] = {
+                column: spread_of(good, evaluation, task, metric, asked)
+                for column, (evaluation, metric) in AP_COLUMNS.items()
             }
-        for fact in ("sec_per_iter", "peak_memory_mb", "parameters", "flops"):
-            setattr(row, fact, Spread.of([r.get(fact) for r in good]))
+            row.ap_of_class[task] = {
+                metric.removeprefix(OF_CLASS): spread_of(good, "results", task, metric, asked)
+                for metric in classes[task]
+            }
+        row.cost = {key: Spread.of(result.get(key) for result in good) for key in COSTS}
         row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
         rows.append(row)
-    fill_recovered(rows)
-    fill_distances(rows)
+    for task in TASKS:
+        fill_gains(rows, task)
     return rows
 
 
@@ -156,83 +145,65 @@ def metrics_with_truth(results: Iterable[dict]) -> set[tuple[str, str]]:
     return {
         (task, metric)
         for result in results
-        for source in EVALUATIONS
-        for task, by_metric in (result.get(source) or {}).items()
+        for evaluation in EVALUATIONS
+        for task, by_metric in (result.get(evaluation) or {}).items()
         for metric, value in by_metric.items()
         if value is not None
     }
 
 
 def spread_of(
-    results: Iterable[dict], source: str, task: str, metric: str, asked: set[tuple[str, str]]
+    results: Iterable[dict], evaluation: str, task: str, metric: str, asked: set[tuple[str, str]]
 ) -> Spread | None:
     """A number of finished runs: 0 for one that detects nothing.
 
     Args:
-        source: one of `EVALUATIONS`.
+        evaluation: one of `EVALUATIONS`.
         asked: what :func:`metrics_with_truth` finds in all runs on the same data.
     """
     nothing = 0.0 if (task, metric) in asked else None
-    return Spread.of([_number(result.get(source), task, metric, nothing) for result in results])
+    values = []
+    for result in results:
+        if found := result.get(evaluation):  # else there was no evaluation
+            # without any detection detectron2 leaves out masks altogether
+            value = (found.get(task) or {}).get(metric)
+            values.append(nothing if value is None else value)
+    return Spread.of(values)
 
 
-def _number(results: dict | None, task: str, metric: str, nothing: float | None) -> float | None:
-    """`nothing` where an evaluation found none; detectron2 then leaves out masks altogether."""
-    if not results:
-        return None  # there was no evaluation
-    value = (results.get(task) or {}).get(metric)
-    return nothing if value is None else value
+def fill_gains(rows: list[Row], task: str) -> None:
+    """Set what each row's plain AP is above that of others, where these were trained.
 
+    "AP - SyncBN" is to SyncBN at the same split, "AP - GN" to GN there or else, as GN normalises
+    every image for itself, to GN with the same total batch at another one.
 
-def fill_recovered(rows: list[Row], task: str = "bbox") -> None:
-    """Set what share of the small-batch loss each row recovers, where the rows for it are there.
-
-    (AP - AP_BN) / (AP_reference - AP_BN): AP_BN is BN at the same split, the reference that of
-    :func:`_sync_ap`. Both are the plain AP, also for `recovered_precise`, so that what better
-    bookkeeping of running statistics gains is visible as a share of its own. A loss within
-    `LOSS_IN_SPREADS` spreads over seeds (where there are several) is none, and has no share.
+    "recovered" is a share (1.0 is all) of the small-batch loss, of boxes:
+    (AP - AP_BN) / (AP_reference - AP_BN). AP_BN is BN at the same split; the reference is SyncBN
+    there or, equal to it in what is normalised, BN with the same total batch on one rank. Both are
+    plain also for "recovered, PreciseBN", so that what better bookkeeping of running statistics
+    gains is visible as a share of its own. A loss within `LOSS_IN_SPREADS` spreads over seeds
+    (where there are several) is none, and has no share.
     """
-    ap = {(row.norm, row.split): row.ap.get(task) for row in rows}
+    ap = {(row.norm, row.split): spread for row in rows if (spread := row.number(task))}
+    gn_of_total = {split.total: gn for (norm, split), gn in reversed(ap.items()) if norm == "GN"}
     for row in rows:
-        if row.split.ranks == 1:
+        own, split = row.number(task), row.split
+        gains = row.gains[task] = {}
+        if own is None:
             continue
-        small = ap.get(("BN", row.split))
-        reference = _sync_ap(ap, row.split)
-        if small is None or reference is None:
+        sync = ap.get(("SyncBN", split))
+        gn = ap.get(("GN", split)) or gn_of_total.get(split.total)
+        for name, other in (("SyncBN", sync), ("GN", gn)):
+            if other and row.norm != name:
+                gains[f"AP - {name}"] = own.mean - other.mean
+        small, whole = ap.get(("BN", split)), sync or ap.get(("BN", Split(1, split.total)))
+        if task != "bbox" or split.ranks == 1 or not small or not whole:
             continue
-        loss = reference.mean - small.mean
-        if loss <= LOSS_IN_SPREADS * max(small.std or 0.0, reference.std or 0.0):
-            continue
-        for name, own in (("recovered", row.ap), ("recovered_precise", row.ap_precise)):
-            if own.get(task) is not None:
-                setattr(row, name, (own[task].mean - small.mean) / loss)
-
-
-def fill_distances(rows: list[Row]) -> None:
-    """Set how far each row's plain AP is from SyncBN's and GN's at the same split.
-
-    GN normalises every image for itself, so where it was not trained at that split, GN with the
-    same total batch at another one serves as well.
-    """
-    for task in TASKS:
-        ap = {(row.norm, row.split): row.ap.get(task) for row in rows}
-        gn = [row for row in rows if row.norm == "GN" and row.ap.get(task)]
-        for row in rows:
-            if not row.ap.get(task):
-                continue
-            same = [g for g in gn if g.split.total == row.split.total]
-            same.sort(key=lambda g: g.split != row.split)
-            if same and row.norm != "GN":
-                row.to_gn[task] = row.ap[task].mean - same[0].ap[task].mean
-            sync = ap.get(("SyncBN", row.split))
-            if sync and row.norm != "SyncBN":
-                row.to_sync[task] = row.ap[task].mean - sync.mean
-
-
-def _sync_ap(ap: dict[tuple[str, Split], Spread | None], split: Split) -> Spread | None:
-    """AP of SyncBN at a split or, equal to it in what is normalised, of BN with the same total
-    batch on one rank."""
-    return ap.get(("SyncBN", split)) or ap.get(("BN", Split(1, split.total)))
+        loss = whole.mean - small.mean
+        if loss > LOSS_IN_SPREADS * max(small.std or 0.0, whole.std or 0.0):
+            gains["recovered"] = (own.mean - small.mean) / loss
+            if precise := row.number(task, "AP, PreciseBN"):
+                gains["recovered, PreciseBN"] = (precise.mean - small.mean) / loss
 
 
 def _status(finished: int, runs: int) -> str:
@@ -245,7 +216,3 @@ def reason_of(result: dict) -> str:
     """Why a run did not finish: its status, and its message where that says more."""
     status, message = str(result.get("status")), result.get("message") or "no message"
     return message if message.startswith(status) else f"{status}: {message}"
-
-
-def _reasons(group: list[dict]) -> list[str]:
-    return [reason_of(result) for result in group if result.get("status") != "finished"]

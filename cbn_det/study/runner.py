@@ -87,7 +87,8 @@ def run_all(
             while waiting or active:
                 while waiting and (taken := places.take(waiting[0].ranks)) is not None:
                     run = waiting.pop(0)
-                    process = submit(run) if submit else Process(run, jobs, taken)
+                    sharing = max(jobs, run.ranks)
+                    process = submit(run) if submit else Process(run, sharing, taken)
                     active[run.label] = (run, process, taken)
                 for label, (run, process, taken) in list(active.items()):
                     if not process.ended():

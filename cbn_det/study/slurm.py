@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import signal
-import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +18,8 @@ try:
 except ImportError:  # only --submit needs it
     submitit = None
 
-from cbn_det.study.engine import source_environment
 from cbn_det.study.plan import Run
-from cbn_det.study.processes import command_of, locked, prepare_folder, result_of
+from cbn_det.study.processes import Process, locked, prepare_folder, result_of, source_environment
 from cbn_det.study.progress import say
 from cbn_det.study.results import read_result
 
@@ -96,76 +91,59 @@ class Cluster:
         return Job(run, executor.submit(Training(run)))
 
 
+@dataclass
 class Job:
     """A submitted run; see :class:`~cbn_det.study.runner.Active`."""
 
-    def __init__(self, run: Run, job: Any) -> None:
-        self._run, self._job = run, job
+    run: Run
+    job: Any
 
     def ended(self) -> bool:
         # A result that is no success may be of an attempt that will be resumed.
-        result = read_result(self._run.folder) or {}
-        return result.get("status") in ("finished", "diverged") or self._job.done()
+        result = read_result(self.run.folder) or {}
+        return result.get("status") in ("finished", "diverged") or self.job.done()
 
     def result(self) -> dict:
-        state = self._job.get_info(mode="force") and self._job.state
-        return result_of(self._run, f"job {self._job.job_id} ended ({state}) without a result")
+        state = self.job.get_info(mode="force") and self.job.state
+        return result_of(self.run, f"job {self.job.job_id} ended ({state}) without a result")
 
     def stop(self) -> bool:
-        if isinstance(self._job, submitit.SlurmJob):
+        if isinstance(self.job, submitit.SlurmJob):
             return False
-        self._job.cancel()
+        self.job.cancel()
         return True
 
     def kill(self) -> None:
         """A local job ends by itself; others go on."""
 
 
+@dataclass
 class Training:
     """What submitit pickles and calls on each node of a job. It calls :meth:`checkpoint` on the
     first one before the job has to go."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    run: Run
 
     def __call__(self) -> int:
         """Train to the end; the launcher's exit code."""
-        here, folder = submitit.JobEnvironment(), self.run.folder
-        words = machine_words(here.num_nodes, here.node, here.hostnames, here.job_id)
-        lock = contextlib.nullcontext() if here.node else locked(folder)
-        with lock, open(folder / f"console{here.node or ''}.log", "ab") as console:
-            self._process = subprocess.Popen(
-                command_of(self.run, words),
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                close_fds=False,
-                # SLURM sends it to every process of the job; it is for submitit only
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        here = submitit.JobEnvironment()
+        first = submitit.helpers.TorchDistributedEnvironment()
+        words = f"--num-machines {here.num_nodes} --machine-rank {here.node}".split()
+        words += ["--dist-url", f"tcp://{first.master_addr}:{first.master_port}"]
+        with contextlib.nullcontext() if here.node else locked(self.run.folder):
+            self._process = Process(
+                self.run,
+                sharing=self.run.ranks // here.num_nodes,
+                more=words if here.num_nodes > 1 else (),
+                log=f"console{here.node or ''}.log",
             )
-            try:
-                code = self._process.wait()
-            except BaseException:  # Ctrl-C, for a local job
-                self._process.terminate()
-                raise
+            code = self._process.wait()
         if code == 130:  # stopped, not by us: SLURM, which signals all, ends or requeues this job
             time.sleep(120)
         return code
 
     def checkpoint(self) -> Any:
         """Let the launcher save and end; what submitit is to queue in place of this job."""
-        pid = self._process.pid
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGTERM)  # the launcher passes it on to its ranks
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # wait() above holds Popen's lock
+        self._process.stop()
+        self._process.wait()
         return submitit.helpers.DelayedSubmission(Training(self.run))
-
-
-def machine_words(nodes: int, node: int, hosts: Sequence[str], job: str) -> list[str]:
-    """The launcher's arguments for one machine of a job. All meet on the first, at a port that
-    jobs on one machine do not compete for."""
-    if nodes == 1:
-        return []
-    port = 20_000 + int(re.sub(r"\D", "", job) or 0) % 20_000
-    url = f"tcp://{hosts[0]}:{port}"
-    return ["--num-machines", str(nodes), "--machine-rank", str(node), "--dist-url", url]

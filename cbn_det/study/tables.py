@@ -1,12 +1,14 @@
 """The tables of a comparison, and what a reader has to know to read them.
 
 Rows of one table share world size and images per GPU, and so the total batch; the overview has a
-column for each.
+column for each. A column in which no row has a number is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tabulate import tabulate
 
@@ -14,6 +16,38 @@ from cbn_det.study.plan import Run, Split
 from cbn_det.study.results import TASKS, Row, Spread
 
 TASK_NAMES = {"bbox": "", "segm": "mask "}
+# What :func:`~cbn_det.study.results.fill_gains` sets -> its unit and how it is written.
+GAINS = {
+    "AP - SyncBN": (1, "{:+.1f}"),
+    "AP - GN": (1, "{:+.1f}"),
+    "recovered": (0.01, "{:.0f} %"),
+    "recovered, PreciseBN": (0.01, "{:.0f} %"),
+}
+# A column -> key of `Row.cost`, its unit and how it is written.
+COSTS = {
+    "s/iter": ("sec_per_iter", 1, ".3f"),
+    "peak MB": ("peak_memory_mb", 1, ".0f"),
+    "parameters, M": ("parameters", 1e6, ".2f"),
+    "GFLOPs": ("flops", 1e9, ".2f"),
+}
+# Columns that have to be explained where they are shown.
+EXPLAINED = {
+    "AP, PreciseBN": (
+        "PreciseBN: the same weights, BatchNorm statistics recomputed after training."
+    ),
+    "AP, image share": (
+        "image share: the same weights; each test image has its share in the statistics that "
+        "normalise it (--image-share). All other columns are of the plain evaluation."
+    ),
+    "recovered": (
+        "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split); "
+        "BN on one rank stands in for SyncBN where that was not trained. Left out where the "
+        "loss is within twice the spread."
+    ),
+    "AP - SyncBN": "AP - SyncBN: to SyncBN at the same world size and images.",
+    "AP - GN": "AP - GN: to GN at the same total batch.",
+    "GFLOPs": "GFLOPs: billions of multiply-adds for one test image (fvcore).",
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +62,12 @@ class Table:
     lines: list[dict[str, str]]
 
 
-def by_total_batch(rows: list[Row]) -> dict[int, list[Row]]:
-    """Rows grouped by total SGD batch: AP of different total batches is not comparable."""
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.split.total, []).append(row)
-    return dict(sorted(groups.items()))
-
-
 def by_split(rows: list[Row]) -> dict[Split, list[Row]]:
     """Rows grouped by split, in the order of total batch, then of world size."""
     groups: dict[Split, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.split.total, row.split.ranks)):
         groups.setdefault(row.split, []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: (item[0].total, item[0].ranks)))
+    return groups
 
 
 def heading(split: Split, rows: list[Row]) -> str:
@@ -65,31 +91,30 @@ def make_tables(rows: list[Row]) -> list[Table]:
         for task in tasks_of(group):
             what = "" if task == "bbox" else ": mask AP"
             found.append(Table(heading(split, group) + what, group, accuracy(group, task)))
-        if any(row.sec_per_iter or row.parameters for row in group):
+        if any(any(row.cost.values()) for row in group):
             found.append(Table(heading(split, group) + ": cost", group, cost(group)))
     return found
 
 
 def tasks_of(rows: list[Row]) -> list[str]:
     """What any of the rows has an AP of; boxes where none has any."""
-    return [task for task in TASKS if any(row.ap.get(task) for row in rows)] or ["bbox"]
+    return [task for task in TASKS if any(row.number(task) for row in rows)] or ["bbox"]
 
 
 def overview(rows: list[Row]) -> Table:
     """AP of each norm with a column for each split. A line's row is the norm's first."""
-    splits = list(by_split(rows))
     known = {(row.norm, row.split): row for row in rows}
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.norm, row)
     lines = []
-    for row in first.values():
-        line = {"norm": row.norm}
+    for norm in first:
+        line = {"norm": norm}
         for task in tasks_of(rows):
-            for split in splits:
+            for split in by_split(rows):
+                cell = known.get((norm, split))
                 column = f"{TASK_NAMES[task]}AP, {split.ranks} x {split.images}"
-                cell = known.get((row.norm, split))
-                line[column] = _ap(cell.ap.get(task)) if cell else ""
+                line[column] = _text(cell.number(task)) if cell else ""
         lines.append(line)
     return Table("AP by world size x images per GPU", list(first.values()), lines)
 
@@ -100,32 +125,18 @@ def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
     Why a run did not finish is no part of them: it is as long as it has to be.
     """
     name = TASK_NAMES[task]
-    shares = task == "bbox" and any(row.recovered is not None for row in rows)
     lines = []
     for row in rows:
-        line = {
-            "norm": row.norm,
-            f"{name}AP": _ap(row.ap.get(task)),
-            f"{name}AP50": _ap(row.ap50.get(task)),
-            f"{name}AP75": _ap(row.ap75.get(task)),
-            f"{name}APs": _ap(row.ap_small.get(task)),
-            f"{name}APm": _ap(row.ap_medium.get(task)),
-            f"{name}APl": _ap(row.ap_large.get(task)),
-            f"{name}AP, PreciseBN": _ap(row.ap_precise.get(task)),
-        }
-        if any(row.ap_image_share.get(task) for row in rows):
-            line[f"{name}AP, image share"] = _ap(row.ap_image_share.get(task))
-        if any(row.to_sync for row in rows):
-            line["AP - SyncBN"] = _signed(row.to_sync.get(task))
-        if any(row.to_gn for row in rows):
-            line["AP - GN"] = _signed(row.to_gn.get(task))
-        if shares:
-            line["recovered"] = _percent(row.recovered)
-            line["recovered, PreciseBN"] = _percent(row.recovered_precise)
+        line = {"norm": row.norm, f"{name}AP": "-"}
+        for column, spread in row.ap.get(task, {}).items():
+            line[f"{name}{column}"] = _text(spread)
+        for column, (unit, form) in GAINS.items():
+            gain = row.gains.get(task, {}).get(column)
+            line[column] = "-" if gain is None else form.format(gain / unit)
         if task == tasks_of(rows)[0]:
             line["status"] = row.status
         lines.append(line)
-    return lines
+    return _with_numbers(lines, f"{name}AP")
 
 
 def of_classes(rows: list[Row]) -> list[Table]:
@@ -134,7 +145,7 @@ def of_classes(rows: list[Row]) -> list[Table]:
     for split, group in by_split(rows).items():
         for task in tasks_of(group):
             lines = [
-                {"class": name} | {row.norm: _ap(row.ap_of_class[task][name]) for row in group}
+                {"class": name} | {row.norm: _text(row.ap_of_class[task][name]) for row in group}
                 for name in group[0].ap_of_class[task]  # all rows have the same
             ]
             what = f"{TASK_NAMES[task]}AP of each class"
@@ -145,16 +156,31 @@ def of_classes(rows: list[Row]) -> list[Table]:
 
 def cost(rows: list[Row]) -> list[dict[str, str]]:
     """What training and the model take, the lines of one table."""
-    return [
-        {
-            "norm": row.norm,
-            "s/iter": _scaled(row.sec_per_iter, 1, ".3f"),
-            "peak MB": _scaled(row.peak_memory_mb, 1, ".0f"),
-            "parameters, M": _scaled(row.parameters, 1e6, ".2f"),
-            "GFLOPs": _scaled(row.flops, 1e9, ".2f"),
-        }
-        for row in rows
-    ]
+    means = [{key: spread and spread.mean for key, spread in row.cost.items()} for row in rows]
+    lines = [{"norm": row.norm} | cost_cells(mean) for row, mean in zip(rows, means, strict=True)]
+    return _with_numbers(lines)
+
+
+def cost_cells(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Cells of the columns of cost, by their heading.
+
+    Args:
+        facts: numbers by the keys of `COSTS`, such as a result.json has.
+    """
+    return {
+        column: "-" if facts.get(key) is None else format(facts[key] / unit, spec)
+        for column, (key, unit, spec) in COSTS.items()
+    }
+
+
+def _with_numbers(lines: list[dict[str, str]], *always: str) -> list[dict[str, str]]:
+    """Without the columns in which no line has a number."""
+    kept = [name for name in lines[0] if name in always or any(line[name] != "-" for line in lines)]
+    return [{name: line[name] for name in kept} for line in lines]
+
+
+def _text(spread: Spread | None) -> str:
+    return "-" if spread is None else str(spread)
 
 
 def notes(rows: list[Row], config_iterations: int | None = None, expected: str = "") -> list[str]:
@@ -166,10 +192,9 @@ def notes(rows: list[Row], config_iterations: int | None = None, expected: str =
         expected: what short runs reach.
     """
     said = ["AP on the 0-100 scale. '-': no such number."]
-    if any("finished" in row.status and row.iterations and not row.ap.get("bbox") for row in rows):
+    if any("finished" in row.status and row.iterations and not row.number() for row in rows):
         said.append("A finished run without AP detected nothing, or was not evaluated.")
-    spreads = [row.ap.get("bbox") for row in rows if row.ap.get("bbox")]
-    if any(spread.n > 1 for spread in spreads):
+    if any(spread.n > 1 for row in rows if (spread := row.number())):
         said.append("mean ± sample standard deviation over the seeds that finished.")
     else:
         said.append("One seed: small differences mean nothing.")
@@ -180,25 +205,8 @@ def notes(rows: list[Row], config_iterations: int | None = None, expected: str =
             "training starts, and the order may change later."
         )
         said += [expected] if expected else []
-    if any(row.ap_precise.get("bbox") for row in rows):
-        said.append("PreciseBN: the same weights, BatchNorm statistics recomputed after training.")
-    if any(row.ap_image_share.get("bbox") for row in rows):
-        said.append(
-            "image share: the same weights; each test image has its share in the statistics that "
-            "normalise it (--image-share). All other columns are of the plain evaluation."
-        )
-    if any(row.recovered is not None for row in rows):
-        said.append(
-            "recovered: (AP - AP of BN at this split) / (AP of SyncBN - AP of BN at this split); "
-            "BN on one rank stands in for SyncBN where that was not trained. Left out where the "
-            "loss is within twice the spread."
-        )
-    if any(row.to_sync for row in rows):
-        said.append("AP - SyncBN: to SyncBN at the same world size and images.")
-    if any(row.to_gn for row in rows):
-        said.append("AP - GN: to GN at the same total batch.")
-    if any(row.flops for row in rows):
-        said.append("GFLOPs: billions of multiply-adds for one test image (fvcore).")
+    shown = {column for table in make_tables(rows) for column in table.lines[0]}
+    said += [text for column, text in EXPLAINED.items() if column in shown]
     if len(by_split(rows)) > 1:
         said.append(
             "Numbers of different world size or images per GPU stand in tables or columns of their "
@@ -223,13 +231,6 @@ def versions(results: list[tuple[Run, dict]]) -> list[str]:
     return list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in f.items()) for f in found))
 
 
-def provenance(results: list[tuple[Run, dict]]) -> str:
-    """One line: seeds, machine and versions of the runs, "" if none told."""
-    seeds = sorted({run.seed for run, _ in results if run.seed is not None})
-    parts = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
-    return "; ".join([*parts, *machines(results), *versions(results)])
-
-
 def text_report(
     rows: list[Row],
     results: list[tuple[Run, dict]],
@@ -238,36 +239,25 @@ def text_report(
     config_iterations: int | None = None,
     expected: str = "",
 ) -> str:
-    """All tables as text; `style` is a format of tabulate."""
+    """All tables as text, and below them seeds, machine and versions of the runs.
+
+    Args:
+        style: a format of tabulate.
+        config_iterations, expected: see :func:`notes`.
+    """
     parts = [title]
     for table in make_tables(rows):
         lines = table.lines
         if "status" in lines[0]:
-            with_reasons = ["; ".join([row.status, *row.reasons]) for row in table.rows]
             lines = [
-                line | {"status": status} for line, status in zip(lines, with_reasons, strict=True)
+                line | {"status": "; ".join([row.status, *row.reasons])}
+                for line, row in zip(lines, table.rows, strict=True)
             ]
         text = tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
         parts += [table.heading, text]
-    below, made = notes(rows, config_iterations, expected), provenance(results)
-    if made:
+    below = notes(rows, config_iterations, expected)
+    seeds = sorted({run.seed for run, _ in results if run.seed is not None})
+    made = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
+    if made := "; ".join([*made, *machines(results), *versions(results)]):
         below.append(f"Made with: {made}.")
     return "\n\n".join([*parts, "\n".join(below)]) + "\n"
-
-
-def _ap(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.mean:.1f}" + (f" ± {spread.std:.1f}" if spread.std is not None else "")
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
-
-
-def _scaled(spread: Spread | None, unit: float, spec: str) -> str:
-    return "-" if spread is None else format(spread.mean / unit, spec)
