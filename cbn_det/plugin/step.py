@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from typing import Any
 
@@ -61,7 +60,6 @@ class CheckedStep(OptimizerOfConfig):
     """
 
     last_batch: Any = None
-    bad_losses: tuple[str, ...] = ()
     stop_request: StopRequest = StopRequest()
     stop_agreed = False
 
@@ -70,34 +68,17 @@ class CheckedStep(OptimizerOfConfig):
         self.accumulate = accumulate
 
     def run_step(self) -> None:
-        # also called when forward raises, which is how other ranks learn of it
-        handle = self.model.register_forward_hook(self._after_forward, always_call=True)
-        try:
-            if self.accumulate == 1:
-                super().run_step()
-            else:
-                self._accumulated_step()
-        except Diverged:
-            raise
-        except (
-            FloatingPointError
-        ) as error:  # detectron2's RPN refuses proposals that are not finite
-            agreed = comm.get_world_size() == 1 or not has_sync_norm(self.model)
-            raise Diverged(str(error), agreed) from error
-        finally:
-            handle.remove()
-
-    def _accumulated_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode"
         averages: dict[str, Tensor] = {}
         seconds = 0.0
         self.optimizer.zero_grad()
         for left in reversed(range(self.accumulate)):
             started = time.perf_counter()
-            batch = next(self._data_loader_iter)
+            self.last_batch = next(self._data_loader_iter)
             seconds += time.perf_counter() - started
-            with self._without_exchange() if left else contextlib.nullcontext():
-                losses = _by_name(self._forward(batch))
+            parallel = isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if left and parallel else contextlib.nullcontext():
+                losses = self._checked_losses()
                 self._backward(sum(losses.values()) / self.accumulate)
             for name, loss in losses.items():
                 averages[name] = averages.get(name, 0.0) + loss.detach() / self.accumulate
@@ -105,13 +86,8 @@ class CheckedStep(OptimizerOfConfig):
         self._write_metrics(averages, seconds)
         self._update()
 
-    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients stay this rank's own for now."""
-        parallel = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if parallel else contextlib.nullcontext()
-
-    def _forward(self, batch: Any) -> Any:
-        return self.model(batch)
+    def _forward(self) -> Any:
+        return self.model(self.last_batch)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -119,29 +95,36 @@ class CheckedStep(OptimizerOfConfig):
     def _update(self) -> None:
         self.optimizer.step()
 
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], losses: Any) -> None:
-        self.last_batch = args[0]
-        error = sys.exc_info()[1] if losses is None else None  # what forward is raising
-        refused = isinstance(error, FloatingPointError)
-        failed = losses is None and not refused
-        named = {} if losses is None else _by_name(losses)
-        values = {name: float(loss.detach()) for name, loss in named.items()}
-        self.bad_losses = tuple(name for name, value in values.items() if not math.isfinite(value))
-        bad = refused or bool(self.bad_losses)
-        flags = [float(bad), float(failed), float(self.stop_request.requested)]
-        if comm.get_world_size() > 1:
-            if losses is None and has_sync_norm(model):
-                return  # the others wait inside a norm: this rank cannot tell them, it ends
-            shared = torch.tensor(flags, device=next(model.parameters()).device)
-            dist.all_reduce(shared)
-            flags = shared.tolist()
-        self.stop_agreed = flags[2] > 0
-        if losses is None:
-            return  # what forward raised goes on
-        if flags[1]:
+    def _checked_losses(self) -> dict[str, Tensor]:
+        try:
+            losses = self._forward()
+        except Exception as error:
+            # detectron2's RPN refuses proposals that are not finite
+            diverged = isinstance(error, FloatingPointError)
+            # with a synchronised norm the others wait inside it: this rank cannot tell them
+            agreed = comm.get_world_size() == 1 or not has_sync_norm(self.model)
+            if agreed:
+                self._of_any_rank(diverged, not diverged)
+            if diverged:
+                raise Diverged(str(error), agreed) from error
+            raise
+        losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
+        bad = [name for name, loss in losses.items() if not math.isfinite(loss.detach())]
+        any_bad, any_failed = self._of_any_rank(bool(bad), False)
+        if any_failed:
             raise PeerFailed("the forward pass of another rank failed")
-        if flags[0]:
-            raise Diverged(f"losses not finite: {', '.join(self.bad_losses)}" if bad else "")
+        if any_bad:
+            raise Diverged(f"losses not finite: {', '.join(bad)}" if bad else "")
+        return losses
+
+    def _of_any_rank(self, bad: bool, failed: bool) -> tuple[bool, bool]:
+        flags = [bad, failed, self.stop_request.requested]
+        if comm.get_world_size() > 1:
+            shared = torch.tensor(flags, device=next(self.model.parameters()).device).float()
+            dist.all_reduce(shared)
+            flags = (shared > 0).tolist()
+        bad, failed, self.stop_agreed = flags
+        return bad, failed
 
 
 class CheckedAMPStep(CheckedStep, AMPTrainer):
@@ -152,10 +135,9 @@ class CheckedAMPStep(CheckedStep, AMPTrainer):
         scaler = self.grad_scaler.state_dict()  # for a checkpoint of a training in full precision
         super().load_state_dict({"grad_scaler": scaler, **state_dict})
 
-    def _forward(self, batch: Any) -> Any:
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.precision):
-            return self.model(batch)
+    def _forward(self) -> Any:
+        with torch.autocast(next(self.model.parameters()).device.type, dtype=self.precision):
+            return super()._forward()
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()
@@ -163,10 +145,6 @@ class CheckedAMPStep(CheckedStep, AMPTrainer):
     def _update(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-
-
-def _by_name(losses: Any) -> dict[str, Tensor]:
-    return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
 
 def has_sync_norm(model: nn.Module) -> bool:
