@@ -33,15 +33,7 @@ from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .evaluation import Evaluator
-from .hooks import (
-    ClockHook,
-    EvalHook,
-    NormDiagnostics,
-    PeriodicCheckpointer,
-    PreciseBN,
-    SettleStatistics,
-    StopOnRequest,
-)
+from .hooks import EvalHook, NormDiagnostics, PreciseBN, Save
 from .loading import build_loader, place, seed_step
 from .optimizer import build_optimizer
 from .registry import norms_in_use, told_apart, unused_norms
@@ -144,7 +136,6 @@ class Trainer(ResumableTrainer):
         if main:
             self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
         return [
-            ClockHook(self.clock),
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             (
@@ -158,9 +149,7 @@ class Trainer(ResumableTrainer):
                 else None
             ),
             NormDiagnostics(_WRITE_PERIOD) if main else None,
-            SettleStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD),
-            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-            StopOnRequest(),
+            Save(),
             # those from here on run again after a resume: ResumableTrainer says why
             EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
             self.reports,
@@ -189,6 +178,7 @@ class Trainer(ResumableTrainer):
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
         place(self.data_loader, self.seed, self.start_iter * self.step.accumulate)
+        self.clock.start()
         with EventStorage(self.start_iter) as self.storage:
             try:
                 self.before_train()
@@ -198,11 +188,14 @@ class Trainer(ResumableTrainer):
                     for iteration in range(self.start_iter, self.max_iter):
                         self.iter = iteration
                         self.before_step()
+                        self.clock.start_step()
                         self.run_step()
+                        self.clock.end_step()
                         self.after_step()
                 self._trainer.stop_request = StopRequest()
                 self.iter = self.max_iter  # tells after_train that training succeeded
             finally:
+                self.clock.stop()
                 self.after_train()
         return self.results
 
@@ -223,10 +216,6 @@ class Trainer(ResumableTrainer):
         """Evaluates the model as it is on ``DATASETS.TEST``. All ranks must call it."""
         self.results = self.test(self.cfg, self.bare_model)
         return self.results
-
-    def evaluate_precise(self, iterations: int) -> dict[str, Any] | None:
-        """Evaluates once more with PreciseBN statistics, which are taken back afterwards."""
-        return evaluate_precise(self.cfg, self.bare_model, iterations)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
