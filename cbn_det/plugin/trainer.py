@@ -105,7 +105,7 @@ class Trainer(ResumableTrainer):
         self.unused_norms = self._tell_unused_norms()
 
     def _tell_unused_norms(self) -> list[str]:
-        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg, self.bare_model)
+        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg)
         for key in unused:
             logger.log(
                 logging.WARNING if key in in_use else logging.INFO,
