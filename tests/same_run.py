@@ -51,7 +51,7 @@ def state_of(output: Path) -> dict[str, Any]:
     state = torch.load(output / name, weights_only=True)
     if "trainer" in state:  # detectron2
         training = state["trainer"]
-        del training["run"], training["hooks"]["ClockHook"], training["reports"]["position"]
+        del training["run"], training["clock"], training["reports"]["position"]
         values = list(training["reports"]["storage"].values())
     else:
         del state["training"]["clock"]

@@ -356,7 +356,7 @@ def ask_to_stop(trainer: Any, at: int) -> None:
 def test_several_processes_resume_exactly(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cbn_det.plugin.processes import Layout, run_processes
+    from cbn_det.plugin.launch import Layout, run_processes
 
     ended = run_processes(Layout(processes=RANKS), "cpu", _runs_of_ranks, (inputs, tmp_path))
     assert ended == (0, "")

@@ -179,9 +179,11 @@ def test_precise_statistics_are_those_of_all_inputs() -> None:
 
 
 def test_precise_evaluation_takes_its_statistics_back(inputs: Path, tmp_path: Path) -> None:
+    from cbn_det.plugin.trainer import evaluate_precise
+
     trainer = make_trainer(inputs, tmp_path, "MODEL.FPN.NORM", "CBN")
     before = {k: v.clone() for k, v in trainer.bare_model.state_dict().items()}
-    results = trainer.evaluate_precise(2)
+    results = evaluate_precise(trainer.cfg, trainer.bare_model, 2)
     assert set(results["bbox"]) >= {"AP", "AP50"}
     for key, value in trainer.bare_model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -189,9 +191,11 @@ def test_precise_evaluation_takes_its_statistics_back(inputs: Path, tmp_path: Pa
 
 
 def test_precise_evaluation_without_batch_norm(inputs: Path, tmp_path: Path) -> None:
+    from cbn_det.plugin.trainer import evaluate_precise
+
     norms = ("MODEL.FPN.NORM", "", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.ROI_BOX_HEAD.NORM", "")
     trainer = make_trainer(inputs, tmp_path, *norms)
-    assert trainer.evaluate_precise(2) is None
+    assert evaluate_precise(trainer.cfg, trainer.bare_model, 2) is None
 
 
 def test_a_second_sigint_stops_at_once() -> None:

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventStorage
+from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from ..norms import norm_diagnostics, sync_running_stats
-from ..run.clock import RunClock
 from ..run.nonfinite import check_state
 from ..run.precise_bn import recompute_statistics
 from ..run.signals import Interrupted
 from .loading import place
-
-
-class ClockHook(HookBase):
-    """Keeps the run's clock. Stands first, so that a step's time is its own."""
-
-    def __init__(self, clock: RunClock) -> None:
-        self._clock = clock
-        self.before_train = clock.start
-        self.before_step = clock.start_step
-        self.after_step = clock.end_step
-        self.after_train = clock.stop
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._clock.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._clock.load_state_dict(state)
 
 
 class PreciseBN(hooks.PreciseBN):
@@ -56,45 +37,36 @@ class NormDiagnostics(HookBase):
             self.trainer.storage.put_scalars(**norm_diagnostics(self.trainer.bare_model))
 
 
-class SettleStatistics(HookBase):
-    """Before an evaluation or a checkpoint, pools running statistics over ranks and checks numbers.
+class Save(HookBase):
+    """Before an evaluation or a checkpoint pools running statistics over ranks and checks numbers,
+    then saves; leaves the loop once a rank was asked to stop.
 
-    Runs on all ranks; stands after PreciseBN and before whoever evaluates or saves.
+    Runs on all ranks: each leaves what it alone knows before rank 0 saves. Stands after PreciseBN
+    and before whoever evaluates.
     """
 
-    def __init__(self, *periods: int) -> None:
-        self._periods = [period for period in periods if period > 0]
-
     def after_step(self) -> None:
-        trainer = self.trainer
-        done = trainer.iter + 1
-        due = done == trainer.max_iter or any(done % period == 0 for period in self._periods)
-        if trainer.stopping and not due:
+        trainer, done = self.trainer, self.trainer.iter + 1
+        period, last = trainer.cfg.SOLVER.CHECKPOINT_PERIOD, done == trainer.max_iter
+        evaluating = last or _divides(trainer.cfg.TEST.EVAL_PERIOD, done)
+        saving = last or _divides(period, done)
+        if trainer.stopping and not (evaluating or saving):
             trainer.keep_buffers()  # a run that goes on does not pool them here
-        if due or trainer.stopping:
+        if trainer.stopping or evaluating or saving:
             sync_running_stats(trainer.bare_model)
             check_state(trainer.bare_model)
-
-
-class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """detectron2's hook, on all ranks: each leaves what it alone knows before rank 0 saves."""
-
-    def step(self, iteration: int, **kwargs: Any) -> None:
-        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
-            self.trainer.save_rank()
-        super().step(iteration, **kwargs)
-
-
-class StopOnRequest(HookBase):
-    """Saves and leaves the loop once a rank was asked to stop. Stands after the checkpointer."""
-
-    def after_step(self) -> None:
-        trainer = self.trainer
+        if trainer.stopping or saving:
+            trainer.save_rank()
+        if saving:
+            PeriodicCheckpointer(trainer.checkpointer, period, trainer.max_iter).step(trainer.iter)
+        elif trainer.stopping:
+            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         if trainer.stopping:
-            if trainer.iter + 1 < trainer.max_iter:  # else it is saved
-                trainer.save_rank()
-                trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
             raise Interrupted(f"interrupted at iteration {trainer.iter}")
+
+
+def _divides(period: int, iterations: int) -> bool:
+    return period > 0 and iterations % period == 0
 
 
 class EvalHook(hooks.EvalHook):

@@ -33,9 +33,8 @@ from ..run.command_line import usable_device
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
 from .checkpointer import AtomicCheckpointer
-from .launch import read_layout
+from .launch import read_layout, run_processes
 from .norm_hook import NormHook
-from .processes import run_processes
 from .registry import register
 from .step import OptimizerOfConfig
 

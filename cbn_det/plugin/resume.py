@@ -13,20 +13,15 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from ..run.checkpoint import load_norm_state, norm_state
+from ..run.clock import RunClock
+from ..run.errors import one_line
+from ..run.files import replace_file
 from ..run.resume import solver_changes, solver_state
-from .hooks import StopOnRequest
+from .hooks import Save
 from .loading import ResumableLoader
-from .ranks import (
-    buffers_of,
-    load_buffers,
-    load_rank_file,
-    rank_file,
-    remove_rank_files,
-    save_rank_file,
-)
 from .reports import Reports, load_storage_state, storage_state
 from .step import CheckedStep
 
@@ -40,9 +35,9 @@ class ResumableTrainer(DefaultTrainer):
     was not, bit for bit on CPU, with the same number of processes and threads. What an iteration
     works with besides depends on the seed and its number alone (:mod:`.loading`). What rank 0
     cannot know of the others, their norms' memory and running statistics, each leaves in a file of
-    its own beside the checkpoint (:mod:`.ranks`). What hooks behind :class:`.hooks.StopOnRequest`
-    do in the iteration of a checkpoint (an evaluation, a line of ``metrics.json``) comes after it
-    was saved, and is done again.
+    its own beside the checkpoint (on its machine, where machines do not share the folder). What
+    hooks behind :class:`.hooks.Save` do in the iteration of a checkpoint (an evaluation, a line of
+    ``metrics.json``) comes after it was saved, and is done again.
 
     A subclass with a ``build_train_loader`` of its own is exact if that gives what
     :func:`.loading.build_loader` makes, which takes a mapper. Where something starts anew, because
@@ -54,6 +49,7 @@ class ResumableTrainer(DefaultTrainer):
     """
 
     bare_model: nn.Module
+    clock: RunClock
     reports: Reports | None
     step: CheckedStep
 
@@ -61,7 +57,7 @@ class ResumableTrainer(DefaultTrainer):
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
         self._run = comm.all_gather(os.urandom(8).hex())[0]  # what is saved together has it
         self._last_save = -1
-        self._own_buffers: dict[str, torch.Tensor] | None = None
+        self._own_buffers: dict[str, Tensor] | None = None
         self._resuming = False
         self._saved_reports: dict[str, Any] | None = None
 
@@ -95,7 +91,7 @@ class ResumableTrainer(DefaultTrainer):
         if self.start_iter:
             if self.reports:
                 load_storage_state(self.storage, saved["storage"])
-            behind = dropwhile(lambda hook: not isinstance(hook, StopOnRequest), self._hooks)
+            behind = dropwhile(lambda hook: not isinstance(hook, Save), self._hooks)
             for hook in islice(behind, 1, None):
                 hook.after_step()
         self.iter = self.start_iter
@@ -103,24 +99,49 @@ class ResumableTrainer(DefaultTrainer):
     def keep_buffers(self) -> None:
         """Before the ranks' running statistics are pooled for a checkpoint alone: a resumed run
         goes on with those of now."""
-        self._own_buffers = buffers_of(self.bare_model)
+        self._own_buffers = _buffers(self.bare_model)
 
     def save_rank(self) -> None:
         """Leaves what this rank knows for the checkpoint of this iteration, which may be saved once
         this returns. All ranks must call it."""
-        folder, rank = self.cfg.OUTPUT_DIR, comm.get_rank()
-        if rank:
-            path = rank_file(folder, rank, self.iter)
-            save_rank_file(path, self._run, self.iter, self._rank_state())
+        path = self._rank_file(self.iter)
+        if comm.get_rank():
+            data = {"run": self._run, "iteration": self.iter, **self._rank_state()}
+            path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 may have, on another machine
+            replace_file(path, lambda file: torch.save(data, file))
         comm.synchronize()
-        if rank:  # rank 0 is done with the save before this one, and may never finish this one
-            remove_rank_files(folder, rank, keep=(self._last_save, self.iter))
+        if comm.get_rank():
+            # they may hold much. Rank 0 is done with the save before this one, and may never finish
+            # this one; any other checkpoint can be resumed without
+            kept = {path, self._rank_file(self._last_save)}
+            for old in path.parent.glob(f"rank{comm.get_rank()}_{'[0-9]' * 7}.pth"):
+                if old not in kept:
+                    old.unlink(missing_ok=True)
         self._last_save = self.iter
+
+    def _rank_file(self, iteration: int) -> Path:
+        return Path(self.cfg.OUTPUT_DIR, f"rank{comm.get_rank()}_{iteration:07d}.pth")
+
+    def _read_rank_file(self, run: str, iteration: int) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: it is missing, broken or of another save than the checkpoint.
+        """
+        path = self._rank_file(iteration)
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+            same_save = (data["run"], data["iteration"]) == (run, iteration)
+        except Exception as error:  # whatever the bytes of a broken or foreign file make it do
+            raise ValueError(f"{path} cannot be read ({one_line(error)[:200]})") from error
+        if not same_save:
+            raise ValueError(f"{path} was not written with this checkpoint")
+        return data
 
     def state_dict(self) -> dict[str, Any]:
         state = {
             **super().state_dict(),
             **self._rank_state(),
+            "clock": self.clock.state_dict(),
             "run": self._run,
             "world_size": comm.get_world_size(),
             "seed": self.seed,
@@ -143,6 +164,7 @@ class ResumableTrainer(DefaultTrainer):
                 group["lr"] = rate
         self._last_save = self.iter
         self._saved_reports = state_dict.get("reports")
+        self.clock.load_state_dict(state_dict.get("clock", {}))
         if self.cfg.SEED < 0:
             self.seed = state_dict.get("seed", self.seed)
         changes = self._load_rank_state(state_dict)
@@ -156,7 +178,7 @@ class ResumableTrainer(DefaultTrainer):
     def _rank_state(self) -> dict[str, Any]:
         state = {**norm_state(self.bare_model), "normalizers": _normalizers(self.bare_model)}
         if comm.get_world_size() > 1:
-            state["buffers"] = self._own_buffers or buffers_of(self.bare_model)
+            state["buffers"] = self._own_buffers or _buffers(self.bare_model)
         return state
 
     def _load_rank_state(self, state: dict[str, Any]) -> list[str]:
@@ -184,17 +206,24 @@ class ResumableTrainer(DefaultTrainer):
                 " are shared out anew, every rank goes on with what the norms of rank 0 remember"
             )
         elif rank:
-            path = rank_file(self.cfg.OUTPUT_DIR, rank, state["iteration"])
             try:
-                mine = load_rank_file(path, state["run"], state["iteration"])
+                mine = self._read_rank_file(state["run"], state["iteration"])
             except ValueError as error:
                 trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
         changes += comm.all_gather(trouble)
         changes.append(load_norm_state(self.bare_model, mine, *schedule))
         changes.append(_load_normalizers(self.bare_model, mine.get("normalizers")))
         if same_ranks and not trouble:
-            load_buffers(self.bare_model, mine.get("buffers", {}))
+            saved = mine.get("buffers", {})
+            for name, buffer in self.bare_model.named_buffers():
+                if name in saved and saved[name].shape == buffer.shape:
+                    buffer.copy_(saved[name])
         return [change for change in changes if change]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies: ranks have running statistics of their own."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def _normalizers(model: nn.Module) -> dict[str, float]:
