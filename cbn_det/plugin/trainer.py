@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import shutil
 import weakref
@@ -12,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -28,18 +30,17 @@ from ..norms import (
     resolve_burn_in,
 )
 from ..run.clock import RunClock
+from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
-from .evaluation import Evaluator
+from .config import FULL_MODEL, scale_schedule
 from .hooks import EvalHook, NormDiagnostics, PreciseBN, Save
 from .loading import build_loader, place, seed_step
-from .optimizer import build_optimizer
 from .registry import norms_in_use, told_apart, unused_norms
 from .reports import Reports
 from .resume import ResumableTrainer
-from .scaling import scale_schedule
 from .step import CheckedAMPStep, CheckedStep
 from .weights import check_weights
 
@@ -226,8 +227,24 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`.optimizer.build_optimizer`."""
-        return build_optimizer(cfg, model)
+        """detectron2's, which also takes ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` ``full_model``: the
+        norm of all gradients together is clipped, as mmdetection and DETR do it, where ``norm``
+        clips each parameter's."""
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
+            return super().build_optimizer(cfg, model)
+        unclipped = cfg.clone()
+        unclipped.defrost()
+        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(unclipped, model)
+
+        def clip_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        # a GradScaler, too, has unscaled the gradients by then
+        optimizer.register_step_pre_hook(clip_all)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -245,7 +262,8 @@ class Trainer(ResumableTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """COCO evaluation of boxes, masks and keypoints, whichever the model predicts.
+        """COCO evaluation of boxes, masks and keypoints, whichever the model predicts. The limit of
+        predictions follows ``TEST.DETECTIONS_PER_IMAGE``, and annotations may have any ids.
 
         Raises:
             ValueError: the data set asks for another kind of evaluation.
@@ -254,7 +272,11 @@ class Trainer(ResumableTrainer):
         output = Path(cfg.OUTPUT_DIR, folder)
         if len(cfg.DATASETS.TEST) > 1:
             output /= dataset_name
-        return Evaluator(dataset_name, cfg, output)
+        limit = detections_counted(cfg)
+        evaluator = COCOEvaluator(dataset_name, output_dir=str(output), max_dets_per_image=limit)
+        with contextlib.redirect_stdout(io.StringIO()):
+            number_annotations(evaluator._coco_api)
+        return evaluator
 
     @classmethod
     def test(
