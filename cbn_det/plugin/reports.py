@@ -1,49 +1,50 @@
-"""What a run writes as it goes, continued by a resumed run as if nothing had happened."""
+"""What a run writes as it goes, which a resumed run continues as if nothing had happened."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import hooks
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 
 _WINDOW = 20  # iterations that a logged value is the median of
 _CLOCKS = ("time", "eta_seconds")  # a new process measures anew
 
 
 class Reports(hooks.PeriodicWriter):
-    """detectron2's ``PeriodicWriter``, whose state is part of a checkpoint."""
+    """detectron2's ``PeriodicWriter``, which can take back what it wrote."""
 
-    def __init__(self, writers: list[EventWriter], period: int) -> None:
-        super().__init__(writers, period)
-        self._json = [w for w in writers if isinstance(w, JSONWriter)]
-        self._counting = [w for w in writers if isinstance(w, (JSONWriter, TensorboardXWriter))]
-
-    def position(self) -> dict[str, Any]:
-        """How far the writers have got."""
-        return {
-            "sizes": [_path(writer).stat().st_size for writer in self._json],
-            "last": [writer._last_write for writer in self._counting],
-        }
-
-    def go_back(self, position: dict[str, Any] | None, iteration: int) -> None:
-        """Removes the lines that were written after a checkpoint.
-
-        Args:
-            position: at that checkpoint; None for the very beginning.
-            iteration: that the checkpoint was written in.
-        """
-        position = position or {"sizes": [0] * len(self._json), "last": [-1] * len(self._counting)}
-        for writer, size in zip(self._json, position["sizes"], strict=True):
-            if _path(writer).stat().st_size > size:  # not if somebody else shortened it
-                os.truncate(_path(writer), size)  # the writer appends, wherever the end is
-        for writer, last in zip(self._counting, position["last"], strict=True):
-            writer._last_write = last
-            if isinstance(writer, TensorboardXWriter):
+    def go_back(self, iteration: int) -> None:
+        """Takes back the lines of this iteration and later ones, and what a killed process left of
+        a line."""
+        last = -1
+        for writer in self._writers:  # the JSONWriter comes first
+            if isinstance(writer, JSONWriter):
+                path = Path(writer._file_handle.name)
+                size = 0
+                for line in path.read_bytes().splitlines(keepends=True):
+                    written = _iteration_of(line)
+                    if written >= iteration:
+                        break  # what stands behind is written again, of earlier iterations too
+                    size, last = size + len(line), max(last, written)
+                os.truncate(path, size)  # the writer appends, wherever the end is
+                writer._last_write = last
+            elif isinstance(writer, TensorboardXWriter):
                 writer._writer_args["purge_step"] = max(iteration, 0)
+                writer._last_write = last
+
+
+def _iteration_of(line: bytes) -> float:
+    """Infinite for a line that is none."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError):
+        return math.inf
 
 
 def storage_state(storage: EventStorage) -> dict[str, Any]:
@@ -70,7 +71,3 @@ def _recent(values: list[tuple[float, float]]) -> list[tuple[float, int]]:
     first = values[-1][1] - _WINDOW + 1
     newest_first = takewhile(lambda pair: pair[1] >= first, reversed(values))
     return [(value, int(at)) for value, at in newest_first][::-1]
-
-
-def _path(writer: JSONWriter) -> Path:
-    return Path(writer._file_handle.name)

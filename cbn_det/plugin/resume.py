@@ -59,7 +59,7 @@ class ResumableTrainer(DefaultTrainer):
         self._last_save = -1
         self._own_buffers: dict[str, Tensor] | None = None
         self._resuming = False
-        self._saved_reports: dict[str, Any] | None = None
+        self._saved_storage: dict[str, Any] | None = None
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See ``DefaultTrainer``. Without a checkpoint to resume, training starts anew.
@@ -82,15 +82,14 @@ class ResumableTrainer(DefaultTrainer):
         """Does what an unbroken run does between saving in an iteration and the next one: lines
         that are on file already are taken back, and the hooks that stand behind the checkpointers
         run, again where they had run before the training was broken off."""
-        saved = self._saved_reports
-        if self.start_iter and saved is None:
-            return  # detectron2's own checkpoint does not say how far the reports had got
+        if self.start_iter and self._saved_storage is None:
+            return  # detectron2's own checkpoint does not say what the next lines are made of
         self.iter = self.storage.iter = self.start_iter - 1
         if self.reports:
-            self.reports.go_back(saved and saved["position"], self.iter)
+            self.reports.go_back(self.iter)
         if self.start_iter:
             if self.reports:
-                load_storage_state(self.storage, saved["storage"])
+                load_storage_state(self.storage, self._saved_storage)
             behind = dropwhile(lambda hook: not isinstance(hook, Save), self._hooks)
             for hook in islice(behind, 1, None):
                 hook.after_step()
@@ -149,8 +148,7 @@ class ResumableTrainer(DefaultTrainer):
             "solver": solver_state(self.cfg),
         }
         if self.reports and hasattr(self, "storage"):
-            storage = storage_state(self.storage)
-            state["reports"] = {"position": self.reports.position(), "storage": storage}
+            state["storage"] = storage_state(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,7 +161,7 @@ class ResumableTrainer(DefaultTrainer):
             ):
                 group["lr"] = rate
         self._last_save = self.iter
-        self._saved_reports = state_dict.get("reports")
+        self._saved_storage = state_dict.get("storage")
         self.clock.load_state_dict(state_dict.get("clock", {}))
         if self.cfg.SEED < 0:
             self.seed = state_dict.get("seed", self.seed)

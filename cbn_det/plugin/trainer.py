@@ -34,7 +34,7 @@ from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
-from .checkpointer import AtomicCheckpointer
+from .checkpointer import AtomicCheckpointer, check_weights
 from .config import FULL_MODEL, scale_schedule
 from .hooks import EvalHook, NormDiagnostics, PreciseBN, Save
 from .loading import build_loader, place, seed_step
@@ -42,7 +42,6 @@ from .registry import norms_in_use, told_apart, unused_norms
 from .reports import Reports
 from .resume import ResumableTrainer
 from .step import CheckedAMPStep, CheckedStep
-from .weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class Trainer(ResumableTrainer):
 
         Raises:
             ConfigError: the checkpoint is another model's, or the weights of ``MODEL.WEIGHTS`` do
-                not fit the norms; see :func:`.weights.check_weights`.
+                not fit the norms; see :func:`.checkpointer.check_weights`.
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
