@@ -32,8 +32,8 @@ DOORS = {
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
     "plugin": "detector launch lazy norm_hook registry trial",
-    "run": "arguments checkpoint clock coco_evaluation command_line detector errors export files"
-    " fit folder job measure nonfinite precise_bn resume signals trial",
+    "run": "arguments checkpoint coco_evaluation command_line detector errors export files fit"
+    " folder job measure nonfinite precise_bn signals trial",
     "standalone": "detector launch trial",
 }
 # files beside the rooms that everybody may import, and what of ours these may

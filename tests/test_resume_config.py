@@ -160,7 +160,7 @@ def test_mixed_precision_goes_on_from_full_precision() -> None:
 
 def test_groups_that_only_their_place_can_tell() -> None:
     """A checkpoint of detectron2's own trainer does not name its parameters."""
-    from cbn_det.run.resume import fit_optimizer_state
+    from cbn_det.run.checkpoint import fit_optimizer_state
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     first = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)

@@ -539,7 +539,7 @@ def test_a_complete_run_resumes_to_its_evaluation(
     [
         ("BN", CBN[1], "the model has other norms: windows of all norms"),
         (CBN[1], "CBN(window=4)", "window=3, this layer has window=4: windows of all norms"),
-        (CBN[1], CBN[1], "SEED was 1, now it is 2: images are others"),
+        (CBN[1], CBN[1], "SEED was 1, now it is 2"),
     ],
 )
 def test_a_checkpoint_of_something_else_says_what_starts_anew(

@@ -1,8 +1,7 @@
 """detectron2's checkpointer, for files that are whole and fit.
 
-It loads what has a matching name and says little about the rest: a checkpoint of another model, or a
-backbone's norm with another network's statistics, then trains for days. What fits is told by the
-tensors, not by the name of the file.
+It loads what has a matching name and says little about the rest; a norm with another network's
+statistics, or none, then trains for days. What fits is told by the tensors, not by the file's name.
 """
 
 from __future__ import annotations

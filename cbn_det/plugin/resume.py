@@ -15,11 +15,10 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..run.checkpoint import load_norm_state, norm_state
-from ..run.clock import RunClock
+from ..run.checkpoint import load_norm_state, norm_state, settings, settings_changes
 from ..run.errors import one_line
 from ..run.files import replace_file
-from ..run.resume import solver_changes, solver_state
+from ..run.measure import RunClock
 from .hooks import Save
 from .loading import ResumableLoader
 from .reports import Reports, load_storage_state, storage_state
@@ -143,9 +142,7 @@ class ResumableTrainer(DefaultTrainer):
             "clock": self.clock.state_dict(),
             "run": self._run,
             "world_size": comm.get_world_size(),
-            "seed": self.seed,
-            "accumulate": self.step.accumulate,
-            "solver": solver_state(self.cfg),
+            "settings": settings(self.cfg, self.seed, self.step.accumulate),
         }
         if self.reports and hasattr(self, "storage"):
             state["storage"] = storage_state(self.storage)
@@ -163,15 +160,17 @@ class ResumableTrainer(DefaultTrainer):
         self._last_save = self.iter
         self._saved_storage = state_dict.get("storage")
         self.clock.load_state_dict(state_dict.get("clock", {}))
+        saved = state_dict.get("settings", {})
         if self.cfg.SEED < 0:
-            self.seed = state_dict.get("seed", self.seed)
+            self.seed = saved.get("SEED", self.seed)
         changes = self._load_rank_state(state_dict)
-        changes += solver_changes(state_dict.get("solver", {}), self.cfg)
-        changes += [self.step.optimizer_change] if self.step.optimizer_change else []
+        changes += settings_changes(saved, settings(self.cfg, self.seed, self.step.accumulate))
+        changes.append(self.step.optimizer_change)
         if not isinstance(self.data_loader, ResumableLoader):
             changes.append("the training loader cannot go on where it was: it starts anew")
-        if changes:
-            logger.warning(f"the checkpoint cannot be resumed exactly: {'; '.join(changes)}")
+        if any(changes):
+            why = "; ".join(filter(None, changes))
+            logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
 
     def _rank_state(self) -> dict[str, Any]:
         state = {**norm_state(self.bare_model), "normalizers": _normalizers(self.bare_model)}
@@ -187,16 +186,6 @@ class ResumableTrainer(DefaultTrainer):
             return [load_norm_state(self.bare_model, state, *schedule)]
         rank, ranks = comm.get_rank(), comm.get_world_size()
         changes, mine, trouble = [], state, ""
-        if state["seed"] != self.seed:
-            changes.append(
-                f"SEED was {state['seed']}, now it is {self.seed}: images and random numbers are"
-                " others"
-            )
-        if state["accumulate"] != self.step.accumulate:
-            changes.append(
-                f"--accumulate was {state['accumulate']}, now it is {self.step.accumulate}:"
-                " images are others"
-            )
         same_ranks = state["world_size"] == ranks
         if not same_ranks:
             changes.append(
@@ -210,13 +199,14 @@ class ResumableTrainer(DefaultTrainer):
                 trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
         changes += comm.all_gather(trouble)
         changes.append(load_norm_state(self.bare_model, mine, *schedule))
-        changes.append(_load_normalizers(self.bare_model, mine.get("normalizers")))
+        for name, value in mine["normalizers"].items():
+            self.bare_model.get_submodule(name).loss_normalizer = value
         if same_ranks and not trouble:
             saved = mine.get("buffers", {})
             for name, buffer in self.bare_model.named_buffers():
                 if name in saved and saved[name].shape == buffer.shape:
                     buffer.copy_(saved[name])
-        return [change for change in changes if change]
+        return changes
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -232,14 +222,3 @@ def _normalizers(model: nn.Module) -> dict[str, float]:
         for name, module in model.named_modules()
         if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
     }
-
-
-def _load_normalizers(model: nn.Module, values: dict[str, float] | None) -> str:
-    """Returns what is not as it was: nothing, or that they are not known."""
-    detectors = {n: m for n, m in model.named_modules() if isinstance(m, DenseDetector)}
-    if detectors and values is None:
-        return "the average that losses are divided by is not in it: it starts anew"
-    for name, value in (values or {}).items():
-        if name in detectors:
-            detectors[name].loss_normalizer = value
-    return ""

@@ -14,14 +14,14 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..run.checkpoint import fit_optimizer_state, parameter_names
 from ..run.nonfinite import Diverged, PeerFailed
-from ..run.resume import fit_optimizer_state, parameter_names
 from ..run.signals import StopRequest
 
 
 class OptimizerOfConfig(SimpleTrainer):
     """Its checkpoints leave learning rate, momentum and weight decay to the config that resumes
-    them; see :func:`~cbn_det.run.resume.fit_optimizer_state`.
+    them; see :func:`~cbn_det.run.checkpoint.fit_optimizer_state`.
 
     Attributes:
         optimizer_change: what the optimizer of a resumed checkpoint lacked.

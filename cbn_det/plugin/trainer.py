@@ -29,9 +29,9 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.clock import RunClock
 from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
+from ..run.measure import RunClock
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer, check_weights

@@ -24,11 +24,10 @@ from ..data.worst_images import write_worst_images
 from ..norms import image_share
 from . import folder as run_folder
 from .class_table import class_table
-from .clock import RunClock
 from .errors import ConfigError, one_line
 from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
-from .measure import count_parameters, peak_memory_mb
+from .measure import RunClock, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_state
 from .signals import Interrupted, sigterm_interrupts
 

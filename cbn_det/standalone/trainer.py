@@ -24,16 +24,18 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.checkpoint import AtomicSave, load_norm_state, norm_state
-from ..run.clock import RunClock
-from ..run.errors import ConfigError, one_line
-from ..run.nonfinite import Diverged, check_state
-from ..run.resume import (
+from ..run.checkpoint import (
+    AtomicSave,
     fit_optimizer_state,
+    load_norm_state,
+    norm_state,
     parameter_names,
-    solver_changes,
-    solver_state,
+    settings,
+    settings_changes,
 )
+from ..run.errors import ConfigError, one_line
+from ..run.measure import RunClock
+from ..run.nonfinite import Diverged, check_state
 from ..run.signals import Interrupted, StopRequest, stop_requests
 from .loading import Sample, batches
 from .metrics import Metrics
@@ -101,9 +103,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         return {
             **norm_state(self.bare_model),
-            "seed": self.cfg.SEED,
-            "accumulate": self.accumulate,
-            "solver": solver_state(self.cfg),
+            "settings": settings(self.cfg, self.cfg.SEED, self.accumulate),
             "parameter_names": parameter_names(self.optimizer, self.bare_model),
             "clock": self.clock.state_dict(),
             "metrics": self.metrics.state_dict(),
@@ -144,13 +144,8 @@ class Trainer:
         self.iter = self.start_iter = state["iteration"] + 1
         schedule = (self.start_iter, self.cfg.SOLVER.MAX_ITER)
         changes = [load_norm_state(self.bare_model, training, *schedule)]
-        for name, before, now in (
-            ("SEED", training["seed"], self.cfg.SEED),
-            ("--accumulate", training["accumulate"], self.accumulate),
-        ):
-            if before != now:
-                changes.append(f"{name} was {before}, now it is {now}: images are others")
-        changes += [optimizer_change, *solver_changes(training["solver"], self.cfg)]
+        now = settings(self.cfg, self.cfg.SEED, self.accumulate)
+        changes += [optimizer_change, *settings_changes(training["settings"], now)]
         if any(changes):
             why = "; ".join(filter(None, changes))
             logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
