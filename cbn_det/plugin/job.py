@@ -14,6 +14,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -22,12 +23,12 @@ from ..run.errors import ConfigError
 from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
 from ..run.job import Job, built
-from ..run.nonfinite import first_bad_layer
 from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
+from .loading import place
 from .registry import check_config_norms, norms_in_use, register
 from .step import has_sync_norm
-from .trainer import Trainer, check_evaluable, evaluate_precise
+from .trainer import Trainer, check_evaluable, in_process_loading
 
 T = TypeVar("T")
 
@@ -107,21 +108,24 @@ class Detectron2Job(Job):
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
         return Trainer.test(self.cfg, model, folder=self._within(folder or "inference"))
 
-    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        folder = self._within("inference_precise_bn")
-        return evaluate_precise(self.cfg, model, iterations, folder)
+    def training_batches(self) -> Any:
+        seed = max(self.cfg.SEED, 0)
+        seed_all_rng(seed + self.rank)
+        loader = Trainer.build_train_loader(in_process_loading(self.cfg))
+        place(loader, seed)
+        return loader
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        with EventStorage():  # what heads log is dropped
+            return model(batch)
 
     def find_bad_layer(self) -> str | None:
-        model, batch = self.trainer.bare_model, self.trainer.step.last_batch
-        if batch is None or (self.world_size > 1 and has_sync_norm(model)):
+        model = self.trainer.bare_model
+        if self.world_size > 1 and has_sync_norm(model):
             return None
-
-        def forward() -> None:
-            device = next(model.parameters()).device.type
-            with EventStorage(), torch.autocast(device, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                model(batch)
-
-        return first_bad_layer(model, forward)
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, enabled=self.cfg.SOLVER.AMP.ENABLED):
+            return super().find_bad_layer()
 
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         record = DatasetCatalog.get(self.cfg.DATASETS.TEST[0])[0]

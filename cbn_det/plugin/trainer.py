@@ -16,7 +16,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -32,7 +31,6 @@ from ..norms import (
 from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
 from ..run.measure import RunClock
-from ..run.precise_bn import kept_statistics, recompute_statistics
 from ..run.signals import StopRequest, ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer, check_weights
 from .config import FULL_MODEL, scale_schedule
@@ -142,7 +140,7 @@ class Trainer(ResumableTrainer):
                 PreciseBN(
                     cfg.TEST.EVAL_PERIOD,
                     self.bare_model,
-                    self.build_train_loader(_in_process_loading(cfg)),
+                    self.build_train_loader(in_process_loading(cfg)),
                     precise.NUM_ITER,
                 )
                 if wanted
@@ -159,6 +157,11 @@ class Trainer(ResumableTrainer):
     def step(self) -> CheckedStep:
         """The object that makes single training steps."""
         return self._trainer
+
+    @property
+    def last_batch(self) -> Any:
+        """The latest mini-batch of this rank."""
+        return self._trainer.last_batch
 
     @property
     def stopping(self) -> bool:
@@ -313,39 +316,7 @@ def check_evaluable(dataset_name: str) -> None:
         )
 
 
-def evaluate_precise(
-    cfg: CfgNode, model: nn.Module, iterations: int, folder: str = "inference_precise_bn"
-) -> dict[str, Any] | None:
-    """Evaluates with running statistics recomputed over ``iterations`` training batches.
-
-    The batches are the same in every call with the same ``SEED``; the statistics are put back
-    afterwards. All ranks must call it.
-
-    Args:
-        model: the bare model.
-        folder: within ``OUTPUT_DIR``, for the predictions.
-
-    Returns:
-        Results, or None if the model has no BatchNorm layer to recompute.
-    """
-    training = model.training
-    model.train()
-    try:
-        with kept_statistics(model):
-            seed_all_rng(max(cfg.SEED, 0) + comm.get_rank())
-            loader = Trainer.build_train_loader(_in_process_loading(cfg))
-            place(loader, max(cfg.SEED, 0))
-            with EventStorage():  # what heads log of these forwards is dropped
-                count = recompute_statistics(model, loader, iterations)
-            if not count:
-                return None
-            logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
-            return Trainer.test(cfg, model, folder=folder)
-    finally:
-        model.train(training)
-
-
-def _in_process_loading(cfg: CfgNode) -> CfgNode:
+def in_process_loading(cfg: CfgNode) -> CfgNode:
     """For a short-lived second loader: no worker processes."""
     cfg = cfg.clone()
     cfg.defrost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from tabulate import tabulate
@@ -23,32 +24,19 @@ def class_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         downwards; classes without an AP (no object in the set) come last. "" where no result is of
         a class.
     """
-    tasks = [task for task, values in results.items() if any(map(_is_class, values))]
-    if not tasks:
+    tasks = [t for t, values in results.items() if any(k.startswith(_PREFIX) for k in values)]
+    names = dict.fromkeys(k for task in tasks for k in results[task] if k.startswith(_PREFIX))
+    if not names:
         return ""
-    names = list(dict.fromkeys(key for task in tasks for key in results[task] if _is_class(key)))
-    lines = [(name, *(_value(results[task].get(name)) for task in tasks)) for name in names]
+    table = [(name, *(results[task].get(name) for task in tasks)) for name in names]
+    lines = [(name, *(math.nan if ap is None else ap for ap in aps)) for name, *aps in table]
     lines.sort(key=lambda line: (math.isnan(line[1]), line[1]))
-    texts = [[line[0].removeprefix(_PREFIX), *map(_text, line[1:])] for line in lines]
-    columns = min(_COLUMNS, len(texts))
-    length = -(-len(texts) // columns)
-    blank = [""] * len(texts[0])
-    texts += [blank] * (length * columns - len(texts))
-    rows = [
-        [cell for column in range(columns) for cell in texts[column * length + i]]
-        for i in range(length)
+    cells = [
+        [name.removeprefix(_PREFIX), *("-" if math.isnan(ap) else f"{ap:.1f}" for ap in aps)]
+        for name, *aps in lines
     ]
-    headers = ["class", *(_NAMES.get(task, f"{task} AP") for task in tasks)] * columns
+    length = -(-len(cells) // _COLUMNS)
+    columns = [cells[start : start + length] for start in range(0, len(cells), length)]
+    rows = [sum(row, []) for row in zip_longest(*columns, fillvalue=[""] * len(cells[0]))]
+    headers = ["class", *(_NAMES.get(task, f"{task} AP") for task in tasks)] * len(columns)
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-
-
-def _is_class(key: str) -> bool:
-    return key.startswith(_PREFIX)
-
-
-def _value(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _text(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"

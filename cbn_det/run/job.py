@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from fvcore.common.checkpoint import Checkpointer
@@ -27,8 +29,9 @@ from .class_table import class_table
 from .errors import ConfigError, one_line
 from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
-from .measure import RunClock, count_parameters, peak_memory_mb
-from .nonfinite import Diverged, PeerFailed, first_bad_state
+from .measure import count_parameters, peak_memory_mb
+from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
+from .precise_bn import kept_statistics, recompute_statistics
 from .signals import Interrupted, sigterm_interrupts
 
 logger = logging.getLogger(__name__)
@@ -37,14 +40,6 @@ logger = logging.getLogger(__name__)
 OK, CRASHED, USAGE, NOT_FINITE, STOPPED = 0, 1, 2, 3, 130
 
 T = TypeVar("T")
-
-
-class Trainer(Protocol):
-    """What a job needs of an engine's training loop."""
-
-    iter: int
-    clock: RunClock
-    bare_model: nn.Module
 
 
 class Job(ABC):
@@ -57,7 +52,8 @@ class Job(ABC):
         result: what :func:`~cbn_det.run.folder.describe` knows of the run.
 
     Attributes:
-        trainer: set by :meth:`train` as soon as it exists.
+        trainer: set by :meth:`train` as soon as it exists; has ``iter``, ``last_batch``, ``clock``
+            (a :class:`~cbn_det.run.measure.RunClock`) and ``bare_model``.
         output: where results go: the run's folder, or that of an evaluation within it.
     """
 
@@ -70,7 +66,7 @@ class Job(ABC):
         self.folder = Path(cfg.OUTPUT_DIR)
         self.output = self.folder / run_folder.EVALUATION if args.eval_only else self.folder
         self.result = result
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         self._started = False
         self._earlier = run_folder.result_stamp(self.folder)
 
@@ -118,12 +114,34 @@ class Job(ABC):
         """
 
     @abstractmethod
-    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        """The same with PreciseBN statistics, which are taken back; None without BatchNorm."""
+    def training_batches(self) -> Iterable[Any]:
+        """Endless, and the same in every call with the same ``SEED``."""
 
     @abstractmethod
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """A training forward pass of which nothing is logged."""
+
+    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+        """:meth:`evaluate` with PreciseBN statistics of :meth:`training_batches`, which are taken
+        back; None without BatchNorm. All ranks must call it."""
+        training = model.training
+        model.train()
+        try:
+            with kept_statistics(model):
+                forward = partial(self.forward, model)
+                if not recompute_statistics(model, self.training_batches(), iterations, forward):
+                    return None
+                logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
+                return self.evaluate(model, "inference_precise_bn")
+        finally:
+            model.train(training)
+
     def find_bad_layer(self) -> str | None:
         """After a divergence, the layer that the last batch's forward pass went bad in."""
+        model, batch = self.trainer.bare_model, self.trainer.last_batch
+        if batch is None:
+            return None
+        return first_bad_layer(model, lambda: self.forward(model, batch))
 
     @abstractmethod
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
@@ -134,17 +152,25 @@ class Job(ABC):
         """Annotation file and image folder of the first test set, known once it was evaluated."""
 
     def draw(self) -> None:
-        """Writes pictures of predictions beside annotations; after an evaluation on its own also
-        the images with the lowest F1."""
+        """Writes pictures of predictions beside annotations, for TensorBoard too; after an
+        evaluation on its own also the images with the lowest F1."""
         files = (self.output / run_folder.PREDICTIONS, *self.test_files())
         pictures = write_pictures(*files, self.output / "pictures")
-        if not self.args.eval_only:
-            _show_in_tensorboard(pictures, self.folder, self._iteration())
+        if self.args.eval_only:
+            path = self.output / run_folder.WORST_IMAGES
+            worst = write_worst_images(*files, path)
+            if worst:
+                logger.info(f"the {len(worst)} images with the lowest F1: {path}")
             return
-        path = self.output / run_folder.WORST_IMAGES
-        worst = write_worst_images(*files, path)
-        if worst:
-            logger.info(f"the {len(worst)} images with the lowest F1: {path}")
+        with contextlib.suppress(ImportError):  # whoever writes the curves has said so
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(str(self.folder)) as events:
+                for path in pictures:
+                    with Image.open(path) as picture:
+                        pixels = np.asarray(picture)
+                    name = f"predictions/{path.stem}"
+                    events.add_image(name, pixels, self._iteration(), dataformats="HWC")
 
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
@@ -154,10 +180,7 @@ class Job(ABC):
                 run_folder.start_evaluation(self.output)
             else:
                 remove_parts(self.folder)
-                if self.args.resume:
-                    run_folder.clear_result(self.folder)
-                else:
-                    run_folder.start_afresh(self.folder)
+                run_folder.start_training(self.folder, self.args.resume)
             run_folder.write_config(self.output, self.cfg)
         self.gather(None)  # no rank finds the earlier result any more
         self._started = True
@@ -195,8 +218,9 @@ class Job(ABC):
             except Exception as error:
                 self._log_traceback()
                 rank = f"rank {self.rank}: " if self.world_size > 1 else ""
-                message = f"{rank}{type(error).__name__}: {one_line(error)}"
-                code = self._end_alone(FAILED, message, CRASHED)
+                code = self._end_alone(
+                    FAILED, f"{rank}{type(error).__name__}: {one_line(error)}", CRASHED
+                )
                 traceback.print_exc()
                 return code
 
@@ -219,10 +243,14 @@ class Job(ABC):
             return self._finish(model, results, precise, shared)
         except ConfigError as error:
             self._log_traceback()
-            return self._refuse(one_line(error))
+            if self.rank == 0:
+                self._write_failure(FAILED, one_line(error), prefix="error: ")
+            return USAGE
         except Diverged as error:
-            return self._end_together(DIVERGED, self._explain(error), NOT_FINITE, error.agreed)
+            end = self._end_together if error.agreed else self._end_alone
+            return end(DIVERGED, self._explain(error), NOT_FINITE)
         except Interrupted as error:
+            self.trainer.iter += 1  # that one was finished
             return self._end_together(FAILED, str(error), STOPPED)
         except KeyboardInterrupt:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -269,13 +297,18 @@ class Job(ABC):
             self._add_results(results, precise, shared)
             if self.args.eval_only:
                 run_folder.keep_training_facts(self.result, self.folder)
-            self._show_classes()
+            table = class_table(self.result["results"])
+            if table:
+                logger.info(f"AP of each class, worst first:\n{table}")
             if not self.verify(results):
                 code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
             if self.cfg.DATASETS.TEST:
                 self.result["flops"] = self.count_flops(model)
                 try:
-                    self._name_test_set()
+                    annotations, images = self.test_files()
+                    # for whoever loads the model: names of classes, and images to try it on
+                    known = {"annotations": annotations, "images": images}
+                    self.result["test_set"] = {**known, "classes": class_names(annotations)}
                     self.draw()
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
@@ -295,17 +328,6 @@ class Job(ABC):
             results_image_share=shared,
             image_share=self.args.image_share,
         )
-
-    def _name_test_set(self) -> None:
-        """For whoever loads the model: the names of its classes, and images to try it on."""
-        annotations, images = self.test_files()
-        names = class_names(annotations)
-        self.result["test_set"] = {"annotations": annotations, "images": images, "classes": names}
-
-    def _show_classes(self) -> None:
-        table = class_table(self.result["results"])
-        if table:
-            logger.info(f"AP of each class, worst first:\n{table}")
 
     def _measure(self, model: nn.Module) -> None:
         self.result.update(parameters=count_parameters(model), peak_memory_mb=peak_memory_mb())
@@ -334,41 +356,29 @@ class Job(ABC):
         why = next((why for _, why in findings if why), "")
         return f"diverged at iteration {self.trainer.iter}: {where}; {why}"
 
-    def _end_together(self, status: str, message: str, code: int, agreed: bool = True) -> int:
+    def _end_together(self, status: str, message: str, code: int) -> int:
         """Ends a run whose ranks all are here: rank 0 writes, the others wait for it."""
-        if not agreed:
-            return self._end_alone(status, message, code)
         if self.rank == 0:
-            self._write_failure(status, message, stopped=code == STOPPED)
+            self._write_failure(status, message)
         self.gather(code)
         return code
 
     def _end_alone(self, status: str, message: str, code: int) -> int:
         """Ends a rank that cannot count on the others. Whoever ends first knows why, and writes."""
         found = run_folder.result_stamp(self.folder)
-        if not self.args.eval_only and found not in (None, self._earlier):
-            of_peer = run_folder.read_result(self.folder)
-            return NOT_FINITE if of_peer["status"] == DIVERGED else code
-        self._write_failure(status, message)
+        if self.args.eval_only or found in (None, self._earlier):
+            self._write_failure(status, message)
+        elif run_folder.read_result(self.folder)["status"] == DIVERGED:
+            return NOT_FINITE
         return code
 
-    def _refuse(self, message: str) -> int:
-        if self.rank == 0:
-            self._write_failure(FAILED, message, prefix="error: ")
-        return USAGE
-
-    def _write_failure(
-        self, status: str, message: str, stopped: bool = False, prefix: str = ""
-    ) -> None:
+    def _write_failure(self, status: str, message: str, prefix: str = "") -> None:
         print(f"{prefix}{message}", file=sys.stderr, flush=True)
-        if self.args.eval_only:
-            return  # what training left in the folder stays valid
         earlier = None if self._started else run_folder.read_result(self.folder)
-        if earlier is not None and earlier["status"] == FINISHED:
-            return  # so does what an earlier training left
+        if self.args.eval_only or (earlier and earlier["status"] == FINISHED):
+            return  # what training left in the folder stays valid
         if self.trainer is not None:
             self._measure(self.trainer.bare_model)
-            self.result["iterations"] += stopped  # the one that was finished before stopping
         self.result.update(status=status, message=message)
         run_folder.write_result(self.folder, self.result)
 
@@ -385,15 +395,3 @@ def built(make: Callable[[], T]) -> T:
         return make()
     except (ValueError, KeyError, AssertionError) as error:
         raise ConfigError(one_line(error)) from error
-
-
-def _show_in_tensorboard(pictures: list[Path], folder: Path, iteration: int) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return  # whoever writes the curves has said so
-    with SummaryWriter(str(folder)) as events:
-        for path in pictures:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture)
-            events.add_image(f"predictions/{path.stem}", pixels, iteration, dataformats="HWC")
