@@ -19,9 +19,9 @@ from ..run.checkpoint import load_norm_state, norm_state, settings, settings_cha
 from ..run.errors import one_line
 from ..run.files import replace_file
 from ..run.measure import RunClock
-from .hooks import Save
+from .checkpointer import check_weights
+from .hooks import Reports, Save, load_storage_state, storage_state
 from .loading import ResumableLoader
-from .reports import Reports, load_storage_state, storage_state
 from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class ResumableTrainer(DefaultTrainer):
         """See ``DefaultTrainer``. Without a checkpoint to resume, training starts anew.
 
         Raises:
-            ValueError: the checkpoint is of another model, or not all processes find it.
+            ValueError: the checkpoint is of another model, not all processes find it, or
+                ``MODEL.WEIGHTS`` does not fit the norms (:func:`.checkpointer.check_weights`).
         """
         found = comm.all_gather(Path(self.checkpointer.get_checkpoint_file()).name)
         if resume and len(set(found)) > 1:
@@ -76,6 +77,9 @@ class ResumableTrainer(DefaultTrainer):
             )
         super().resume_or_load(resume)
         self._resuming = resume
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if self.checkpointer.incompatible is not None and not resumed:
+            check_weights(self.bare_model, self.checkpointer.incompatible, self.cfg)
 
     def _end_saved_iteration(self) -> None:
         """Does what an unbroken run does between saving in an iteration and the next one: lines

@@ -31,13 +31,12 @@ from ..norms import (
 from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
 from ..run.measure import RunClock
-from ..run.signals import StopRequest, ignore_interrupts, stop_requests
-from .checkpointer import AtomicCheckpointer, check_weights
+from ..run.signals import ignore_interrupts, stop_requests
+from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
-from .hooks import EvalHook, NormDiagnostics, PreciseBN, Save
+from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
 from .registry import norms_in_use, told_apart, unused_norms
-from .reports import Reports
 from .resume import ResumableTrainer
 from .step import CheckedAMPStep, CheckedStep
 
@@ -100,58 +99,27 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
-        self.unused_norms = self._tell_unused_norms()
-
-    def _tell_unused_norms(self) -> list[str]:
-        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg)
-        for key in unused:
+        self.unused_norms = [key for key in unused_norms(cfg) if key in norms_in_use(cfg)]
+        for key in unused_norms(cfg):
             logger.log(
-                logging.WARNING if key in in_use else logging.INFO,
+                logging.WARNING if key in self.unused_norms else logging.INFO,
                 f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
                 " own must ask detectron2.layers.get_norm for the others",
             )
-        return [key for key in unused if key in in_use]
 
-    auto_scale_workers = staticmethod(scale_schedule)
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """See :class:`.resume.ResumableTrainer`.
-
-        Raises:
-            ConfigError: the checkpoint is another model's, or the weights of ``MODEL.WEIGHTS`` do
-                not fit the norms; see :func:`.checkpointer.check_weights`.
-        """
-        super().resume_or_load(resume)
-        resumed = resume and self.checkpointer.has_checkpoint()
-        if self.checkpointer.incompatible is not None and not resumed:
-            check_weights(self.bare_model, self.checkpointer.incompatible, self.cfg)
-
-    def build_hooks(self) -> list[hooks.HookBase | None]:
-        cfg = self.cfg
-        precise = cfg.TEST.PRECISE_BN
-        wanted = precise.ENABLED and get_bn_modules(self.bare_model)
-        main = comm.is_main_process()
+    def build_hooks(self) -> list[hooks.HookBase]:
+        cfg, main = self.cfg, comm.is_main_process()
+        period, precise = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN
+        found = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if precise.ENABLED and get_bn_modules(self.bare_model):
+            loader = self.build_train_loader(in_process_loading(cfg))
+            found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))
         if main:
             self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
-        return [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            (
-                PreciseBN(
-                    cfg.TEST.EVAL_PERIOD,
-                    self.bare_model,
-                    self.build_train_loader(in_process_loading(cfg)),
-                    precise.NUM_ITER,
-                )
-                if wanted
-                else None
-            ),
-            NormDiagnostics(_WRITE_PERIOD) if main else None,
-            Save(),
-            # those from here on run again after a resume: ResumableTrainer says why
-            EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
-            self.reports,
-        ]
+            found.append(NormDiagnostics(_WRITE_PERIOD))
+        # those behind Save run again after a resume: ResumableTrainer says why
+        found += [Save(), EvalHook(period, self.evaluate)]
+        return found + [self.reports] * main
 
     @property
     def step(self) -> CheckedStep:
@@ -162,11 +130,6 @@ class Trainer(ResumableTrainer):
     def last_batch(self) -> Any:
         """The latest mini-batch of this rank."""
         return self._trainer.last_batch
-
-    @property
-    def stopping(self) -> bool:
-        """Whether all ranks have agreed to stop after this iteration."""
-        return self._trainer.stop_agreed
 
     def train(self) -> dict[str, Any]:
         """Trains from ``start_iter`` and evaluates. After a complete run, evaluates only.
@@ -195,7 +158,6 @@ class Trainer(ResumableTrainer):
                         self.run_step()
                         self.clock.end_step()
                         self.after_step()
-                self._trainer.stop_request = StopRequest()
                 self.iter = self.max_iter  # tells after_train that training succeeded
             finally:
                 self.clock.stop()
