@@ -38,7 +38,7 @@ DOORS = {
 }
 # files beside the rooms that everybody may import, and what of ours these may
 EVERYBODYS = {
-    "__init__": "deploy norms norms.convert plugin.norm_hook plugin.registry run.detector predict",
+    "__init__": "deploy norms norms.convert plugin.norm_hook plugin.registry predict",
     "cli": "",
     "coco_sets": "run.errors",
     "config_files": "run.errors",

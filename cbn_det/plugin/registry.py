@@ -96,8 +96,10 @@ def _rebind(old: Any, new: Any) -> None:
 
 def register() -> None:
     """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever
-    detectron2 takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does
-    nothing."""
+    detectron2 takes a norm: YAML, LazyConfig, command line, ``get_norm``.
+
+    Call it in each process, before the model is built; calling it again does nothing.
+    """
     global _retinanet_hook
     if home.get_norm is get_norm:
         return
@@ -107,7 +109,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts detectron2's own ``get_norm`` back everywhere."""
+    """Puts detectron2's own ``get_norm`` back everywhere. Models built in between keep working."""
     global _retinanet_hook
     if home.get_norm is not get_norm:
         return
