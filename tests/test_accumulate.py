@@ -256,19 +256,13 @@ def test_in_mixed_precision_an_overflow_skips_the_whole_step() -> None:
     """On CPU: bfloat16, and a scaler that works there."""
     from detectron2.utils.events import EventStorage
 
-    from cbn_det.plugin.step import CheckedAMPStep
+    from cbn_det.plugin.step import CheckedStep
 
     model, twin = Losses(), Losses()
     optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    step = CheckedAMPStep(
-        model,
-        numbers(),
-        optimizers[0],
-        grad_scaler=scaler,
-        precision=torch.bfloat16,
-        accumulate=3,
-    )
+    step = CheckedStep(model, numbers(), optimizers[0], accumulate=3, mixed_precision=True)
+    scaler = step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    step.precision = torch.bfloat16
     batches, expected = numbers(), []
     overflow = iter([False] * 3 + [False, True, False] + [False] * 3)
     model.weight.register_hook(lambda g: g * float("inf") if next(overflow) else g)

@@ -264,7 +264,7 @@ def test_mixed_precision_and_accumulation_resume_exactly(
     from cbn_det.plugin.trainer import Trainer
 
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=4.0, growth_interval=2)
-    monkeypatch.setattr("torch.cuda.amp.GradScaler", scaler)
+    monkeypatch.setattr("torch.amp.GradScaler", scaler)
     words = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "3", "DATASETS.TEST", "()")
     norms = (
         *("MODEL.FPN.NORM", "KN", "MODEL.ROI_BOX_HEAD.NORM", "MBN(burn_in=1)"),

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
     default_setup,
@@ -37,7 +35,7 @@ from .checkpointer import AtomicCheckpointer
 from .launch import read_layout, run_processes
 from .norm_hook import NormHook
 from .registry import register
-from .step import OptimizerOfConfig
+from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +122,7 @@ def _make(cfg: Any, key: str) -> Any:
         return instantiate(OmegaConf.select(cfg, key))
 
 
-def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
+def train(cfg: Any, model: nn.Module, resume: bool = False) -> CheckedStep:
     """Trains a model of a LazyConfig.
 
     Args:
@@ -152,8 +150,7 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
         group["initial_lr"] = group["lr"]  # at resume, too, the schedule's is the config's
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     wrapped = create_ddp_model(model, **{"device_ids": devices, **options.ddp})
-    kind = _MixedPrecision if options.amp.enabled else OptimizerOfConfig
-    trainer = kind(wrapped, loader, optimizer)
+    trainer = CheckedStep(wrapped, loader, optimizer, mixed_precision=options.amp.enabled)
     checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
     writers = default_writers(options.output_dir, options.max_iter) if main else []
     trainer.register_hooks(
@@ -172,10 +169,6 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     resumed = resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
     return trainer
-
-
-class _MixedPrecision(OptimizerOfConfig, AMPTrainer):
-    pass
 
 
 def evaluate(cfg: Any, model: nn.Module) -> dict[str, Any] | None:

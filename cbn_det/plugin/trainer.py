@@ -38,7 +38,7 @@ from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
 from .registry import norms_in_use, told_apart, unused_norms
 from .resume import ResumableTrainer
-from .step import CheckedAMPStep, CheckedStep
+from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class Trainer(ResumableTrainer):
             # gradient lies decides in what order those of more than two ranks are added up
             find_unused_parameters=not on_gpu and comm.get_world_size() > 2,
         )
-        step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
-        self._trainer = step(wrapped, loader, optimizer, accumulate=accumulate)
+        mixed = cfg.SOLVER.AMP.ENABLED
+        self._trainer = CheckedStep(wrapped, loader, optimizer, accumulate, mixed)
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
