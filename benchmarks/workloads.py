@@ -174,10 +174,10 @@ def inference_workload(stage: str, args: argparse.Namespace) -> Workload:
 def _training(args: argparse.Namespace) -> tuple[nn.Module, Callable[[int], None]]:
     """The model of a command line, and what makes one of its steps, as both engines do."""
     if args.engine == "detectron2":
-        from cbn_det.plugin.trial import Detectron2Trial as Trial
+        from cbn_det.plugin.launch import trial as trial_of
     else:
-        from cbn_det.standalone.trial import StandaloneTrial as Trial
-    trial = Trial(args)
+        from cbn_det.standalone.launch import trial as trial_of
+    trial = trial_of(args)
     trial.prepare()
     model = trial.build(Path(trial.cfg.OUTPUT_DIR), bool(trial.cfg.MODEL.WEIGHTS))
     trial.repeat(BATCHES)

@@ -31,10 +31,10 @@ DOORS = {
     " worst_images",
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
-    "plugin": "detector launch lazy norm_hook registry trial",
+    "plugin": "detector launch lazy norm_hook registry",
     "run": "arguments checkpoint coco_evaluation command_line detector errors export files fit"
     " folder job measure nonfinite precise_bn signals trial",
-    "standalone": "detector launch trial",
+    "standalone": "detector launch",
 }
 # files beside the rooms that everybody may import, and what of ours these may
 EVERYBODYS = {

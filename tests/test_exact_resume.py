@@ -77,10 +77,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def leave_out_the_end(patch: pytest.MonkeyPatch) -> None:
     """Pictures and FLOPs take longer than a few iterations; lines come every two of those."""
     from cbn_det.plugin import trainer
-    from cbn_det.plugin.job import Detectron2Job
+    from cbn_det.run import job
 
-    for name in ("draw", "count_flops"):
-        patch.setattr(Detectron2Job, name, lambda *args: None)
+    for name in ("write_all_pictures", "count_flops"):
+        patch.setattr(job, name, lambda *args: None)
     patch.setattr(trainer, "_WRITE_PERIOD", 2)
 
 

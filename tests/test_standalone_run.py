@@ -33,6 +33,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from cbn_det.launch import main
 from cbn_det.norms import memory_state_dict
+from cbn_det.run import job
 from cbn_det.run.arguments import argument_parser
 from cbn_det.run.errors import ConfigError
 from cbn_det.standalone import trainer as trainer_module
@@ -101,8 +102,8 @@ def at_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int, happen: Callab
 
 def leave_out_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures and FLOPs take longer than a few iterations."""
-    for name in ("draw", "count_flops"):
-        monkeypatch.setattr(StandaloneJob, name, lambda *args: None)
+    for name in ("write_all_pictures", "count_flops"):
+        monkeypatch.setattr(job, name, lambda *args: None)
 
 
 def kill(*args: Any, **kwargs: Any) -> None:

@@ -22,9 +22,9 @@ from torch import nn
 from ..run.errors import ConfigError
 from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
-from ..run.job import Job, built
+from ..run.job import Job
 from .checkpointer import AtomicCheckpointer
-from .datasets import prepare_datasets
+from .datasets import is_coco, prepare_datasets
 from .loading import place
 from .registry import check_config_norms, norms_in_use, register
 from .step import has_sync_norm
@@ -76,27 +76,29 @@ def describe_run(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> dic
 class Detectron2Job(Job):
     """See :class:`~cbn_det.run.job.Job`."""
 
-    trainer: Trainer | None
-
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         super().__init__(cfg, args, describe_run(cfg, args, self.world_size))
 
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         register()
         check_config_norms(self.cfg)  # each process keeps the keys to name in its errors
         prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
         for name in self.cfg.DATASETS.TEST:
             check_evaluable(name)
+        names = filter(is_coco, (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST))
+        metas = map(MetadataCatalog.get, names)
+        return {meta.name: (Path(meta.json_file), Path(meta.image_root)) for meta in metas}
 
-    def train(self) -> dict[str, Any]:
-        trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))
+    def build_trainer(self, cfg: CfgNode) -> Trainer:
+        trainer = Trainer(cfg, self.args.accumulate)
         if self.args.strict and trainer.unused_norms:
             keys = ", ".join(trainer.unused_norms)
             raise ConfigError(f"--strict: {keys}: the model has no layer of this norm")
-        built(lambda: trainer.resume_or_load(resume=self.args.resume))
-        self.start()
-        return trainer.train()
+        return trainer
+
+    def load(self, trainer: Trainer, resume: bool) -> None:
+        trainer.resume_or_load(resume)
 
     def build_trained(self) -> nn.Module:
         model = Trainer.build_model(self.cfg)
@@ -132,9 +134,9 @@ class Detectron2Job(Job):
         sample = DatasetMapper(self.cfg, is_train=False)(dict(record))
         return FlopCountAnalysis(model, [{"image": sample["image"]}])
 
-    def test_files(self) -> tuple[str, str]:
+    def test_files(self) -> tuple[Path, Path]:
         metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
-        return metadata.json_file, metadata.get("image_root") or ""
+        return Path(metadata.json_file), Path(metadata.get("image_root") or "")
 
     def _within(self, folder: str) -> str:
         return f"{EVALUATION}/{folder}" if self.args.eval_only else folder

@@ -23,6 +23,7 @@ from ..run import folder as run_folder
 from ..run.errors import ConfigError, one_line
 from ..run.job import STOPPED, USAGE
 from ..run.measure import usable_cores
+from ..run.trial import Trial
 from . import job
 from .config import build_config
 
@@ -57,6 +58,16 @@ def launch(args: argparse.Namespace) -> int:
             result = job.describe_run(cfg, args, layout.world_size)
             run_folder.write_result(folder, {**result, "message": death})
     return code
+
+
+def trial(args: argparse.Namespace) -> Trial:
+    """
+    Raises:
+        ConfigError: the command line or the config cannot be run.
+    """
+    layout = read_layout(args)
+    cfg, notes = build_config(args, layout.world_size)
+    return Trial(job.Detectron2Job(cfg, args), notes, layout.world_size)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import logging
 import shutil
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,18 @@ class Trainer(ResumableTrainer):
                 self.clock.stop()
                 self.after_train()
         return self.results
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's mini-batches, from the first one on."""
+        place(self.data_loader, self.seed)
+        return iter(self.data_loader)
+
+    def try_step(self, iteration: int, batches: Iterator[Any]) -> None:
+        """A step of a training that is only tried."""
+        self.iter = iteration
+        self.step.reset_data_loader(lambda: batches)
+        with EventStorage() as self.storage:
+            self.run_step()
 
     def run_step(self) -> None:
         """One optimiser step, and the second pass over its images where an MBN layer wants it.

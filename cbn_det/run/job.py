@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import signal
 import sys
@@ -14,22 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
-from PIL import Image
 from torch import nn
 
-from ..data.pictures import class_names, write_pictures
-from ..data.worst_images import write_worst_images
+from ..data.pictures import class_names
 from ..norms import image_share
 from . import folder as run_folder
-from .class_table import class_table
+from .display import class_table, write_all_pictures
 from .errors import ConfigError, one_line
 from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
-from .measure import count_parameters, peak_memory_mb
+from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
 from .precise_bn import kept_statistics, recompute_statistics
 from .signals import Interrupted, sigterm_interrupts
@@ -69,22 +65,39 @@ class Job(ABC):
         self.trainer: Any = None
         self._started = False
         self._earlier = run_folder.result_stamp(self.folder)
+        if args.eval_only:
+            run_folder.keep_training_facts(result, self.folder)
+        self._training_is_known = not args.eval_only or result["iterations"] is not None
 
     @abstractmethod
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         """Makes the data sets known and checks them.
 
         Args:
             eval_only: no training image is needed.
+
+        Returns:
+            annotation file and image folder of each set in COCO format, by name.
 
         Raises:
             ValueError: they cannot be used.
         """
 
     @abstractmethod
+    def build_trainer(self, cfg: CfgNode) -> Any:
+        """What :attr:`trainer` is to be; ``cfg`` is :attr:`cfg`, or of a training that is only
+        tried."""
+
+    @abstractmethod
+    def load(self, trainer: Any, resume: bool) -> None:
+        """Gives a trainer the last checkpoint to go on from, or ``MODEL.WEIGHTS``."""
+
     def train(self) -> dict[str, Any]:
-        """Builds :attr:`trainer`, calls :meth:`start`, trains, and returns the results of the last
-        evaluation."""
+        """Trains, and returns the results of the last evaluation."""
+        trainer = self.trainer = built(lambda: self.build_trainer(self.cfg))
+        built(lambda: self.load(trainer, self.args.resume))
+        self.start()
+        return trainer.train()
 
     @abstractmethod
     def build_trained(self) -> nn.Module:
@@ -147,30 +160,9 @@ class Job(ABC):
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         """fvcore's count of the model on the first test image."""
 
-    @abstractmethod
-    def test_files(self) -> tuple[str, str]:
+    def test_files(self) -> tuple[Path, Path]:
         """Annotation file and image folder of the first test set, known once it was evaluated."""
-
-    def draw(self) -> None:
-        """Writes pictures of predictions beside annotations, for TensorBoard too; after an
-        evaluation on its own also the images with the lowest F1."""
-        files = (self.output / run_folder.PREDICTIONS, *self.test_files())
-        pictures = write_pictures(*files, self.output / "pictures")
-        if self.args.eval_only:
-            path = self.output / run_folder.WORST_IMAGES
-            worst = write_worst_images(*files, path)
-            if worst:
-                logger.info(f"the {len(worst)} images with the lowest F1: {path}")
-            return
-        with contextlib.suppress(ImportError):  # whoever writes the curves has said so
-            from torch.utils.tensorboard import SummaryWriter
-
-            with SummaryWriter(str(self.folder)) as events:
-                for path in pictures:
-                    with Image.open(path) as picture:
-                        pixels = np.asarray(picture)
-                    name = f"predictions/{path.stem}"
-                    events.add_image(name, pixels, self._iteration(), dataformats="HWC")
+        return self.sets[self.cfg.DATASETS.TEST[0]]
 
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
@@ -184,21 +176,6 @@ class Job(ABC):
             run_folder.write_config(self.output, self.cfg)
         self.gather(None)  # no rank finds the earlier result any more
         self._started = True
-
-    def count_flops(self, model: nn.Module) -> int | None:
-        """Multiply-adds of one test image; None, with the reason in the log, for a model that
-        cannot be traced."""
-        training = model.training
-        model.eval()
-        try:
-            analysis = self.analyse_flops(model)
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            return int(analysis.tracer_warnings("none").total())
-        except Exception as error:  # tracing runs arbitrary model code; no run fails over this
-            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
-            return None
-        finally:
-            model.train(training)
 
     def verify(self, results: dict[str, Any]) -> bool:
         """Whether the results are what the config expects."""
@@ -228,8 +205,12 @@ class Job(ABC):
         try:
             # PreciseBN statistics come from training images
             without_training = self.args.eval_only and not self.args.precise_bn_iters
-            built(lambda: self.prepare(without_training))
-            facts = self._training_facts()  # refused before, not after, a long evaluation
+            self.sets = built(lambda: self.prepare(without_training))
+            if self.args.image_share == "auto" and not self._training_is_known:
+                raise ConfigError(
+                    "--image-share auto: the images per GPU of the training are not known, as"
+                    f" {self.folder / run_folder.RESULT} is not of a training; give a number"
+                )
             if self.args.eval_only:
                 model = built(self.build_trained)
                 self.start()
@@ -239,7 +220,7 @@ class Job(ABC):
                 model = self.trainer.bare_model
             iterations = self.args.precise_bn_iters if self.cfg.DATASETS.TEST else 0
             precise = self.evaluate_precise(model, iterations) if iterations else None
-            shared = self._evaluate_image_share(model, facts)
+            shared = self._evaluate_image_share(model)
             return self._finish(model, results, precise, shared)
         except ConfigError as error:
             self._log_traceback()
@@ -255,35 +236,18 @@ class Job(ABC):
         except KeyboardInterrupt:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            return self._end_alone(FAILED, f"interrupted at iteration {self._iteration()}", STOPPED)
+            iteration = getattr(self.trainer, "iter", 0)
+            return self._end_alone(FAILED, f"interrupted at iteration {iteration}", STOPPED)
 
-    def _training_facts(self) -> dict[str, Any]:
-        """``images_per_gpu`` and ``world_size`` of the training, which an evaluation may differ in.
-
-        Raises:
-            ConfigError: ``--image-share auto`` needs them, and nobody knows.
-        """
-        if not self.args.eval_only:
-            return self.result
-        facts = run_folder.read_result(self.folder) or {}
-        if facts.get("iterations") is None and self.args.image_share == "auto":
-            raise ConfigError(
-                "--image-share auto: the images per GPU of the training are not known, as"
-                f" {self.folder / run_folder.RESULT} is not of a training; give a number"
-            )
-        return facts
-
-    def _evaluate_image_share(
-        self, model: nn.Module, facts: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    def _evaluate_image_share(self, model: nn.Module) -> dict[str, Any] | None:
         share = self.args.image_share
         if share is None or not self.cfg.DATASETS.TEST:
             return None
         with image_share(
             model,
             None if share == "auto" else share,
-            images_per_gpu=facts.get("images_per_gpu"),
-            world_size=facts.get("world_size", 1),
+            images_per_gpu=self.result["images_per_gpu"],
+            world_size=self.result["world_size"],
         ) as layers:
             if not layers:
                 return None
@@ -293,44 +257,40 @@ class Job(ABC):
     def _finish(self, model: nn.Module, results: Any, precise: Any, shared: Any) -> int:
         code, message = OK, None
         if self.rank == 0:
-            self._measure(model)
-            self._add_results(results, precise, shared)
-            if self.args.eval_only:
-                run_folder.keep_training_facts(self.result, self.folder)
-            table = class_table(self.result["results"])
-            if table:
-                logger.info(f"AP of each class, worst first:\n{table}")
             if not self.verify(results):
                 code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
-            if self.cfg.DATASETS.TEST:
-                self.result["flops"] = self.count_flops(model)
+            names = self.cfg.DATASETS.TEST
+            if len(names) > 1:  # one table a data set; the first one's stands for the run
+                self.result["results_by_dataset"] = results
+                results, precise, shared = (r and r[names[0]] for r in (results, precise, shared))
+            self._measure(model)
+            self.result.update(
+                status=FAILED if code else FINISHED,
+                message=message,
+                results=results,
+                results_precise_bn=precise,
+                results_image_share=shared,
+                image_share=self.args.image_share,
+            )
+            table = class_table(results)
+            if table:
+                logger.info(f"AP of each class, worst first:\n{table}")
+            if names:
+                self.result["flops"] = count_flops(model, self.analyse_flops)
                 try:
                     annotations, images = self.test_files()
                     # for whoever loads the model: names of classes, and images to try it on
-                    known = {"annotations": annotations, "images": images}
+                    known = {"annotations": str(annotations), "images": str(images)}
                     self.result["test_set"] = {**known, "classes": class_names(annotations)}
-                    self.draw()
+                    write_all_pictures(self.output, annotations, images, self.trainer)
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
-            self.result.update(status=FAILED if code else FINISHED, message=message)
             run_folder.write_result(self.output, self.result)
             logger.info(f"{self.result['status']}: {self.output / run_folder.RESULT}")
         return self.gather(code)[0]  # the others wait here
 
-    def _add_results(self, results: Any, precise: Any, shared: Any) -> None:
-        names = self.cfg.DATASETS.TEST
-        if len(names) > 1:  # one table a data set; the first one's stands for the run
-            self.result["results_by_dataset"] = results
-            results, precise, shared = (r and r[names[0]] for r in (results, precise, shared))
-        self.result.update(
-            results=results,
-            results_precise_bn=precise,
-            results_image_share=shared,
-            image_share=self.args.image_share,
-        )
-
     def _measure(self, model: nn.Module) -> None:
-        self.result.update(parameters=count_parameters(model), peak_memory_mb=peak_memory_mb())
+        self.result["parameters"] = count_parameters(model)
         if self.trainer is not None:
             clock = self.trainer.clock
             self.result.update(
@@ -339,9 +299,8 @@ class Job(ABC):
                 train_seconds=clock.train_seconds,
                 peak_memory_mb=clock.peak_memory_mb,
             )
-
-    def _iteration(self) -> int:
-        return self.trainer.iter if self.trainer is not None else 0
+        elif not self._training_is_known:
+            self.result["peak_memory_mb"] = peak_memory_mb()
 
     def _explain(self, error: Diverged) -> str:
         where = None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 _WARM_UP = 3  # iterations that are not timed, as in detectron2's IterationTimer
 
@@ -35,6 +40,26 @@ def reset_peak_memory() -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(model: nn.Module, analyse: Callable[[nn.Module], FlopCountAnalysis]) -> int | None:
+    """Multiply-adds of one image; None, with the reason in the log, for a model that cannot be
+    traced.
+
+    Args:
+        analyse: fvcore's count of the model in evaluation mode.
+    """
+    training = model.training
+    model.eval()
+    try:
+        analysis = analyse(model)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return int(analysis.tracer_warnings("none").total())
+    except Exception as error:  # tracing runs arbitrary model code; no run fails over this
+        logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
+        return None
+    finally:
+        model.train(training)
 
 
 def machine(on_gpu: bool) -> dict[str, str | int | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from ..run.folder import describe
-from ..run.job import Job, built
+from ..run.job import Job
 from .config_values import norms_in_use
 from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
@@ -30,35 +32,27 @@ logger = logging.getLogger(__name__)
 class StandaloneJob(Job):
     """See :class:`~cbn_det.run.job.Job`."""
 
-    trainer: Trainer | None
-
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
         norms = norms_in_use(cfg)
         result = describe(cfg, args.command, args.accumulate, 1, "standalone", norms, {})
         super().__init__(cfg, args, result)
         self.files: dict[str, CocoFiles] = {}
 
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         self.files = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        return {name: (files.annotations, files.images) for name, files in self.files.items()}
 
-    def train(self) -> dict[str, Any]:
-        torch.manual_seed(self.cfg.SEED)
-        model = built(lambda: build_model(self.cfg)).to(self.cfg.MODEL.DEVICE)
-        trainer = self.trainer = built(
-            lambda: Trainer(
-                self.cfg,
-                model,
-                self._training_set(),
-                lambda: self.evaluate(model),
-                self.args.accumulate,
-            )
-        )
-        if self.args.resume:
+    def build_trainer(self, cfg: CfgNode) -> Trainer:
+        torch.manual_seed(cfg.SEED)
+        model = build_model(cfg).to(cfg.MODEL.DEVICE)
+        evaluate = partial(self.evaluate, model)
+        return Trainer(cfg, model, self._training_set(), evaluate, self.args.accumulate)
+
+    def load(self, trainer: Trainer, resume: bool) -> None:
+        if resume:
             trainer.resume()
         if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:
-            logger.info(load_weights(model, self.cfg.MODEL.WEIGHTS))
-        self.start()
-        return trainer.train()
+            logger.info(load_weights(trainer.bare_model, self.cfg.MODEL.WEIGHTS))
 
     def build_trained(self) -> nn.Module:
         checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
@@ -93,10 +87,6 @@ class StandaloneJob(Job):
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         image, _ = self._test_set()[0]
         return FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
-
-    def test_files(self) -> tuple[str, str]:
-        files = self.files[self.cfg.DATASETS.TEST[0]]
-        return str(files.annotations), str(files.images)
 
     def _training_set(self) -> ConcatDataset:
         return ConcatDataset(

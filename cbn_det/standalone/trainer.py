@@ -73,6 +73,7 @@ class Trainer:
     Attributes:
         iter: the iteration at work; ``SOLVER.MAX_ITER`` after a whole run.
         last_batch: the latest mini-batch.
+        unused_norms: none, as they are refused when the model is built.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
         self.accumulate = accumulate
         self.iter = self.start_iter = 0
         self.last_batch: list[Sample] | None = None
+        self.unused_norms: list[str] = []
         self.clock = RunClock()
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
@@ -187,7 +189,7 @@ class Trainer:
     def _iterate(self, stop: StopRequest) -> None:
         solver = self.cfg.SOLVER
         saver = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.MAX_ITER)
-        loader = batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
+        loader = self.batches()
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
             self.clock.start_step()
@@ -205,6 +207,15 @@ class Trainer:
                     self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
                 raise Interrupted(f"interrupted at iteration {iteration}")
             self._report(iteration)
+
+    def batches(self) -> Iterator[list[Sample]]:
+        """The mini-batches that are left."""
+        return batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
+
+    def try_step(self, iteration: int, loader: Iterator[list[Sample]]) -> None:
+        """A step of a training that is only tried."""
+        self.iter = iteration
+        self._step(loader)
 
     def _step(self, loader: Iterator[list[Sample]]) -> None:
         seconds = 0.0  # without those of loading
