@@ -22,6 +22,7 @@ from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.errors import ConfigError
 from ..run.files import replace_file
+from ..run.folder import CONFIG
 from .checkpointer import AtomicCheckpointer
 from .config import read_config
 from .registry import check_config_norms, norm_keys, norms_in_use, register
@@ -34,14 +35,8 @@ class Detectron2Detector(Detector):
     """See :class:`~cbn_det.run.detector.Detector`."""
 
     @classmethod
-    def load(
-        cls, run: Path, config: Path, weights: Path, opts: Sequence[str], result: dict[str, Any]
-    ) -> Detectron2Detector:
-        """
-        Raises:
-            ConfigError: the config or the checkpoint cannot be read, or they do not fit.
-        """
-        cfg = read_config(str(config), opts)
+    def load(cls, run: Path, weights: Path, opts: Sequence[str]) -> Detectron2Detector:
+        cfg = read_config(str(run / CONFIG), opts)
         cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         register()
         check_config_norms(cfg)
@@ -49,7 +44,7 @@ class Detectron2Detector(Detector):
         find_chain_at_call(model)
         checkpointer = AtomicCheckpointer(model, cfg=cfg)
         checkpointer.load_complete(str(weights), f"--weights {weights}")
-        return cls(cfg, model, run, result)
+        return cls(cfg, model, run)
 
     @torch.no_grad()
     def detect(

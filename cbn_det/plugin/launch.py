@@ -38,19 +38,12 @@ def launch(args: argparse.Namespace) -> int:
     """
     try:
         layout = read_layout(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    try:
         cfg, notes = build_config(args, layout.world_size)
     except ValueError as error:
-        if layout.is_first:
+        if is_first():
             print(f"error: {one_line(error)}", file=sys.stderr)
         return USAGE
-    try:
-        code, death = run_processes(layout, cfg.MODEL.DEVICE, job.run, (cfg, notes, args))
-    except KeyboardInterrupt:
-        return STOPPED
+    code, death = run_processes(layout, cfg.MODEL.DEVICE, job.run, (cfg, notes, args))
     if death:
         print(f"error: {death}", file=sys.stderr)
         folder = Path(cfg.OUTPUT_DIR)
@@ -78,23 +71,26 @@ class Layout:
         processes: on this machine.
         dist_url: where several machines meet; None on a single machine, where the parent process
             hosts the meeting point itself, so that runs side by side never compete for a port.
-        torchrun: whether torchrun has already started the processes and this is one of them.
     """
 
     processes: int = 1
     machines: int = 1
     machine_rank: int = 0
     dist_url: str | None = None
-    torchrun: bool = False
 
     @property
     def world_size(self) -> int:
         return self.processes * self.machines
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process may speak for the run before rank 0 exists."""
-        return int(os.environ["RANK"]) == 0 if self.torchrun else True
+
+def under_torchrun() -> bool:
+    """Whether the processes have been started already, and this is one of them."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def is_first() -> bool:
+    """Whether this process may speak for the run before rank 0 exists."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def read_layout(args: argparse.Namespace) -> Layout:
@@ -102,7 +98,7 @@ def read_layout(args: argparse.Namespace) -> Layout:
     Raises:
         ConfigError: options that do not go together; names them.
     """
-    if all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+    if under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1 or args.dist_url:
             raise ConfigError(
                 "under torchrun, its own options set the processes: leave out --num-gpus,"
@@ -110,7 +106,7 @@ def read_layout(args: argparse.Namespace) -> Layout:
             )
         world_size = int(os.environ["WORLD_SIZE"])
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        return Layout(processes, world_size // processes, torchrun=True)
+        return Layout(processes, world_size // processes)
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines must be 1 or more")
     if not 0 <= args.machine_rank < args.num_machines:
@@ -135,19 +131,19 @@ def run_processes(
     Returns:
         The exit code, and why a process died if it died without returning one.
     """
-    if layout.world_size == 1:
-        _use_threads(device, 1)
-        return main(*args), ""
-    if layout.torchrun:
-        return _join(int(os.environ["LOCAL_RANK"]), layout, device, None, main, args), ""
-    port = None
-    if layout.dist_url is None:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = store.port
-    context = mp.start_processes(
-        _spawned, (layout, device, port, main, args), layout.processes, join=False
-    )
-    return _wait(context)
+    try:
+        if layout.world_size == 1:
+            _use_threads(device, 1)
+            return main(*args), ""
+        if under_torchrun():
+            return _join(int(os.environ["LOCAL_RANK"]), layout, device, None, main, args), ""
+        store = None
+        if layout.dist_url is None:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        rest = (layout, device, store and store.port, main, args)
+        return _wait(mp.start_processes(_spawned, rest, layout.processes, join=False))
+    except KeyboardInterrupt:
+        return STOPPED, ""
 
 
 def _wait(context: Any) -> tuple[int, str]:
@@ -190,7 +186,7 @@ def _join(
     args: tuple[Any, ...],
 ) -> int:
     rank = layout.machine_rank * layout.processes + local_rank
-    if layout.torchrun:
+    if under_torchrun():
         rank = int(os.environ["RANK"])
     faulthandler.enable()  # a process that a signal ends says where it was
     _use_threads(device, layout.processes)

@@ -30,9 +30,9 @@ from ..config_files import find_config
 from ..norms import find_chain_at_call, format_norm_table, norm_rows
 from ..run.command_line import usable_device
 from ..run.errors import ConfigError, one_line
-from ..run.job import STOPPED, USAGE
+from ..run.job import USAGE
 from .checkpointer import AtomicCheckpointer
-from .launch import read_layout, run_processes
+from .launch import is_first, read_layout, run_processes
 from .norm_hook import NormHook
 from .registry import register
 from .step import CheckedStep
@@ -52,13 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    if layout.is_first:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    try:
-        code, death = run_processes(layout, cfg.train.device, run, (args,))
-    except KeyboardInterrupt:
-        return STOPPED
+    for note in notes if is_first() else ():
+        print(f"note: {note}", file=sys.stderr)
+    code, death = run_processes(layout, cfg.train.device, run, (args,))
     if death:
         print(f"error: {death}", file=sys.stderr)
     return code
