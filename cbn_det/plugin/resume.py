@@ -124,20 +124,21 @@ class ResumableTrainer(DefaultTrainer):
     def _rank_file(self, iteration: int) -> Path:
         return Path(self.cfg.OUTPUT_DIR, f"rank{comm.get_rank()}_{iteration:07d}.pth")
 
-    def _read_rank_file(self, run: str, iteration: int) -> dict[str, Any]:
-        """
-        Raises:
-            ValueError: it is missing, broken or of another save than the checkpoint.
-        """
-        path = self._rank_file(iteration)
+    def _read_rank_file(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """What this rank left with a checkpoint; or the checkpoint, and why that is not known."""
+        path = self._rank_file(checkpoint["iteration"])
+        why = "was not written with this checkpoint"
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-            same_save = (data["run"], data["iteration"]) == (run, iteration)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if all(state[key] == checkpoint[key] for key in ("run", "iteration")):
+                return state, ""
         except Exception as error:  # whatever the bytes of a broken or foreign file make it do
-            raise ValueError(f"{path} cannot be read ({one_line(error)[:200]})") from error
-        if not same_save:
-            raise ValueError(f"{path} was not written with this checkpoint")
-        return data
+            why = f"cannot be read ({one_line(error)[:200]})"
+        rank = comm.get_rank()
+        return (
+            checkpoint,
+            f"{path} {why}: rank {rank} goes on with what the norms of rank 0 remember",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = {
@@ -197,10 +198,7 @@ class ResumableTrainer(DefaultTrainer):
                 " are shared out anew, every rank goes on with what the norms of rank 0 remember"
             )
         elif rank:
-            try:
-                mine = self._read_rank_file(state["run"], state["iteration"])
-            except ValueError as error:
-                trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
+            mine, trouble = self._read_rank_file(state)
         changes += comm.all_gather(trouble)
         changes.append(load_norm_state(self.bare_model, mine, *schedule))
         for name, value in mine["normalizers"].items():
