@@ -32,7 +32,7 @@ DOORS = {
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
-    "run": "arguments checkpoint coco_evaluation command_line detector errors export files fit"
+    "run": "arguments checkpoint coco_evaluation command_line detector errors export files"
     " folder job measure nonfinite precise_bn signals trial",
     "standalone": "detector launch",
 }

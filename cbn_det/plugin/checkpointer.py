@@ -17,9 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norm_keys import BACKBONE
-from ..run.checkpoint import AtomicSave
+from ..run.checkpoint import AtomicSave, check_complete
 from ..run.errors import ConfigError
-from ..run.fit import check_complete
 from .datasets import NUM_CLASSES_KEY
 from .registry import site_of
 

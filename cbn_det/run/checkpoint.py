@@ -4,7 +4,8 @@ the config asks for now."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..norms import load_memory_state_dict, memory_state_dict, norm_rows, resolve_burn_in
+from .errors import ConfigError
 from .files import replace_file
 
 # a resumed training is the same whatever these are
@@ -20,6 +22,11 @@ _INDIFFERENT = ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE")
 # entries of a parameter group that the config decides
 _CONFIGURED = ("lr", "initial_lr", "weight_decay", "momentum", "nesterov")
 _OF_THIS_MODEL = ("params", "param_names")
+
+# what a file may have or lack and still be the model's: a counter that nothing is computed from,
+# and what the config sets
+_NOT_NEEDED = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|cell_anchors\.\d+)$")
+_MASK_PREDICTOR = re.compile(r"(^|\.)mask_(head\.)?predictor\.")  # detectron2's, torchvision's
 
 
 class AtomicSave:
@@ -158,3 +165,48 @@ def _items(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def key_of_absent(tensors: Iterable[str]) -> str:
+    """The config key that decides whether a model has these tensors, where one decides it of a
+    whole head; "" otherwise."""
+    return "MODEL.MASK_ON" if any(map(_MASK_PREDICTOR.search, tensors)) else ""
+
+
+def check_complete(
+    where: str,
+    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    missing: Iterable[str],
+    surplus: Iterable[str],
+    key_for: Callable[[str, bool], str],
+) -> None:
+    """Refuses weights that are not the model's to the last tensor.
+
+    Args:
+        where: names the file.
+        shapes: of each tensor with another shape than the model's: the file's and the model's.
+        missing: tensors of the model that are not in the file.
+        surplus: tensors of the file that have no place in the model.
+        key_for: gives the config key, or section, that most likely differs for a tensor, which is
+            of another shape or not; "" if its name does not tell.
+
+    Raises:
+        ConfigError: names the file, the first such tensor and the config key to look at.
+    """
+    missing = [name for name in missing if not _NOT_NEEDED.search(name)]
+    surplus = [name for name in surplus if not _NOT_NEEDED.search(name)]
+    wrong = [*shapes, *missing, *surplus]
+    if not wrong:
+        return
+    first = wrong[0]
+    if first in shapes:
+        saved, wanted = shapes[first]
+        what = f"{first} is of shape {list(saved)}, the model's is {list(wanted)}"
+    else:
+        what = f"{first} is not in the {'file' if missing else 'model'}"
+    more = f", and {len(wrong) - 1} more tensors do not fit" if len(wrong) > 1 else ""
+    key = key_of_absent([*missing, *surplus]) or key_for(first, first in shapes)
+    raise ConfigError(
+        f"{where} is of another model: {what}{more}. The config must describe the network that was"
+        f" trained{f'; look at {key}' if key else ''}"
+    )
