@@ -1,9 +1,10 @@
 """Small-batch detection for detectron2: ``NORM: "CBN"`` in any config.
 
 ``cbn_det.register()`` makes the norms of :mod:`cbn_det.norms` valid wherever detectron2 takes a
-norm, ``cbn_det.NormHook`` gives them what they need of your trainer, and
-``cbn_det.convert_norm(model, "CBN")`` swaps the BatchNorms of any torch model. The rooms
-``cbn_det.norms`` and ``cbn_det.deploy`` are imported when they are first asked for.
+norm, ``cbn_det.NormHook`` gives them what they need of your trainer,
+``cbn_det.convert_norm(model, "CBN")`` swaps the BatchNorms of any torch model, and
+``cbn_det.load_run(folder)`` is a trained detector. Everything is imported when it is first asked
+for: torch takes seconds, and some of it needs detectron2.
 """
 
 from __future__ import annotations
@@ -11,58 +12,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing torch takes seconds, and not everything here needs it
-    from torch import nn
-
+if TYPE_CHECKING:
     from . import deploy, norms
-    from .norms.convert import Conversion
+    from .norms.convert import convert_norm
     from .plugin.norm_hook import NormHook
-    from .run.detector import Detector
+    from .plugin.registry import register, unregister
+    from .predict import load_run
 
 __version__ = "0.1.0"
 
 __all__ = ["NormHook", "convert_norm", "deploy", "load_run", "norms", "register", "unregister"]
 
+_HOMES = {
+    "NormHook": "plugin.norm_hook",
+    "convert_norm": "norms.convert",
+    "load_run": "predict",
+    "register": "plugin.registry",
+    "unregister": "plugin.registry",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name in ("norms", "deploy"):
         return importlib.import_module(f".{name}", __name__)
-    if name == "NormHook":  # needs detectron2
-        return importlib.import_module(".plugin.norm_hook", __name__).NormHook
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def register() -> None:
-    """Makes every norm of :mod:`cbn_det.norms` valid wherever detectron2 takes a norm.
-
-    Call it in each process, before the model is built; calling it again does nothing.
-
-    Raises:
-        ImportError: detectron2 is not installed.
-    """
-    from .plugin.registry import register as _register
-
-    _register()
-
-
-def unregister() -> None:
-    """Takes back what :func:`register` did. Models built in between keep working."""
-    from .plugin.registry import unregister as _unregister
-
-    _unregister()
-
-
-def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) -> Conversion:
-    """Swaps the BatchNorms of a model for the norm that ``spec`` names, in place; see
-    :func:`cbn_det.norms.convert_norm`."""
-    from .norms.convert import convert_norm as _convert_norm
-
-    return _convert_norm(model, spec, max_iter=max_iter)
-
-
-def load_run(run: str, weights: str | None = None) -> Detector:
-    """The trained detector of a run's folder: call it with an image; see
-    :func:`cbn_det.predict.load_run`."""
-    from .predict import load_run as _load_run
-
-    return _load_run(run, weights)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .norms.sites import STATE, LeftNorm, reasons, some, survey
 from .norms.spec import name_of
@@ -283,8 +284,7 @@ def _try(conv: nn.Conv2d, norm: nn.Module, around: nn.Module, key: str) -> str:
     try:
         before = copy.deepcopy(around).double()
         after = copy.deepcopy(conv).double()
-        exact = copy.deepcopy(norm).double()
-        after.weight, after.bias = _folded(after, exact)
+        after.weight, after.bias = _folded(after, copy.deepcopy(norm).double())
         if around is conv:
             setattr(after, key, None)
         sizes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
@@ -295,31 +295,20 @@ def _try(conv: nn.Conv2d, norm: nn.Module, around: nn.Module, key: str) -> str:
         expected, found = before(x), after(x)
     except Exception as error:
         return f"it failed when tried: {str(error).splitlines()[0]}"
-    close = 1e-9 * float(expected.abs().max() + _scale_and_shift(exact)[0].abs().max())
+    close = 1e-9 * max(float(t.abs().max()) for t in (expected, after.weight, after.bias))
     if found.shape != expected.shape or not torch.allclose(found, expected, 1e-6, close):
         return "its convolution does more than a convolution, folding would change the output"
     return ""
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a norm multiplies its input by in evaluation, and what it then adds: [C] each."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    scale = (var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
-
-
 def _folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of the convolution with the norm taken in."""
-    weight, bias = conv.weight.detach(), conv.bias
-    scale, shift = _scale_and_shift(norm)
-    if bias is not None:
-        shift = shift + scale * bias.detach().double()
-    weight = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    """Weight and bias of the convolution with the norm taken in, computed in double precision."""
+    parts = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, *moments, scale, shift = (t if t is None else t.detach().double() for t in parts)
+    fused = fuse_conv_bn_weights(weight, bias, *moments, norm.eps, scale, shift)
     trained = conv.weight.requires_grad
-    return nn.Parameter(weight, trained), nn.Parameter(shift.to(weight.dtype), trained)
+    weight, bias = (nn.Parameter(t.detach().to(conv.weight.dtype), trained) for t in fused)
+    return weight, bias
 
 
 # ---- a training run --------------------------------------------------------------------------

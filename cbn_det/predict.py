@@ -14,7 +14,7 @@ from PIL import Image
 from .data.pictures import Lettering, Mark, color_of, draw
 from .run.detector import Detector, Predictions, read_rgb, without_notices_of_torch
 from .run.errors import ConfigError, one_line
-from .run.folder import CONFIG, read_result
+from .run.folder import CONFIG
 
 
 def load_run(
@@ -56,7 +56,7 @@ def load_run(
             raise ImportError(f"{path} is a detectron2 model: install detectron2") from error
     else:
         from .standalone.detector import StandaloneDetector as Kind
-    return Kind.load(run, config, path, opts, read_result(run) or {})
+    return Kind.load(run, path, opts)
 
 
 def _last_checkpoint(run: Path) -> Path:

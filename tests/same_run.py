@@ -51,8 +51,8 @@ def state_of(output: Path) -> dict[str, Any]:
     state = torch.load(output / name, weights_only=True)
     if "trainer" in state:  # detectron2
         training = state["trainer"]
-        del training["run"], training["hooks"]["ClockHook"], training["reports"]["position"]
-        values = list(training["reports"]["storage"].values())
+        del training["run"], training["clock"]
+        values = list(training["storage"].values())
     else:
         del state["training"]["clock"]
         values = [state["training"]["metrics"]["latest"]]

@@ -256,19 +256,13 @@ def test_in_mixed_precision_an_overflow_skips_the_whole_step() -> None:
     """On CPU: bfloat16, and a scaler that works there."""
     from detectron2.utils.events import EventStorage
 
-    from cbn_det.plugin.step import CheckedAMPStep
+    from cbn_det.plugin.step import CheckedStep
 
     model, twin = Losses(), Losses()
     optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    step = CheckedAMPStep(
-        model,
-        numbers(),
-        optimizers[0],
-        grad_scaler=scaler,
-        precision=torch.bfloat16,
-        accumulate=3,
-    )
+    step = CheckedStep(model, numbers(), optimizers[0], accumulate=3, mixed_precision=True)
+    scaler = step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    step.precision = torch.bfloat16
     batches, expected = numbers(), []
     overflow = iter([False] * 3 + [False, True, False] + [False] * 3)
     model.weight.register_hook(lambda g: g * float("inf") if next(overflow) else g)
@@ -298,16 +292,14 @@ def test_one_mini_batch_at_a_time_is_detectron2s_own_step() -> None:
     from cbn_det.plugin.step import CheckedStep
 
     found = []
-    for kind in ("detectron2's", "ours", "the loop of several"):
+    for kind in (SimpleTrainer, CheckedStep):
         model = Losses()
-        cls = SimpleTrainer if kind == "detectron2's" else CheckedStep
-        step = cls(model, numbers(), torch.optim.SGD(model.parameters(), 0.1))
-        run = step._accumulated_step if kind == "the loop of several" else step.run_step
+        step = kind(model, numbers(), torch.optim.SGD(model.parameters(), 0.1))
         with EventStorage() as storage:
             for step.iter in range(3):
-                run()
+                step.run_step()
             values = {k: v for k, (v, _) in storage.latest().items() if "loss" in k}
         found.append((copy.deepcopy(model.weight.data), values))
-    for weight, values in found[1:]:
-        assert torch.equal(weight, found[0][0])
-        assert values == found[0][1] and len(values) == 3
+    (theirs, their_values), (ours, our_values) = found
+    assert torch.equal(ours, theirs)
+    assert our_values == their_values and len(our_values) == 3

@@ -31,14 +31,14 @@ DOORS = {
     " worst_images",
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
-    "plugin": "detector launch lazy norm_hook registry trial",
-    "run": "arguments checkpoint clock coco_evaluation command_line detector errors export files"
-    " fit folder job measure nonfinite precise_bn resume signals trial",
-    "standalone": "detector launch trial",
+    "plugin": "detector launch lazy norm_hook registry",
+    "run": "arguments checkpoint coco_evaluation command_line detector errors export files"
+    " folder job measure nonfinite precise_bn signals trial",
+    "standalone": "detector launch",
 }
 # files beside the rooms that everybody may import, and what of ours these may
 EVERYBODYS = {
-    "__init__": "deploy norms norms.convert plugin.norm_hook plugin.registry run.detector predict",
+    "__init__": "deploy norms norms.convert plugin.norm_hook plugin.registry predict",
     "cli": "",
     "coco_sets": "run.errors",
     "config_files": "run.errors",

@@ -205,12 +205,12 @@ def test_memory_and_disk_that_do_not_suffice(lines: Any, monkeypatch: pytest.Mon
 def test_a_step_that_fails(
     lines: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
-    from cbn_det.standalone.trial import StandaloneTrial
+    from cbn_det.run.trial import Trial
 
-    def fail(self: StandaloneTrial, iteration: int) -> None:
+    def fail(self: Trial, iteration: int) -> None:
         raise error
 
-    monkeypatch.setattr(StandaloneTrial, "step", fail)
+    monkeypatch.setattr(Trial, "step", fail)
     code, found = lines("standalone")
     assert code == 1 and found[-2].startswith("PROBLEM ") and said in found[-2]
 
@@ -219,16 +219,16 @@ def test_a_step_that_fails(
 def test_processes_share_the_batch_and_the_machine(
     lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cbn_det.plugin.trial import Detectron2Trial
+    from cbn_det.run.trial import Trial
 
     seen = []
-    step = Detectron2Trial.step
+    step = Trial.step
 
-    def noted(self: Detectron2Trial, iteration: int) -> None:
+    def noted(self: Trial, iteration: int) -> None:
         step(self, iteration)
         seen.append(len(self._trainer.step.last_batch))
 
-    monkeypatch.setattr(Detectron2Trial, "step", noted)
+    monkeypatch.setattr(Trial, "step", noted)
     more = ("SOLVER.IMS_PER_BATCH", "6", "SOLVER.REFERENCE_WORLD_SIZE", "3")
     code, found = lines("detectron2", "--num-gpus", "2", "--accumulate", "2", *more)
     assert code == 0, found

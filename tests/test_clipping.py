@@ -26,10 +26,10 @@ def solver(**values: Any) -> Any:
 
 def stepped(cfg: Any, scaler: Any = None) -> torch.Tensor:
     """How a step moves five weights in two parameters with gradients 3, 0, 4 and 12, 0."""
-    from cbn_det.plugin.optimizer import build_optimizer
+    from cbn_det.plugin.trainer import Trainer
 
     model = nn.ParameterList([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))])
-    optimizer = build_optimizer(cfg, model)
+    optimizer = Trainer.build_optimizer(cfg, model)
     loss = 3 * model[0][0] + 4 * model[0][2] + 12 * model[1][0]
     if scaler is None:
         loss.backward()

@@ -77,10 +77,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def leave_out_the_end(patch: pytest.MonkeyPatch) -> None:
     """Pictures and FLOPs take longer than a few iterations; lines come every two of those."""
     from cbn_det.plugin import trainer
-    from cbn_det.plugin.job import Detectron2Job
+    from cbn_det.run import job
 
-    for name in ("draw", "count_flops"):
-        patch.setattr(Detectron2Job, name, lambda *args: None)
+    for name in ("write_all_pictures", "count_flops"):
+        patch.setattr(job, name, lambda *args: None)
     patch.setattr(trainer, "_WRITE_PERIOD", 2)
 
 
@@ -264,7 +264,7 @@ def test_mixed_precision_and_accumulation_resume_exactly(
     from cbn_det.plugin.trainer import Trainer
 
     scaler = partial(torch.amp.GradScaler, "cpu", init_scale=4.0, growth_interval=2)
-    monkeypatch.setattr("torch.cuda.amp.GradScaler", scaler)
+    monkeypatch.setattr("torch.amp.GradScaler", scaler)
     words = ("SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "3", "DATASETS.TEST", "()")
     norms = (
         *("MODEL.FPN.NORM", "KN", "MODEL.ROI_BOX_HEAD.NORM", "MBN(burn_in=1)"),
@@ -356,7 +356,7 @@ def ask_to_stop(trainer: Any, at: int) -> None:
 def test_several_processes_resume_exactly(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cbn_det.plugin.processes import Layout, run_processes
+    from cbn_det.plugin.launch import Layout, run_processes
 
     ended = run_processes(Layout(processes=RANKS), "cpu", _runs_of_ranks, (inputs, tmp_path))
     assert ended == (0, "")

@@ -119,7 +119,7 @@ def _die_on_rank_1() -> int:
 
 
 def test_a_killed_process_ends_the_others() -> None:
-    from cbn_det.plugin.processes import Layout, run_processes
+    from cbn_det.plugin.launch import Layout, run_processes
 
     ended = run_processes(Layout(processes=2), "cpu", _die_on_rank_1, ())
     assert ended == (1, "rank 1 was killed by SIGKILL")

@@ -384,10 +384,9 @@ def test_a_norm_that_no_layer_was_built_from_is_told(registered):
     cfg.MODEL.RESNETS.NORM = "CBN"
     cfg.MODEL.FPN.NORM = "CBN"  # the backbone has no FPN, and the same norm elsewhere hides nothing
     registered.check_config_norms(cfg)
-    model = nn.Module()
-    assert sorted(registered.unused_norms(cfg, model)) == ["MODEL.FPN.NORM", "MODEL.RESNETS.NORM"]
-    model.backbone = build_backbone(cfg)
-    assert registered.unused_norms(cfg, model) == ["MODEL.FPN.NORM"]
+    assert sorted(registered.unused_norms(cfg)) == ["MODEL.FPN.NORM", "MODEL.RESNETS.NORM"]
+    build_backbone(registered.told_apart(cfg))
+    assert registered.unused_norms(cfg) == ["MODEL.FPN.NORM"]
 
 
 @detectron2
@@ -398,11 +397,11 @@ def test_a_norm_key_of_another_project_counts_as_used_once_a_layer_was_built_fro
     cfg = get_cfg()
     cfg.MODEL.MY_HEAD = CfgNode({"NORM": "CBN(window=6)"})
     registered.check_config_norms(cfg)
-    assert registered.unused_norms(cfg, nn.Module()) == ["MODEL.MY_HEAD.NORM"]
+    assert registered.unused_norms(cfg) == ["MODEL.MY_HEAD.NORM"]
     get_norm("CBN(window=6)", 8)
-    assert registered.unused_norms(cfg, nn.Module()) == []
+    assert registered.unused_norms(cfg) == []
     registered.check_config_norms(cfg)  # a second model of this process counts anew
-    assert registered.unused_norms(cfg, nn.Module()) == ["MODEL.MY_HEAD.NORM"]
+    assert registered.unused_norms(cfg) == ["MODEL.MY_HEAD.NORM"]
 
 
 def test_without_detectron2_register_says_so_and_the_norms_work():
@@ -416,9 +415,9 @@ def test_without_detectron2_register_says_so_and_the_norms_work():
         import cbn_det
         from cbn_det.norms import build_norm
         print(build_norm("CBN(window=2)", 4).window)
-        for call in (cbn_det.register, cbn_det.register):
+        for _ in range(2):
             try:
-                call()
+                cbn_det.register()
             except ImportError as error:
                 print("detectron2" in str(error))
         """)

@@ -142,14 +142,14 @@ def test_parameters_that_were_frozen_start_without_momentum(
 
 @pytest.mark.detectron2
 def test_mixed_precision_goes_on_from_full_precision() -> None:
-    from cbn_det.plugin.step import CheckedAMPStep, CheckedStep
+    from cbn_det.plugin.step import CheckedStep
 
-    def step(kind: type) -> Any:
+    def step(mixed: bool) -> Any:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-        return kind(model, [], optimizer)
+        return CheckedStep(model, [], optimizer, mixed_precision=mixed)
 
-    full, mixed = step(CheckedStep), step(CheckedAMPStep)
+    full, mixed = step(False), step(True)
     full.model(torch.ones(1, 2)).sum().backward()
     full.optimizer.step()
     mixed.load_state_dict(full.state_dict())
@@ -160,7 +160,7 @@ def test_mixed_precision_goes_on_from_full_precision() -> None:
 
 def test_groups_that_only_their_place_can_tell() -> None:
     """A checkpoint of detectron2's own trainer does not name its parameters."""
-    from cbn_det.run.resume import fit_optimizer_state
+    from cbn_det.run.checkpoint import fit_optimizer_state
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     first = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)

@@ -15,7 +15,7 @@ def test_a_new_run_removes_what_would_pass_for_its_own(tmp_path, caplog) -> None
     (tmp_path / "model_0000001.pth").write_bytes(b"weights")
 
     with caplog.at_level(logging.WARNING):
-        run_folder.start_afresh(tmp_path)
+        run_folder.start_training(tmp_path)
 
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"metrics.json", "model_0000001.pth"}
@@ -25,5 +25,5 @@ def test_a_new_run_removes_what_would_pass_for_its_own(tmp_path, caplog) -> None
 
 def test_a_first_run_warns_of_nothing(tmp_path, caplog) -> None:
     (tmp_path / "metrics.json").touch()  # detectron2's writer is there first
-    run_folder.start_afresh(tmp_path)
+    run_folder.start_training(tmp_path)
     assert not caplog.records

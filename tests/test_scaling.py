@@ -73,7 +73,7 @@ def test_gpus_and_machines_keep_images_per_gpu(
 def test_the_images_of_a_training_and_their_rate_stay(gpus: int) -> None:
     from detectron2.config import get_cfg
 
-    from cbn_det.plugin.scaling import scale_schedule
+    from cbn_det.plugin.config import scale_schedule
 
     for row in sorted(COCO.glob("*/*img.yaml")):
         if row.parent.name == "base":
@@ -95,8 +95,7 @@ def test_the_images_of_a_training_and_their_rate_stay(gpus: int) -> None:
 
 
 def test_accumulated_mini_batches_count_like_gpus(inputs: Path, tmp_path: Path) -> None:
-    from cbn_det.plugin.config import build_config
-    from cbn_det.plugin.scaling import scale_schedule
+    from cbn_det.plugin.config import build_config, scale_schedule
 
     words = ("SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "16")
     words = ("--accumulate", "4", *words, "SOLVER.MAX_ITER", "900", "SOLVER.BASE_LR", "0.02")

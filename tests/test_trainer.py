@@ -178,20 +178,33 @@ def test_precise_statistics_are_those_of_all_inputs() -> None:
         recompute_statistics(model, iter(batches[:2]), 3)
 
 
+def make_job(inputs: Path, output: Path, *words: str):
+    """A job whose data is there, and a model for it."""
+    from cbn_det.plugin.config import build_config
+    from cbn_det.plugin.job import Detectron2Job
+    from cbn_det.plugin.trainer import Trainer
+
+    args = parsed(inputs, output, *words)
+    cfg, _ = build_config(args, 1)
+    job = Detectron2Job(cfg, args)
+    job.prepare(eval_only=False)
+    return job, Trainer.build_model(cfg)
+
+
 def test_precise_evaluation_takes_its_statistics_back(inputs: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(inputs, tmp_path, "MODEL.FPN.NORM", "CBN")
-    before = {k: v.clone() for k, v in trainer.bare_model.state_dict().items()}
-    results = trainer.evaluate_precise(2)
+    job, model = make_job(inputs, tmp_path, "MODEL.FPN.NORM", "CBN")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    results = job.evaluate_precise(model, 2)
     assert set(results["bbox"]) >= {"AP", "AP50"}
-    for key, value in trainer.bare_model.state_dict().items():
+    for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert not (tmp_path / "coco_instances_results.json").exists()  # that is the run's own
 
 
 def test_precise_evaluation_without_batch_norm(inputs: Path, tmp_path: Path) -> None:
     norms = ("MODEL.FPN.NORM", "", "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.ROI_BOX_HEAD.NORM", "")
-    trainer = make_trainer(inputs, tmp_path, *norms)
-    assert trainer.evaluate_precise(2) is None
+    job, model = make_job(inputs, tmp_path, *norms)
+    assert job.evaluate_precise(model, 2) is None
 
 
 def test_a_second_sigint_stops_at_once() -> None:

@@ -16,7 +16,7 @@ from tiny_run import arguments, evaluation_of, result_of, run_loggers_removed, w
 
 from cbn_det.data.worst_images import score_images, write_worst_images
 from cbn_det.launch import main
-from cbn_det.run.class_table import class_table
+from cbn_det.run.display import class_table
 
 SIZE = 60
 

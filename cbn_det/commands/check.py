@@ -103,10 +103,10 @@ def make_trial(args: argparse.Namespace) -> Trial:
         raise ValueError(f"--config-file {args.config_file}: a LazyConfig cannot be checked")
     args.engine = resolve_engine(args.engine)
     if args.engine == "detectron2":
-        from ..plugin.trial import Detectron2Trial as kind
+        from ..plugin.launch import trial
     else:
-        from ..standalone.trial import StandaloneTrial as kind
-    return kind(args)
+        from ..standalone.launch import trial
+    return trial(args)
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, list[Finding]]:

@@ -6,15 +6,17 @@ import argparse
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 
 from ..run.command_line import check_run, merge
 from ..run.errors import ConfigError
-from .optimizer import FULL_MODEL
 from .registry import check_config_norms, norm_keys, register
-from .scaling import describe_schedule, scale_schedule
 
+#: SOLVER.CLIP_GRADIENTS.CLIP_TYPE that detectron2 has in its projects only
+FULL_MODEL = "full_model"
 # of each gradient's elements, of each gradient, and of all gradients together
 _CLIP_TYPES = ("value", "norm", FULL_MODEL)
+_SCALED = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
 _SYNC_NORMS = ("SyncBN", "nnSyncBN")
 # the one synchronised norm that runs on CPU and survives zero RoIs
 _CPU_SYNC_NORM = "naiveSyncBN_N"
@@ -44,8 +46,8 @@ def build_config(args: argparse.Namespace, world_size: int) -> tuple[CfgNode, li
     scaled = scale_schedule(cfg, world_size, args.accumulate)
     if scaled is not cfg:
         notes.append(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, processes are {world_size}: scaled to"
-            f" {describe_schedule(scaled)}"
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}, processes are {world_size}: scaled to "
+            + ", ".join(f"{key} {scaled.SOLVER[key]}" for key in _SCALED)
         )
     cfg = scaled
     _check(cfg, world_size)
@@ -67,6 +69,45 @@ def read_config(file: str, opts: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     merge(cfg, file, opts, lambda: cfg.merge_from_file(file), remote=True)
     return cfg
+
+
+def scale_schedule(cfg: CfgNode, world_size: int, accumulate: int = 1) -> CfgNode:
+    """Fits a config with ``SOLVER.REFERENCE_WORLD_SIZE`` to the GPUs that there are.
+
+    Images per GPU stay, ``IMS_PER_BATCH // REFERENCE_WORLD_SIZE``; the learning rate goes with the
+    images of an optimiser step, iterations, steps and periods against them, as in detectron2's
+    ``DefaultTrainer.auto_scale_workers``. Two things differ from that:
+
+    - Warm-up gets no shorter than the config's. detectron2 would warm up to LR 0.16 in 125
+      iterations where 1000 lead to 0.02; its own configs of 64 and 128 images keep the 1000.
+    - Mini-batches that one process accumulates count like those of as many processes. Such a config
+      says ``REFERENCE_WORLD_SIZE 0`` afterwards, as detectron2 has no key for the difference.
+
+    A norm's burn-in that is a fraction of ``SOLVER.MAX_ITER`` follows; one in iterations does not.
+
+    Args:
+        world_size: processes of all machines.
+        accumulate: mini-batches of an optimiser step, in each process.
+
+    Returns:
+        A new config; the same where ``REFERENCE_WORLD_SIZE`` is 0 or nothing has to change. Scaling
+        it once more changes nothing.
+    """
+    if not cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        return cfg
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size * accumulate)
+    if scaled is cfg and accumulate == 1:
+        return cfg
+    scaled = scaled.clone()
+    scaled.defrost()
+    solver = scaled.SOLVER
+    solver.WARMUP_ITERS = max(solver.WARMUP_ITERS, cfg.SOLVER.WARMUP_ITERS)
+    if accumulate > 1:
+        solver.IMS_PER_BATCH //= accumulate
+        solver.REFERENCE_WORLD_SIZE = 0
+    if cfg.is_frozen():
+        scaled.freeze()
+    return scaled
 
 
 def _check(cfg: CfgNode, world_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -11,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
-from cbn_det.data import (
+from ..data import (
     DIGITS_NAMES,
     CocoReport,
     DataError,
@@ -23,10 +24,8 @@ from cbn_det.data import (
     names_in_use,
     write_digits,
 )
-from cbn_det.data.image_check import DETECTRON2
-from cbn_det.data.pictures import class_names
-
-__all__ = ["check_num_classes", "ensure_digits", "is_coco", "prepare_datasets", "register_coco"]
+from ..data.image_check import DETECTRON2
+from ..data.pictures import class_names
 
 # The key that each of detectron2's own detectors reads its number of classes from. The others
 # (ProposalNetwork, SemanticSegmentor, PanopticDeepLab, a user's own) are not checked.
@@ -38,8 +37,7 @@ NUM_CLASSES_KEY = {
 
 
 def register_coco(name: str, annotations: str | os.PathLike, images: str | os.PathLike) -> None:
-    """
-    Makes a COCO-format set known under ``name``, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+    """Makes a COCO-format set known under ``name``, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
     Files are not read. Doing it again with the same files does nothing.
 
@@ -65,8 +63,7 @@ def register_coco(name: str, annotations: str | os.PathLike, images: str | os.Pa
 
 
 def ensure_digits() -> None:
-    """
-    Registers ``digits_train`` and ``digits_val``, and writes their files where they are missing.
+    """Registers ``digits_train`` and ``digits_val``, and writes their files where they are missing.
 
     Processes of one machine may call it at the same time: one writes, the others wait.
 
@@ -85,8 +82,7 @@ def _register_digits() -> None:
 def prepare_datasets(
     cfg: CfgNode, coco_datasets: Iterable[Sequence[str]] = (), *, eval_only: bool = False
 ) -> dict[str, CocoReport]:
-    """
-    Registers the data sets of a run and checks them, before any time is spent on training.
+    """Registers the data sets of a run and checks them, before any time is spent on training.
 
     Every process of the run must call it, since each has a catalogue of its own; one process a
     machine writes and reads the files, and all raise the same error.
@@ -174,8 +170,7 @@ def _layout_hint(name: str) -> str:
 
 
 def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """
-    Compares the detector's number of classes with that of each data set in the config.
+    """Compares the detector's number of classes with that of each data set in the config.
 
     Raises:
         DataError: they differ, or training and test sets have different classes.
@@ -183,12 +178,10 @@ def check_num_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
     key = NUM_CLASSES_KEY.get(cfg.MODEL.META_ARCHITECTURE)
     if key is None:
         return
-    num_classes = cfg
-    for part in key.split("."):
-        num_classes = num_classes[part]
     names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
     classes = {name: _class_names(name) for name in names}
-    check_classes(key, num_classes, {n: c for n, c in classes.items() if c is not None})
+    known = {name: found for name, found in classes.items() if found is not None}
+    check_classes(key, reduce(getattr, key.split("."), cfg), known)
 
 
 def _class_names(name: str) -> list[str] | None:
@@ -197,6 +190,4 @@ def _class_names(name: str) -> list[str] | None:
     if meta.get("thing_classes") is not None:
         return list(meta.thing_classes)
     json_file = meta.get("json_file")
-    if json_file is None or not os.path.isfile(json_file):
-        return None
-    return class_names(json_file)
+    return class_names(json_file) if json_file and os.path.isfile(json_file) else None

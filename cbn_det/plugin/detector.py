@@ -8,34 +8,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.export import TracingAdapter
+from detectron2.export.flatten import flatten_to_tuple
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..norms import find_chain_at_call
+from ..deploy import Deployment, to_batchnorm
+from ..norms import find_chain_at_call, known_norms, norm_class, parse_spec
 from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.errors import ConfigError
+from ..run.files import replace_file
+from ..run.folder import CONFIG
 from .checkpointer import AtomicCheckpointer
 from .config import read_config
-from .deploy import write_plain
-from .registry import check_config_norms, register
+from .registry import check_config_norms, norm_keys, norms_in_use, register
+
+#: largest difference of a plain model's output, relative to its largest value
+TOLERANCE = 1e-5
 
 
 class Detectron2Detector(Detector):
     """See :class:`~cbn_det.run.detector.Detector`."""
 
     @classmethod
-    def load(
-        cls, run: Path, config: Path, weights: Path, opts: Sequence[str], result: dict[str, Any]
-    ) -> Detectron2Detector:
-        """
-        Raises:
-            ConfigError: the config or the checkpoint cannot be read, or they do not fit.
-        """
-        cfg = read_config(str(config), opts)
+    def load(cls, run: Path, weights: Path, opts: Sequence[str]) -> Detectron2Detector:
+        cfg = read_config(str(run / CONFIG), opts)
         cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         register()
         check_config_norms(cfg)
@@ -43,7 +44,7 @@ class Detectron2Detector(Detector):
         find_chain_at_call(model)
         checkpointer = AtomicCheckpointer(model, cfg=cfg)
         checkpointer.load_complete(str(weights), f"--weights {weights}")
-        return cls(cfg, model, run, result)
+        return cls(cfg, model, run)
 
     @torch.no_grad()
     def detect(
@@ -69,8 +70,67 @@ class Detectron2Detector(Detector):
         inputs = [{"image": image}]
         return TracingAdapter(self.model, inputs, _inference)
 
-    def write_plain(self, folder: Path, images: list[Tensor]) -> tuple[Any, list[Path]]:
-        return write_plain(self.cfg, self.model, folder, images)
+    @torch.no_grad()
+    def write_plain(self, folder: Path, images: list[Tensor]) -> tuple[Deployment, list[Path]]:
+        """Writes ``config.yaml`` and ``model.pth``: the same detector with plain BatchNorm.
+
+        Norms of ours become "BN" in the config; keys and shapes of the weights are then those of
+        detectron2's own model. Before anything is written, that model is built, given the weights
+        and tried beside the one that was trained. The config names the weights by their absolute
+        path, so that it loads from any current folder.
+        """
+        plain_cfg = _plain_config(self.cfg)
+        expected = [_outputs(self.model, image) for image in images]
+        report = to_batchnorm(self.model)
+        state = self.model.state_dict()
+        plain = build_model(plain_cfg).eval()
+        plain.load_state_dict(state, strict=True)
+        for image, wanted in zip(images, expected, strict=True):
+            error = _difference(wanted, _outputs(plain, image))
+            if error > TOLERANCE:
+                raise RuntimeError(
+                    f"the model with plain BatchNorm puts out something else: it differs by"
+                    f" {error:.1e} of the largest value. Nothing was written; please report this"
+                    " config"
+                )
+        weights, config = folder.absolute() / "model.pth", folder.absolute() / "config.yaml"
+        replace_file(weights, lambda file: torch.save({"model": state}, file))
+        plain_cfg.MODEL.WEIGHTS, plain_cfg.OUTPUT_DIR = str(weights), str(weights.parent)
+        replace_file(config, lambda file: file.write(plain_cfg.dump().encode()))
+        return report, [config, weights]
+
+
+def _plain_config(cfg: CfgNode) -> CfgNode:
+    """The config with "BN" wherever it names a norm of ours."""
+    plain = cfg.clone()
+    used = norms_in_use(cfg)
+    for key, norm in norm_keys(cfg):
+        name = parse_spec(norm)[0] if norm else ""
+        if name not in known_norms():
+            continue
+        if key in used and not issubclass(norm_class(name), nn.BatchNorm2d):
+            raise ConfigError(
+                f"{key}: {norm} cannot become BatchNorm: it takes its statistics from its own"
+                " input in evaluation, too"
+            )
+        plain.merge_from_list([key, "BN"])
+    return plain
+
+
+def _outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """All tensors that a model puts out for an image, and its feature maps."""
+    batch = [{"image": image}]
+    features = model.backbone(model.preprocess_image(batch).tensor)
+    values, _ = flatten_to_tuple([features, model(batch)])
+    return [value.float() for value in values if isinstance(value, Tensor)]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The largest difference, relative to the largest value of the tensor it is in."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if a.numel()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in pairs)
 
 
 def _inference(model: nn.Module, inputs: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:

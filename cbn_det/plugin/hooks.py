@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
+from fvcore.common.checkpoint import PeriodicCheckpointer
 
 from ..norms import norm_diagnostics, sync_running_stats
-from ..run.clock import RunClock
 from ..run.nonfinite import check_state
 from ..run.precise_bn import recompute_statistics
 from ..run.signals import Interrupted
 from .loading import place
 
-
-class ClockHook(HookBase):
-    """Keeps the run's clock. Stands first, so that a step's time is its own."""
-
-    def __init__(self, clock: RunClock) -> None:
-        self._clock = clock
-        self.before_train = clock.start
-        self.before_step = clock.start_step
-        self.after_step = clock.end_step
-        self.after_train = clock.stop
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._clock.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._clock.load_state_dict(state)
+_WINDOW = 20  # iterations that a logged value is the median of
+_CLOCKS = ("time", "eta_seconds")  # a new process measures anew
 
 
 class PreciseBN(hooks.PreciseBN):
@@ -56,45 +47,37 @@ class NormDiagnostics(HookBase):
             self.trainer.storage.put_scalars(**norm_diagnostics(self.trainer.bare_model))
 
 
-class SettleStatistics(HookBase):
-    """Before an evaluation or a checkpoint, pools running statistics over ranks and checks numbers.
+class Save(HookBase):
+    """Before an evaluation or a checkpoint pools running statistics over ranks and checks numbers,
+    then saves; leaves the loop once a rank was asked to stop.
 
-    Runs on all ranks; stands after PreciseBN and before whoever evaluates or saves.
+    Runs on all ranks: each leaves what it alone knows before rank 0 saves. Stands after PreciseBN
+    and before whoever evaluates.
     """
 
-    def __init__(self, *periods: int) -> None:
-        self._periods = [period for period in periods if period > 0]
-
     def after_step(self) -> None:
-        trainer = self.trainer
-        done = trainer.iter + 1
-        due = done == trainer.max_iter or any(done % period == 0 for period in self._periods)
-        if trainer.stopping and not due:
+        trainer, done = self.trainer, self.trainer.iter + 1
+        stopping = trainer.step.stop_agreed  # all ranks
+        period, last = trainer.cfg.SOLVER.CHECKPOINT_PERIOD, done == trainer.max_iter
+        evaluating = last or _divides(trainer.cfg.TEST.EVAL_PERIOD, done)
+        saving = last or _divides(period, done)
+        if stopping and not (evaluating or saving):
             trainer.keep_buffers()  # a run that goes on does not pool them here
-        if due or trainer.stopping:
+        if stopping or evaluating or saving:
             sync_running_stats(trainer.bare_model)
             check_state(trainer.bare_model)
-
-
-class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """detectron2's hook, on all ranks: each leaves what it alone knows before rank 0 saves."""
-
-    def step(self, iteration: int, **kwargs: Any) -> None:
-        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
-            self.trainer.save_rank()
-        super().step(iteration, **kwargs)
-
-
-class StopOnRequest(HookBase):
-    """Saves and leaves the loop once a rank was asked to stop. Stands after the checkpointer."""
-
-    def after_step(self) -> None:
-        trainer = self.trainer
-        if trainer.stopping:
-            if trainer.iter + 1 < trainer.max_iter:  # else it is saved
-                trainer.save_rank()
-                trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        if stopping or saving:
+            trainer.save_rank()
+        if saving:
+            PeriodicCheckpointer(trainer.checkpointer, period, trainer.max_iter).step(trainer.iter)
+        elif stopping:
+            trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        if stopping:
             raise Interrupted(f"interrupted at iteration {trainer.iter}")
+
+
+def _divides(period: int, iterations: int) -> bool:
+    return period > 0 and iterations % period == 0
 
 
 class EvalHook(hooks.EvalHook):
@@ -103,3 +86,60 @@ class EvalHook(hooks.EvalHook):
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
+
+
+class Reports(hooks.PeriodicWriter):
+    """detectron2's ``PeriodicWriter``, which can take back what it wrote."""
+
+    def go_back(self, iteration: int) -> None:
+        """Takes back the lines of this iteration and later ones, and what a killed process left of
+        a line."""
+        last = -1
+        for writer in self._writers:  # the JSONWriter comes first
+            if isinstance(writer, JSONWriter):
+                path = Path(writer._file_handle.name)
+                size = 0
+                for line in path.read_bytes().splitlines(keepends=True):
+                    written = _iteration_of(line)
+                    if written >= iteration:
+                        break  # what stands behind is written again, of earlier iterations too
+                    size, last = size + len(line), max(last, written)
+                os.truncate(path, size)  # the writer appends, wherever the end is
+                writer._last_write = last
+            elif isinstance(writer, TensorboardXWriter):
+                writer._writer_args["purge_step"] = max(iteration, 0)
+                writer._last_write = last
+
+
+def _iteration_of(line: bytes) -> float:
+    """Infinite for a line that is none."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def storage_state(storage: EventStorage) -> dict[str, Any]:
+    """What later lines will be made of: plain lists and dicts."""
+    kept = [name for name in storage.latest() if name not in _CLOCKS]
+    return {
+        "values": {name: _recent(storage.history(name).values()) for name in kept},
+        "latest": {name: storage.latest()[name] for name in kept},
+        "smoothed": {name: storage.smoothing_hints()[name] for name in kept},
+    }
+
+
+def load_storage_state(storage: EventStorage, state: dict[str, Any]) -> None:
+    """Puts what :func:`storage_state` returned into a new storage."""
+    for name, values in state["values"].items():
+        for value, at in values:
+            storage.put_scalar(name, value, state["smoothed"][name], cur_iter=at)
+    # in the order in which they came, which is that of the lines
+    storage._latest_scalars.clear()
+    storage._latest_scalars.update({name: tuple(pair) for name, pair in state["latest"].items()})
+
+
+def _recent(values: list[tuple[float, float]]) -> list[tuple[float, int]]:
+    first = values[-1][1] - _WINDOW + 1
+    newest_first = takewhile(lambda pair: pair[1] >= first, reversed(values))
+    return [(value, int(at)) for value, at in newest_first][::-1]

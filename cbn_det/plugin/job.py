@@ -14,6 +14,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -21,13 +22,13 @@ from torch import nn
 from ..run.errors import ConfigError
 from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
-from ..run.job import Job, built
-from ..run.nonfinite import first_bad_layer
+from ..run.job import Job
 from .checkpointer import AtomicCheckpointer
-from .datasets import prepare_datasets
+from .datasets import is_coco, prepare_datasets
+from .loading import place
 from .registry import check_config_norms, norms_in_use, register
 from .step import has_sync_norm
-from .trainer import Trainer, check_evaluable, evaluate_precise
+from .trainer import Trainer, check_evaluable, in_process_loading
 
 T = TypeVar("T")
 
@@ -75,27 +76,29 @@ def describe_run(cfg: CfgNode, args: argparse.Namespace, world_size: int) -> dic
 class Detectron2Job(Job):
     """See :class:`~cbn_det.run.job.Job`."""
 
-    trainer: Trainer | None
-
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         super().__init__(cfg, args, describe_run(cfg, args, self.world_size))
 
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         register()
         check_config_norms(self.cfg)  # each process keeps the keys to name in its errors
         prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
         for name in self.cfg.DATASETS.TEST:
             check_evaluable(name)
+        names = filter(is_coco, (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST))
+        metas = map(MetadataCatalog.get, names)
+        return {meta.name: (Path(meta.json_file), Path(meta.image_root)) for meta in metas}
 
-    def train(self) -> dict[str, Any]:
-        trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))
+    def build_trainer(self, cfg: CfgNode) -> Trainer:
+        trainer = Trainer(cfg, self.args.accumulate)
         if self.args.strict and trainer.unused_norms:
             keys = ", ".join(trainer.unused_norms)
             raise ConfigError(f"--strict: {keys}: the model has no layer of this norm")
-        built(lambda: trainer.resume_or_load(resume=self.args.resume))
-        self.start()
-        return trainer.train()
+        return trainer
+
+    def load(self, trainer: Trainer, resume: bool) -> None:
+        trainer.resume_or_load(resume)
 
     def build_trained(self) -> nn.Module:
         model = Trainer.build_model(self.cfg)
@@ -107,30 +110,33 @@ class Detectron2Job(Job):
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
         return Trainer.test(self.cfg, model, folder=self._within(folder or "inference"))
 
-    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        folder = self._within("inference_precise_bn")
-        return evaluate_precise(self.cfg, model, iterations, folder)
+    def training_batches(self) -> Any:
+        seed = max(self.cfg.SEED, 0)
+        seed_all_rng(seed + self.rank)
+        loader = Trainer.build_train_loader(in_process_loading(self.cfg))
+        place(loader, seed)
+        return loader
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        with EventStorage():  # what heads log is dropped
+            return model(batch)
 
     def find_bad_layer(self) -> str | None:
-        model, batch = self.trainer.bare_model, self.trainer.step.last_batch
-        if batch is None or (self.world_size > 1 and has_sync_norm(model)):
+        model = self.trainer.bare_model
+        if self.world_size > 1 and has_sync_norm(model):
             return None
-
-        def forward() -> None:
-            device = next(model.parameters()).device.type
-            with EventStorage(), torch.autocast(device, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                model(batch)
-
-        return first_bad_layer(model, forward)
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, enabled=self.cfg.SOLVER.AMP.ENABLED):
+            return super().find_bad_layer()
 
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         record = DatasetCatalog.get(self.cfg.DATASETS.TEST[0])[0]
         sample = DatasetMapper(self.cfg, is_train=False)(dict(record))
         return FlopCountAnalysis(model, [{"image": sample["image"]}])
 
-    def test_files(self) -> tuple[str, str]:
+    def test_files(self) -> tuple[Path, Path]:
         metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
-        return metadata.json_file, metadata.get("image_root") or ""
+        return Path(metadata.json_file), Path(metadata.get("image_root") or "")
 
     def _within(self, folder: str) -> str:
         return f"{EVALUATION}/{folder}" if self.args.eval_only else folder

@@ -7,16 +7,14 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
     create_ddp_model,
     default_argument_parser,
     default_setup,
@@ -25,23 +23,21 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from omegaconf import OmegaConf
 from torch import nn
 
 from ..config_files import find_config
 from ..norms import find_chain_at_call, format_norm_table, norm_rows
 from ..run.command_line import usable_device
 from ..run.errors import ConfigError, one_line
-from ..run.job import STOPPED, USAGE
+from ..run.job import USAGE
 from .checkpointer import AtomicCheckpointer
-from .launch import read_layout
+from .launch import is_first, read_layout, run_processes
 from .norm_hook import NormHook
-from .processes import run_processes
 from .registry import register
-from .step import OptimizerOfConfig
+from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,13 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    if layout.is_first:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    try:
-        code, death = run_processes(layout, cfg.train.device, run, (args,))
-    except KeyboardInterrupt:
-        return STOPPED
+    for note in notes if is_first() else ():
+        print(f"note: {note}", file=sys.stderr)
+    code, death = run_processes(layout, cfg.train.device, run, (args,))
     if death:
         print(f"error: {death}", file=sys.stderr)
     return code
@@ -73,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     cfg, _ = _load(args)
     default_setup(cfg, args)
     try:
-        model = _built("model", lambda: instantiate(cfg.model).to(cfg.train.device))
+        model = _make(cfg, "model").to(cfg.train.device)
         logger.info(format_norm_table(norm_rows(model)))
         if args.eval_only:
             path = cfg.train.init_checkpoint
@@ -94,23 +86,24 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """The config as this machine can run it, and a line for everything that was replaced."""
     register()  # before anything is instantiated, in every process
-    cfg = _built(f"--config-file {args.config_file}", lambda: LazyConfig.load(args.config_file))
+    with _named(f"--config-file {args.config_file}"):
+        cfg = LazyConfig.load(args.config_file)
     for word in args.opts:
-        _built(word, partial(LazyConfig.apply_overrides, cfg, [word]))
-    key = "train.device"
-    device, notes = usable_device(key, _built(key, lambda: str(cfg.train.device)))
-    if not notes:
-        return cfg, notes
-    if cfg.train.amp.enabled:
+        with _named(word):
+            LazyConfig.apply_overrides(cfg, [word])
+    with _named("train.device"):
+        device, notes = usable_device("train.device", str(cfg.train.device))
+    if notes and cfg.train.amp.enabled:
         raise ConfigError("train.amp.enabled needs a GPU, and there is none here: set it to False")
     cfg.train.device = device
     return cfg, notes
 
 
-def _built(key: str, make: Callable[[], T]) -> T:
-    """While things are built from the config, whatever goes wrong is told with its key."""
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Whatever goes wrong within is told with a key of the config."""
     try:
-        return make()
+        yield
     except ConfigError:
         raise
     except Exception as error:  # a LazyConfig calls any code
@@ -120,7 +113,12 @@ def _built(key: str, make: Callable[[], T]) -> T:
         raise ConfigError(f"{key}: {message}") from error
 
 
-def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
+def _make(cfg: Any, key: str) -> Any:
+    with _named(key):
+        return instantiate(OmegaConf.select(cfg, key))
+
+
+def train(cfg: Any, model: nn.Module, resume: bool = False) -> CheckedStep:
     """Trains a model of a LazyConfig.
 
     Args:
@@ -136,51 +134,44 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> SimpleTrainer:
     Raises:
         ConfigError: something cannot be built from ``cfg``; names its key.
     """
-    options = cfg.train
-    loader = _built("dataloader.train", lambda: instantiate(cfg.dataloader.train))
+    options, main = cfg.train, comm.is_main_process()
+    loader = _make(cfg, "dataloader.train")
     if "evaluator" in cfg.dataloader:  # missing files are told now, not after hours
-        _built("dataloader.test", lambda: instantiate(cfg.dataloader.test))
-    norms = _built("model", lambda: NormHook(model))
+        _make(cfg, "dataloader.test")
+    with _named("model"):
+        norms = NormHook(model)
     cfg.optimizer.params.model = model
-    optimizer = _built("optimizer", lambda: instantiate(cfg.optimizer))
+    optimizer = _make(cfg, "optimizer")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # at resume, too, the schedule's is the config's
-    on_gpu = next(model.parameters()).is_cuda
-    devices = [torch.cuda.current_device()] if on_gpu else None
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     wrapped = create_ddp_model(model, **{"device_ids": devices, **options.ddp})
-    kind = _MixedPrecision if options.amp.enabled else OptimizerOfConfig
-    trainer = kind(wrapped, loader, optimizer)
+    trainer = CheckedStep(wrapped, loader, optimizer, mixed_precision=options.amp.enabled)
     checkpointer = AtomicCheckpointer(wrapped, options.output_dir, trainer=trainer)
-    schedule = _built("lr_multiplier", lambda: instantiate(cfg.lr_multiplier))
-    of_all_ranks = [norms, hooks.IterationTimer(), hooks.LRScheduler(scheduler=schedule)]
-    evaluation = hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, model))
-    if comm.is_main_process():
-        save = hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer)
-        writers = default_writers(options.output_dir, options.max_iter)
-        write = hooks.PeriodicWriter(writers, period=options.log_period)
-        trainer.register_hooks([*of_all_ranks, save, evaluation, write])
-    else:
-        trainer.register_hooks([*of_all_ranks, evaluation])
-    weights = options.init_checkpoint
-    _built(
-        f"train.init_checkpoint {weights}",
-        lambda: checkpointer.resume_or_load(weights, resume=resume),
+    writers = default_writers(options.output_dir, options.max_iter) if main else []
+    trainer.register_hooks(
+        [
+            norms,
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=_make(cfg, "lr_multiplier")),
+            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
+            hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, model)),
+            hooks.PeriodicWriter(writers, period=options.log_period) if main else None,
+        ]
     )
+    weights = options.init_checkpoint
+    with _named(f"train.init_checkpoint {weights}"):
+        checkpointer.resume_or_load(weights, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
     return trainer
-
-
-class _MixedPrecision(OptimizerOfConfig, AMPTrainer):
-    pass
 
 
 def evaluate(cfg: Any, model: nn.Module) -> dict[str, Any] | None:
     """Results on ``dataloader.test``; None without a ``dataloader.evaluator``."""
     if "evaluator" not in cfg.dataloader:
         return None
-    loader = _built("dataloader.test", lambda: instantiate(cfg.dataloader.test))
-    evaluator = _built("dataloader.evaluator", lambda: instantiate(cfg.dataloader.evaluator))
+    loader, evaluator = _make(cfg, "dataloader.test"), _make(cfg, "dataloader.evaluator")
     results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results

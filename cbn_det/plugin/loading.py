@@ -30,7 +30,7 @@ _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 Key = tuple[int, int]  # index of an image and its position in the order of all ranks together
 
 
-class ResumableLoader:
+class ResumableLoader(Dataset):
     """Endless training batches of one rank, the same in a resumed run as in an unbroken one.
 
     The order of the images is the sampler's. Its beginning is replayed up to the batch to start
@@ -67,7 +67,7 @@ class ResumableLoader:
         workers: int,
     ) -> None:
         self._wide = [r["width"] > r["height"] for r in records] if grouped else None
-        self._dataset = DatasetFromList(records, copy=False)
+        self._records = DatasetFromList(records, copy=False)
         self._mapper = PicklableWrapper(mapper)
         self._sampler = sampler
         self._images_per_gpu = images_per_gpu
@@ -83,7 +83,7 @@ class ResumableLoader:
         )
         return iter(
             DataLoader(
-                _Seeded(self._dataset, self._mapper, self.seed),
+                self,
                 batch_sampler=islice(keys, self.start, None),
                 collate_fn=list,
                 num_workers=self._workers,
@@ -91,6 +91,19 @@ class ResumableLoader:
                 generator=torch.Generator(),  # else the loader draws from the global one
             )
         )
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        index, position = key
+        with _kept_random_state():
+            # torch.manual_seed would seed the GPU's random numbers too
+            on_cpu = torch.random.default_generator.manual_seed
+            _seed(self.seed, _AUGMENTATION, 0, position, on_cpu)
+            for _ in range(_TRIES):
+                sample = self._mapper(self._records[index])
+                if sample is not None:
+                    return sample
+                index = random.randrange(len(self._records))
+        raise DataError(f"DATASETS.TRAIN: the mapper refused {_TRIES} images in a row")
 
 
 def build_loader(cfg: CfgNode, mapper: Any = None) -> Any:
@@ -169,28 +182,6 @@ def grouped_keys(
 def seed_step(seed: int, rank: int, iteration: int) -> None:
     """Sets torch's, numpy's and Python's random numbers for a training step."""
     _seed(seed, _STEP, rank, iteration, torch.manual_seed)
-
-
-class _Seeded(Dataset):
-    """A data set whose keys say how random numbers are to be seeded."""
-
-    def __init__(self, dataset: Dataset, mapper: Any, seed: int) -> None:
-        self._dataset = dataset
-        self._mapper = mapper
-        self._seed = seed
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        index, position = key
-        with _kept_random_state():
-            # torch.manual_seed would seed the GPU's random numbers too
-            on_cpu = torch.random.default_generator.manual_seed
-            _seed(self._seed, _AUGMENTATION, 0, position, on_cpu)
-            for _ in range(_TRIES):
-                sample = self._mapper(self._dataset[index])
-                if sample is not None:
-                    return sample
-                index = random.randrange(len(self._dataset))
-        raise DataError(f"DATASETS.TRAIN: the mapper refused {_TRIES} images in a row")
 
 
 def _seed(seed: int, use: int, rank: int, number: int, seed_torch: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial, reduce, wraps
 from typing import Any
@@ -23,40 +22,23 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Size, Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..norm_keys import BACKBONE, NORM_KEYS
-from ..norms import (
-    SmallBatchNorm2d,
-    build_norm,
-    known_norms,
-    norm_class,
-    parse_spec,
-    try_norm,
-)
+from ..norm_keys import NORM_KEYS
+from ..norms import SmallBatchNorm2d, build_norm, known_norms, parse_spec, try_norm
 from ..norms.binding import ConvBound
 from ..norms.recalibration import in_backward
 
 logger = logging.getLogger(__name__)
 
 #: the names of detectron2's own table (it is rebuilt inside ``get_norm`` at each call)
-DETECTRON2_NORMS = (
-    "BN",
-    "SyncBN",
-    "FrozenBN",
-    "GN",
-    "nnSyncBN",
-    "naiveSyncBN",
-    "naiveSyncBN_N",
-    "LN",
-)
+DETECTRON2_NORMS = tuple("BN SyncBN FrozenBN GN nnSyncBN naiveSyncBN naiveSyncBN_N LN".split())
 
 NormSpec = str | Callable[[int], nn.Module] | None
 
 _original: Callable[[NormSpec, int], nn.Module | None] = home.get_norm
 _retinanet_hook: Any = None
-_built: Counter[str] = Counter()  # layers of a norm, of those that no key is known to have named
-_built_for: set[str] = set()  # the keys that gave a layer
-_told_apart: dict[int, tuple[str, list[str]]] = {}  # id of a string -> it, and the keys with it
 _keys: dict[str, list[str]] = {}  # norm -> the keys that name it in the config checked last
+_key_of: dict[int, tuple[str, str]] = {}  # id of a string of told_apart -> it, and its key
+_built_for: set[str] = set()  # the keys that gave a layer
 
 
 @wraps(_original)
@@ -65,22 +47,16 @@ def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
         return _original(norm, out_channels)
     name, _ = parse_spec(norm)
     if name in known_norms():
-        _note_built(norm)
+        keys = [_key_of[id(norm)][1]] if id(norm) in _key_of else _keys.get(norm, [])
+        _built_for.update(keys)
         try:
             return build_norm(norm, out_channels)
         except ValueError as error:
-            named_by = ", ".join(_keys.get(norm, ()))
-            raise ValueError(f"{named_by}: {error}" if named_by else str(error)) from None
+            raise ValueError(f"{', '.join(keys)}: {error}" if keys else str(error)) from None
     try:  # a name that this detectron2 knows and we do not
         return _original(norm, out_channels)
     except KeyError:
         raise ValueError(_unknown(norm)) from None
-
-
-def _note_built(norm: str) -> None:
-    _, keys = _told_apart.get(id(norm), ("", []))
-    _built_for.update(keys)
-    _built[norm] += not keys
 
 
 def told_apart(cfg: CfgNode) -> CfgNode:
@@ -92,20 +68,20 @@ def told_apart(cfg: CfgNode) -> CfgNode:
     copy.defrost()
     for key, value in list(norm_keys(copy)):
         *sections, name = key.split(".")
-        node = reduce(getattr, sections, copy)
         own = value[:1] + value[1:]  # equal, but another object
-        setattr(node, name, own)
-        _told_apart.setdefault(id(own), (own, []))[1].append(key)
+        setattr(reduce(getattr, sections, copy), name, own)
+        _key_of[id(own)] = own, key
     if cfg.is_frozen():
         copy.freeze()
     return copy
 
 
 def _unknown(norm: str) -> str:
+    name = parse_spec(norm)[0]
     ours, theirs = ", ".join(sorted(known_norms())), ", ".join(DETECTRON2_NORMS)
     message = f"unknown norm {norm!r}. Known: {ours} (cbn_det), {theirs} (detectron2), '' for none"
-    if parse_spec(norm)[0] in DETECTRON2_NORMS:
-        message = f"norm {norm!r}: detectron2's {parse_spec(norm)[0]} takes no options. {message}"
+    if name in DETECTRON2_NORMS:
+        message = f"norm {norm!r}: detectron2's {name} takes no options. {message}"
     return message
 
 
@@ -120,8 +96,10 @@ def _rebind(old: Any, new: Any) -> None:
 
 def register() -> None:
     """Makes every name of :func:`cbn_det.norms.known_norms`, with options, valid wherever
-    detectron2 takes a norm: YAML, LazyConfig, command line, ``get_norm``. Calling it again does
-    nothing."""
+    detectron2 takes a norm: YAML, LazyConfig, command line, ``get_norm``.
+
+    Call it in each process, before the model is built; calling it again does nothing.
+    """
     global _retinanet_hook
     if home.get_norm is get_norm:
         return
@@ -131,7 +109,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Puts detectron2's own ``get_norm`` back everywhere."""
+    """Puts detectron2's own ``get_norm`` back everywhere. Models built in between keep working."""
     global _retinanet_hook
     if home.get_norm is not get_norm:
         return
@@ -257,68 +235,42 @@ def check_config_norms(cfg: CfgNode) -> None:
                     get_norm(value, 32)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-    for key, value in norm_keys(cfg):
-        _keys.setdefault(value, []).append(key)
-    _built.clear()
+            _keys.setdefault(value, []).append(key)
+    _key_of.clear()
     _built_for.clear()
-    _told_apart.clear()
-
-
-_RCNN = ("GeneralizedRCNN", "PanopticFPN")
 
 
 def norms_in_use(cfg: CfgNode) -> dict[str, str]:
     """The ``*NORM`` keys that the configured model reads, with their values."""
-    return {key: norm for key, norm in norm_keys(cfg) if _applies(cfg, key)}
-
-
-def _applies(cfg: CfgNode, key: str) -> bool:
     model = cfg.MODEL
-    rcnn = model.META_ARCHITECTURE in _RCNN
-    backbone = model.BACKBONE.NAME.lower()
-    known = {
+    architecture, backbone = model.META_ARCHITECTURE, model.BACKBONE.NAME.lower()
+    rcnn = architecture in ("GeneralizedRCNN", "PanopticFPN")
+    read = {
         "MODEL.RESNETS.NORM": "resnet" in backbone,
         "MODEL.FPN.NORM": "fpn" in backbone,
         "MODEL.ROI_BOX_HEAD.NORM": rcnn and model.ROI_HEADS.NAME != "Res5ROIHeads",
         "MODEL.ROI_MASK_HEAD.NORM": rcnn and model.MASK_ON,
-        "MODEL.RETINANET.NORM": model.META_ARCHITECTURE == "RetinaNet",
-        "MODEL.SEM_SEG_HEAD.NORM": model.META_ARCHITECTURE not in ("GeneralizedRCNN", "RetinaNet"),
+        "MODEL.RETINANET.NORM": architecture == "RetinaNet",
+        "MODEL.SEM_SEG_HEAD.NORM": architecture not in ("GeneralizedRCNN", "RetinaNet"),
     }
-    return known.get(key, True)
+    return {key: norm for key, norm in norm_keys(cfg) if read.get(key, True)}
 
 
-_MODULES = {row.key: row.modules for row in NORM_KEYS}
+def unused_norms(cfg: CfgNode) -> list[str]:
+    """Config keys that name one of our norms, but from which no layer was built since
+    :func:`check_config_norms`. Two keys of one norm count as one in a model that was not built from
+    :func:`told_apart`.
+
+    Some heads take no norm, and some code compares names and falls through to "no norm" for those
+    it does not know; nothing else would tell.
+    """
+    return [
+        key
+        for key, value in norm_keys(cfg)
+        if value and value not in DETECTRON2_NORMS and key not in _built_for
+    ]
 
 
 def site_of(name: str) -> str:
     """The ``*NORM`` key of the part of a model that a module or tensor is in; "" if unknown."""
     return next((row.key for row in NORM_KEYS if re.match(row.modules, name)), "")
-
-
-def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
-    """Config keys that name one of our norms but gave the model no such layer.
-
-    Some heads take no norm, and some code compares names and falls through to "no norm" for those
-    it does not know; nothing else would tell. Keys of other projects are judged by whether a layer
-    was built for them since :func:`check_config_norms`; where the model was not built from
-    :func:`told_apart`, by whether any layer was built from their norm.
-    """
-    ours = [name for name, module in model.named_modules() if type(module) in _classes()]
-    frozen_up_to = cfg.MODEL.BACKBONE.FREEZE_AT
-    unused = []
-    for key, value in norm_keys(cfg):
-        if not value or value in DETECTRON2_NORMS:
-            continue
-        if key == BACKBONE.key and frozen_up_to >= 5:
-            continue  # frozen, as the config says: they were ours and are FrozenBN now
-        if key in _MODULES:
-            used = any(re.match(_MODULES[key], name) for name in ours)
-        else:
-            used = key in _built_for or _built[value] > 0
-        if not used:
-            unused.append(key)
-    return unused
-
-
-def _classes() -> set[type[nn.Module]]:
-    return {norm_class(name) for name in known_norms()}

@@ -13,21 +13,15 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
-from ..run.checkpoint import load_norm_state, norm_state
-from ..run.resume import solver_changes, solver_state
-from .hooks import StopOnRequest
+from ..run.checkpoint import load_norm_state, norm_state, settings, settings_changes
+from ..run.errors import one_line
+from ..run.files import replace_file
+from ..run.measure import RunClock
+from .checkpointer import check_weights
+from .hooks import Reports, Save, load_storage_state, storage_state
 from .loading import ResumableLoader
-from .ranks import (
-    buffers_of,
-    load_buffers,
-    load_rank_file,
-    rank_file,
-    remove_rank_files,
-    save_rank_file,
-)
-from .reports import Reports, load_storage_state, storage_state
 from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
@@ -40,9 +34,9 @@ class ResumableTrainer(DefaultTrainer):
     was not, bit for bit on CPU, with the same number of processes and threads. What an iteration
     works with besides depends on the seed and its number alone (:mod:`.loading`). What rank 0
     cannot know of the others, their norms' memory and running statistics, each leaves in a file of
-    its own beside the checkpoint (:mod:`.ranks`). What hooks behind :class:`.hooks.StopOnRequest`
-    do in the iteration of a checkpoint (an evaluation, a line of ``metrics.json``) comes after it
-    was saved, and is done again.
+    its own beside the checkpoint (on its machine, where machines do not share the folder). What
+    hooks behind :class:`.hooks.Save` do in the iteration of a checkpoint (an evaluation, a line of
+    ``metrics.json``) comes after it was saved, and is done again.
 
     A subclass with a ``build_train_loader`` of its own is exact if that gives what
     :func:`.loading.build_loader` makes, which takes a mapper. Where something starts anew, because
@@ -54,6 +48,7 @@ class ResumableTrainer(DefaultTrainer):
     """
 
     bare_model: nn.Module
+    clock: RunClock
     reports: Reports | None
     step: CheckedStep
 
@@ -61,15 +56,16 @@ class ResumableTrainer(DefaultTrainer):
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
         self._run = comm.all_gather(os.urandom(8).hex())[0]  # what is saved together has it
         self._last_save = -1
-        self._own_buffers: dict[str, torch.Tensor] | None = None
+        self._own_buffers: dict[str, Tensor] | None = None
         self._resuming = False
-        self._saved_reports: dict[str, Any] | None = None
+        self._saved_storage: dict[str, Any] | None = None
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See ``DefaultTrainer``. Without a checkpoint to resume, training starts anew.
 
         Raises:
-            ValueError: the checkpoint is of another model, or not all processes find it.
+            ValueError: the checkpoint is of another model, not all processes find it, or
+                ``MODEL.WEIGHTS`` does not fit the norms (:func:`.checkpointer.check_weights`).
         """
         found = comm.all_gather(Path(self.checkpointer.get_checkpoint_file()).name)
         if resume and len(set(found)) > 1:
@@ -81,21 +77,23 @@ class ResumableTrainer(DefaultTrainer):
             )
         super().resume_or_load(resume)
         self._resuming = resume
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if self.checkpointer.incompatible is not None and not resumed:
+            check_weights(self.bare_model, self.checkpointer.incompatible, self.cfg)
 
     def _end_saved_iteration(self) -> None:
         """Does what an unbroken run does between saving in an iteration and the next one: lines
         that are on file already are taken back, and the hooks that stand behind the checkpointers
         run, again where they had run before the training was broken off."""
-        saved = self._saved_reports
-        if self.start_iter and saved is None:
-            return  # detectron2's own checkpoint does not say how far the reports had got
+        if self.start_iter and self._saved_storage is None:
+            return  # detectron2's own checkpoint does not say what the next lines are made of
         self.iter = self.storage.iter = self.start_iter - 1
         if self.reports:
-            self.reports.go_back(saved and saved["position"], self.iter)
+            self.reports.go_back(self.iter)
         if self.start_iter:
             if self.reports:
-                load_storage_state(self.storage, saved["storage"])
-            behind = dropwhile(lambda hook: not isinstance(hook, StopOnRequest), self._hooks)
+                load_storage_state(self.storage, self._saved_storage)
+            behind = dropwhile(lambda hook: not isinstance(hook, Save), self._hooks)
             for hook in islice(behind, 1, None):
                 hook.after_step()
         self.iter = self.start_iter
@@ -103,33 +101,56 @@ class ResumableTrainer(DefaultTrainer):
     def keep_buffers(self) -> None:
         """Before the ranks' running statistics are pooled for a checkpoint alone: a resumed run
         goes on with those of now."""
-        self._own_buffers = buffers_of(self.bare_model)
+        self._own_buffers = _buffers(self.bare_model)
 
     def save_rank(self) -> None:
         """Leaves what this rank knows for the checkpoint of this iteration, which may be saved once
         this returns. All ranks must call it."""
-        folder, rank = self.cfg.OUTPUT_DIR, comm.get_rank()
-        if rank:
-            path = rank_file(folder, rank, self.iter)
-            save_rank_file(path, self._run, self.iter, self._rank_state())
+        path = self._rank_file(self.iter)
+        if comm.get_rank():
+            data = {"run": self._run, "iteration": self.iter, **self._rank_state()}
+            path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 may have, on another machine
+            replace_file(path, lambda file: torch.save(data, file))
         comm.synchronize()
-        if rank:  # rank 0 is done with the save before this one, and may never finish this one
-            remove_rank_files(folder, rank, keep=(self._last_save, self.iter))
+        if comm.get_rank():
+            # they may hold much. Rank 0 is done with the save before this one, and may never finish
+            # this one; any other checkpoint can be resumed without
+            kept = {path, self._rank_file(self._last_save)}
+            for old in path.parent.glob(f"rank{comm.get_rank()}_{'[0-9]' * 7}.pth"):
+                if old not in kept:
+                    old.unlink(missing_ok=True)
         self._last_save = self.iter
+
+    def _rank_file(self, iteration: int) -> Path:
+        return Path(self.cfg.OUTPUT_DIR, f"rank{comm.get_rank()}_{iteration:07d}.pth")
+
+    def _read_rank_file(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """What this rank left with a checkpoint; or the checkpoint, and why that is not known."""
+        path = self._rank_file(checkpoint["iteration"])
+        why = "was not written with this checkpoint"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if all(state[key] == checkpoint[key] for key in ("run", "iteration")):
+                return state, ""
+        except Exception as error:  # whatever the bytes of a broken or foreign file make it do
+            why = f"cannot be read ({one_line(error)[:200]})"
+        rank = comm.get_rank()
+        return (
+            checkpoint,
+            f"{path} {why}: rank {rank} goes on with what the norms of rank 0 remember",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = {
             **super().state_dict(),
             **self._rank_state(),
+            "clock": self.clock.state_dict(),
             "run": self._run,
             "world_size": comm.get_world_size(),
-            "seed": self.seed,
-            "accumulate": self.step.accumulate,
-            "solver": solver_state(self.cfg),
+            "settings": settings(self.cfg, self.seed, self.step.accumulate),
         }
         if self.reports and hasattr(self, "storage"):
-            storage = storage_state(self.storage)
-            state["reports"] = {"position": self.reports.position(), "storage": storage}
+            state["storage"] = storage_state(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,21 +163,24 @@ class ResumableTrainer(DefaultTrainer):
             ):
                 group["lr"] = rate
         self._last_save = self.iter
-        self._saved_reports = state_dict.get("reports")
+        self._saved_storage = state_dict.get("storage")
+        self.clock.load_state_dict(state_dict.get("clock", {}))
+        saved = state_dict.get("settings", {})
         if self.cfg.SEED < 0:
-            self.seed = state_dict.get("seed", self.seed)
+            self.seed = saved.get("SEED", self.seed)
         changes = self._load_rank_state(state_dict)
-        changes += solver_changes(state_dict.get("solver", {}), self.cfg)
-        changes += [self.step.optimizer_change] if self.step.optimizer_change else []
+        changes += settings_changes(saved, settings(self.cfg, self.seed, self.step.accumulate))
+        changes.append(self.step.optimizer_change)
         if not isinstance(self.data_loader, ResumableLoader):
             changes.append("the training loader cannot go on where it was: it starts anew")
-        if changes:
-            logger.warning(f"the checkpoint cannot be resumed exactly: {'; '.join(changes)}")
+        if any(changes):
+            why = "; ".join(filter(None, changes))
+            logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
 
     def _rank_state(self) -> dict[str, Any]:
         state = {**norm_state(self.bare_model), "normalizers": _normalizers(self.bare_model)}
         if comm.get_world_size() > 1:
-            state["buffers"] = self._own_buffers or buffers_of(self.bare_model)
+            state["buffers"] = self._own_buffers or _buffers(self.bare_model)
         return state
 
     def _load_rank_state(self, state: dict[str, Any]) -> list[str]:
@@ -167,16 +191,6 @@ class ResumableTrainer(DefaultTrainer):
             return [load_norm_state(self.bare_model, state, *schedule)]
         rank, ranks = comm.get_rank(), comm.get_world_size()
         changes, mine, trouble = [], state, ""
-        if state["seed"] != self.seed:
-            changes.append(
-                f"SEED was {state['seed']}, now it is {self.seed}: images and random numbers are"
-                " others"
-            )
-        if state["accumulate"] != self.step.accumulate:
-            changes.append(
-                f"--accumulate was {state['accumulate']}, now it is {self.step.accumulate}:"
-                " images are others"
-            )
         same_ranks = state["world_size"] == ranks
         if not same_ranks:
             changes.append(
@@ -184,17 +198,22 @@ class ResumableTrainer(DefaultTrainer):
                 " are shared out anew, every rank goes on with what the norms of rank 0 remember"
             )
         elif rank:
-            path = rank_file(self.cfg.OUTPUT_DIR, rank, state["iteration"])
-            try:
-                mine = load_rank_file(path, state["run"], state["iteration"])
-            except ValueError as error:
-                trouble = f"{error}: rank {rank} goes on with what the norms of rank 0 remember"
+            mine, trouble = self._read_rank_file(state)
         changes += comm.all_gather(trouble)
         changes.append(load_norm_state(self.bare_model, mine, *schedule))
-        changes.append(_load_normalizers(self.bare_model, mine.get("normalizers")))
+        for name, value in mine["normalizers"].items():
+            self.bare_model.get_submodule(name).loss_normalizer = value
         if same_ranks and not trouble:
-            load_buffers(self.bare_model, mine.get("buffers", {}))
-        return [change for change in changes if change]
+            saved = mine.get("buffers", {})
+            for name, buffer in self.bare_model.named_buffers():
+                if name in saved and saved[name].shape == buffer.shape:
+                    buffer.copy_(saved[name])
+        return changes
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies: ranks have running statistics of their own."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def _normalizers(model: nn.Module) -> dict[str, float]:
@@ -205,14 +224,3 @@ def _normalizers(model: nn.Module) -> dict[str, float]:
         for name, module in model.named_modules()
         if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
     }
-
-
-def _load_normalizers(model: nn.Module, values: dict[str, float] | None) -> str:
-    """Returns what is not as it was: nothing, or that they are not known."""
-    detectors = {n: m for n, m in model.named_modules() if isinstance(m, DenseDetector)}
-    if detectors and values is None:
-        return "the average that losses are divided by is not in it: it starts anew"
-    for name, value in (values or {}).items():
-        if name in detectors:
-            detectors[name].loss_normalizer = value
-    return ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import shutil
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -27,29 +29,17 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.clock import RunClock
+from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
-from ..run.precise_bn import kept_statistics, recompute_statistics
-from ..run.signals import StopRequest, ignore_interrupts, stop_requests
+from ..run.measure import RunClock
+from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
-from .evaluation import Evaluator
-from .hooks import (
-    ClockHook,
-    EvalHook,
-    NormDiagnostics,
-    PeriodicCheckpointer,
-    PreciseBN,
-    SettleStatistics,
-    StopOnRequest,
-)
+from .config import FULL_MODEL, scale_schedule
+from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
-from .optimizer import build_optimizer
 from .registry import norms_in_use, told_apart, unused_norms
-from .reports import Reports
 from .resume import ResumableTrainer
-from .scaling import scale_schedule
-from .step import CheckedAMPStep, CheckedStep
-from .weights import check_weights
+from .step import CheckedStep
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +83,8 @@ class Trainer(ResumableTrainer):
             # gradient lies decides in what order those of more than two ranks are added up
             find_unused_parameters=not on_gpu and comm.get_world_size() > 2,
         )
-        step = CheckedAMPStep if cfg.SOLVER.AMP.ENABLED else CheckedStep
-        self._trainer = step(wrapped, loader, optimizer, accumulate=accumulate)
+        mixed = cfg.SOLVER.AMP.ENABLED
+        self._trainer = CheckedStep(wrapped, loader, optimizer, accumulate, mixed)
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -110,61 +100,27 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
-        self.unused_norms = self._tell_unused_norms()
-
-    def _tell_unused_norms(self) -> list[str]:
-        in_use, unused = norms_in_use(self.cfg), unused_norms(self.cfg, self.bare_model)
-        for key in unused:
+        self.unused_norms = [key for key in unused_norms(cfg) if key in norms_in_use(cfg)]
+        for key in unused_norms(cfg):
             logger.log(
-                logging.WARNING if key in in_use else logging.INFO,
+                logging.WARNING if key in self.unused_norms else logging.INFO,
                 f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
                 " own must ask detectron2.layers.get_norm for the others",
             )
-        return [key for key in unused if key in in_use]
 
-    auto_scale_workers = staticmethod(scale_schedule)
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """See :class:`.resume.ResumableTrainer`.
-
-        Raises:
-            ConfigError: the checkpoint is another model's, or the weights of ``MODEL.WEIGHTS`` do
-                not fit the norms; see :func:`.weights.check_weights`.
-        """
-        super().resume_or_load(resume)
-        resumed = resume and self.checkpointer.has_checkpoint()
-        if self.checkpointer.incompatible is not None and not resumed:
-            check_weights(self.bare_model, self.checkpointer.incompatible, self.cfg)
-
-    def build_hooks(self) -> list[hooks.HookBase | None]:
-        cfg = self.cfg
-        precise = cfg.TEST.PRECISE_BN
-        wanted = precise.ENABLED and get_bn_modules(self.bare_model)
-        main = comm.is_main_process()
+    def build_hooks(self) -> list[hooks.HookBase]:
+        cfg, main = self.cfg, comm.is_main_process()
+        period, precise = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN
+        found = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if precise.ENABLED and get_bn_modules(self.bare_model):
+            loader = self.build_train_loader(in_process_loading(cfg))
+            found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))
         if main:
             self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
-        return [
-            ClockHook(self.clock),
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            (
-                PreciseBN(
-                    cfg.TEST.EVAL_PERIOD,
-                    self.bare_model,
-                    self.build_train_loader(_in_process_loading(cfg)),
-                    precise.NUM_ITER,
-                )
-                if wanted
-                else None
-            ),
-            NormDiagnostics(_WRITE_PERIOD) if main else None,
-            SettleStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD),
-            PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-            StopOnRequest(),
-            # those from here on run again after a resume: ResumableTrainer says why
-            EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate),
-            self.reports,
-        ]
+            found.append(NormDiagnostics(_WRITE_PERIOD))
+        # those behind Save run again after a resume: ResumableTrainer says why
+        found += [Save(), EvalHook(period, self.evaluate)]
+        return found + [self.reports] * main
 
     @property
     def step(self) -> CheckedStep:
@@ -172,9 +128,9 @@ class Trainer(ResumableTrainer):
         return self._trainer
 
     @property
-    def stopping(self) -> bool:
-        """Whether all ranks have agreed to stop after this iteration."""
-        return self._trainer.stop_agreed
+    def last_batch(self) -> Any:
+        """The latest mini-batch of this rank."""
+        return self._trainer.last_batch
 
     def train(self) -> dict[str, Any]:
         """Trains from ``start_iter`` and evaluates. After a complete run, evaluates only.
@@ -189,6 +145,7 @@ class Trainer(ResumableTrainer):
         logger.info(f"Training from iteration {self.start_iter} to {self.max_iter}")
         self.iter = self.start_iter
         place(self.data_loader, self.seed, self.start_iter * self.step.accumulate)
+        self.clock.start()
         with EventStorage(self.start_iter) as self.storage:
             try:
                 self.before_train()
@@ -198,13 +155,27 @@ class Trainer(ResumableTrainer):
                     for iteration in range(self.start_iter, self.max_iter):
                         self.iter = iteration
                         self.before_step()
+                        self.clock.start_step()
                         self.run_step()
+                        self.clock.end_step()
                         self.after_step()
-                self._trainer.stop_request = StopRequest()
                 self.iter = self.max_iter  # tells after_train that training succeeded
             finally:
+                self.clock.stop()
                 self.after_train()
         return self.results
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's mini-batches, from the first one on."""
+        place(self.data_loader, self.seed)
+        return iter(self.data_loader)
+
+    def try_step(self, iteration: int, batches: Iterator[Any]) -> None:
+        """A step of a training that is only tried."""
+        self.iter = iteration
+        self.step.reset_data_loader(lambda: batches)
+        with EventStorage() as self.storage:
+            self.run_step()
 
     def run_step(self) -> None:
         """One optimiser step, and the second pass over its images where an MBN layer wants it.
@@ -224,10 +195,6 @@ class Trainer(ResumableTrainer):
         self.results = self.test(self.cfg, self.bare_model)
         return self.results
 
-    def evaluate_precise(self, iterations: int) -> dict[str, Any] | None:
-        """Evaluates once more with PreciseBN statistics, which are taken back afterwards."""
-        return evaluate_precise(self.cfg, self.bare_model, iterations)
-
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """detectron2's; KN and GKN layers find what precedes them when it is called."""
@@ -237,8 +204,24 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`.optimizer.build_optimizer`."""
-        return build_optimizer(cfg, model)
+        """detectron2's, which also takes ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` ``full_model``: the
+        norm of all gradients together is clipped, as mmdetection and DETR do it, where ``norm``
+        clips each parameter's."""
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == FULL_MODEL):
+            return super().build_optimizer(cfg, model)
+        unclipped = cfg.clone()
+        unclipped.defrost()
+        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(unclipped, model)
+
+        def clip_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        # a GradScaler, too, has unscaled the gradients by then
+        optimizer.register_step_pre_hook(clip_all)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -256,7 +239,8 @@ class Trainer(ResumableTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """COCO evaluation of boxes, masks and keypoints, whichever the model predicts.
+        """COCO evaluation of boxes, masks and keypoints, whichever the model predicts. The limit of
+        predictions follows ``TEST.DETECTIONS_PER_IMAGE``, and annotations may have any ids.
 
         Raises:
             ValueError: the data set asks for another kind of evaluation.
@@ -265,7 +249,11 @@ class Trainer(ResumableTrainer):
         output = Path(cfg.OUTPUT_DIR, folder)
         if len(cfg.DATASETS.TEST) > 1:
             output /= dataset_name
-        return Evaluator(dataset_name, cfg, output)
+        limit = detections_counted(cfg)
+        evaluator = COCOEvaluator(dataset_name, output_dir=str(output), max_dets_per_image=limit)
+        with contextlib.redirect_stdout(io.StringIO()):
+            number_annotations(evaluator._coco_api)
+        return evaluator
 
     @classmethod
     def test(
@@ -303,39 +291,7 @@ def check_evaluable(dataset_name: str) -> None:
         )
 
 
-def evaluate_precise(
-    cfg: CfgNode, model: nn.Module, iterations: int, folder: str = "inference_precise_bn"
-) -> dict[str, Any] | None:
-    """Evaluates with running statistics recomputed over ``iterations`` training batches.
-
-    The batches are the same in every call with the same ``SEED``; the statistics are put back
-    afterwards. All ranks must call it.
-
-    Args:
-        model: the bare model.
-        folder: within ``OUTPUT_DIR``, for the predictions.
-
-    Returns:
-        Results, or None if the model has no BatchNorm layer to recompute.
-    """
-    training = model.training
-    model.train()
-    try:
-        with kept_statistics(model):
-            seed_all_rng(max(cfg.SEED, 0) + comm.get_rank())
-            loader = Trainer.build_train_loader(_in_process_loading(cfg))
-            place(loader, max(cfg.SEED, 0))
-            with EventStorage():  # what heads log of these forwards is dropped
-                count = recompute_statistics(model, loader, iterations)
-            if not count:
-                return None
-            logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
-            return Trainer.test(cfg, model, folder=folder)
-    finally:
-        model.train(training)
-
-
-def _in_process_loading(cfg: CfgNode) -> CfgNode:
+def in_process_loading(cfg: CfgNode) -> CfgNode:
     """For a short-lived second loader: no worker processes."""
     cfg = cfg.clone()
     cfg.defrost()

@@ -13,15 +13,9 @@ same command in a clone that is not installed.
 
 examples
 
-  The built-in digits set with Cross-Iteration Batch Normalization, on the CPU, a few minutes:
-    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn
-
-  The same with other options of the norm, and another norm in the box head:
-    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn8 \\
+  The built-in digits set, on the CPU, a few minutes; with another norm in the box head:
+    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn \\
         MODEL.FPN.NORM "CBN(window=8)" MODEL.ROI_BOX_HEAD.NORM GN
-
-  The same without detectron2, on torchvision's parts (one process, CPU or one GPU):
-    cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn --engine standalone OUTPUT_DIR out/cbn
 
   Your own images, with annotations in COCO format (also wants MODEL.ROI_HEADS.NUM_CLASSES):
     cbn-det train my.yaml \\
@@ -32,20 +26,9 @@ examples
   COCO 2017 on 8 GPUs with one image each; learning rate and schedule follow the number of GPUs:
     cbn-det train coco/mask_rcnn_R_50_FPN_1x/cbn_1img --num-gpus 8
 
-  Eight images a step as 4 processes of 2 images; without so many GPUs they share one, or the CPU:
-    cbn-det train my.yaml --num-gpus 4 SOLVER.IMS_PER_BATCH 8
-    torchrun --nproc-per-node 4 -m cbn_det train my.yaml SOLVER.IMS_PER_BATCH 8
-
-  Sixteen images a step where only two fit into memory: eight forward and backward passes, one
-  optimiser step (norms still see two images at a time):
-    cbn-det train my.yaml --accumulate 8 SOLVER.IMS_PER_BATCH 2
-
-  Go on after Ctrl-C or a crash; evaluate a checkpoint, also with PreciseBN statistics:
+  Go on after Ctrl-C or a crash; evaluate a checkpoint:
     cbn-det train my.yaml --resume OUTPUT_DIR out/cbn
-    cbn-det train my.yaml --eval-only --precise-bn-iters 200 \\
-        OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
-    cbn-det train my.yaml --eval-only --image-share auto \\
-        OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
+    cbn-det train my.yaml --eval-only OUTPUT_DIR out/cbn MODEL.WEIGHTS out/cbn/model_final.pth
 
 exit codes
   0 finished   1 crashed, or TEST.EXPECTED_RESULTS missed   2 refused: command line, config or data

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..data.image_check import BROKEN_IMAGE, clipped_mode
 from .errors import ConfigError, one_line
+from .folder import read_result
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -58,21 +59,30 @@ class Detector(ABC):
         cfg: of the run, as its engine reads it.
         model: with its weights, on ``MODEL.DEVICE``.
         run: the run's folder.
-        result: content of its ``result.json``; {} where there is none.
 
     Attributes:
+        result: content of its ``result.json``; {} where there is none.
         class_names: by label; empty where the run was never evaluated.
     """
 
     #: the label of the first class in what the model itself puts out
     first_label = 0
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, run: Path, result: dict[str, Any]) -> None:
+    def __init__(self, cfg: CfgNode, model: nn.Module, run: Path) -> None:
         self.cfg = cfg
         self.model = model.eval()
         self.run = run
-        self.result = result
-        self.class_names: list[str] = (result.get("test_set") or {}).get("classes", [])
+        self.result: dict[str, Any] = read_result(run) or {}
+        self.class_names: list[str] = (self.result.get("test_set") or {}).get("classes", [])
+
+    @classmethod
+    @abstractmethod
+    def load(cls, run: Path, weights: Path, opts: Sequence[str]) -> Detector:
+        """See :func:`cbn_det.predict.load_run`.
+
+        Raises:
+            ConfigError: the config or the checkpoint cannot be read, or they do not fit.
+        """
 
     def __call__(self, image: ImageLike) -> Predictions:
         """

@@ -105,15 +105,15 @@ def describe(
     }
 
 
-def clear_result(folder: Path) -> None:
-    """A run that starts has no result yet; whoever finds one later knows that this run wrote it."""
+def start_training(folder: Path, resume: bool = False) -> None:
+    """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay. A
+    run that starts has no result yet: whoever finds one later knows that this run wrote it.
+
+    Args:
+        resume: the earlier run goes on, so that only its result is removed.
+    """
     (folder / RESULT).unlink(missing_ok=True)
-
-
-def start_afresh(folder: Path) -> None:
-    """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay."""
-    clear_result(folder)
-    for name in _STALE:
+    for name in () if resume else _STALE:
         path = folder / name
         opened = name == "metrics.json"  # by detectron2's writer
         if not path.exists() or (opened and not path.stat().st_size):

@@ -8,28 +8,26 @@ import signal
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
-from PIL import Image
 from torch import nn
 
-from ..data.pictures import class_names, write_pictures
-from ..data.worst_images import write_worst_images
+from ..data.pictures import class_names
 from ..norms import image_share
 from . import folder as run_folder
-from .class_table import class_table
-from .clock import RunClock
+from .display import class_table, write_all_pictures
 from .errors import ConfigError, one_line
 from .files import remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
-from .measure import count_parameters, peak_memory_mb
-from .nonfinite import Diverged, PeerFailed, first_bad_state
+from .measure import count_flops, count_parameters, peak_memory_mb
+from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
+from .precise_bn import kept_statistics, recompute_statistics
 from .signals import Interrupted, sigterm_interrupts
 
 logger = logging.getLogger(__name__)
@@ -38,14 +36,6 @@ logger = logging.getLogger(__name__)
 OK, CRASHED, USAGE, NOT_FINITE, STOPPED = 0, 1, 2, 3, 130
 
 T = TypeVar("T")
-
-
-class Trainer(Protocol):
-    """What a job needs of an engine's training loop."""
-
-    iter: int
-    clock: RunClock
-    bare_model: nn.Module
 
 
 class Job(ABC):
@@ -58,7 +48,8 @@ class Job(ABC):
         result: what :func:`~cbn_det.run.folder.describe` knows of the run.
 
     Attributes:
-        trainer: set by :meth:`train` as soon as it exists.
+        trainer: set by :meth:`train` as soon as it exists; has ``iter``, ``last_batch``, ``clock``
+            (a :class:`~cbn_det.run.measure.RunClock`) and ``bare_model``.
         output: where results go: the run's folder, or that of an evaluation within it.
     """
 
@@ -71,25 +62,42 @@ class Job(ABC):
         self.folder = Path(cfg.OUTPUT_DIR)
         self.output = self.folder / run_folder.EVALUATION if args.eval_only else self.folder
         self.result = result
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         self._started = False
         self._earlier = run_folder.result_stamp(self.folder)
+        if args.eval_only:
+            run_folder.keep_training_facts(result, self.folder)
+        self._training_is_known = not args.eval_only or result["iterations"] is not None
 
     @abstractmethod
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         """Makes the data sets known and checks them.
 
         Args:
             eval_only: no training image is needed.
+
+        Returns:
+            annotation file and image folder of each set in COCO format, by name.
 
         Raises:
             ValueError: they cannot be used.
         """
 
     @abstractmethod
+    def build_trainer(self, cfg: CfgNode) -> Any:
+        """What :attr:`trainer` is to be; ``cfg`` is :attr:`cfg`, or of a training that is only
+        tried."""
+
+    @abstractmethod
+    def load(self, trainer: Any, resume: bool) -> None:
+        """Gives a trainer the last checkpoint to go on from, or ``MODEL.WEIGHTS``."""
+
     def train(self) -> dict[str, Any]:
-        """Builds :attr:`trainer`, calls :meth:`start`, trains, and returns the results of the last
-        evaluation."""
+        """Trains, and returns the results of the last evaluation."""
+        trainer = self.trainer = built(lambda: self.build_trainer(self.cfg))
+        built(lambda: self.load(trainer, self.args.resume))
+        self.start()
+        return trainer.train()
 
     @abstractmethod
     def build_trained(self) -> nn.Module:
@@ -119,33 +127,42 @@ class Job(ABC):
         """
 
     @abstractmethod
-    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        """The same with PreciseBN statistics, which are taken back; None without BatchNorm."""
+    def training_batches(self) -> Iterable[Any]:
+        """Endless, and the same in every call with the same ``SEED``."""
 
     @abstractmethod
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """A training forward pass of which nothing is logged."""
+
+    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
+        """:meth:`evaluate` with PreciseBN statistics of :meth:`training_batches`, which are taken
+        back; None without BatchNorm. All ranks must call it."""
+        training = model.training
+        model.train()
+        try:
+            with kept_statistics(model):
+                forward = partial(self.forward, model)
+                if not recompute_statistics(model, self.training_batches(), iterations, forward):
+                    return None
+                logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
+                return self.evaluate(model, "inference_precise_bn")
+        finally:
+            model.train(training)
+
     def find_bad_layer(self) -> str | None:
         """After a divergence, the layer that the last batch's forward pass went bad in."""
+        model, batch = self.trainer.bare_model, self.trainer.last_batch
+        if batch is None:
+            return None
+        return first_bad_layer(model, lambda: self.forward(model, batch))
 
     @abstractmethod
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         """fvcore's count of the model on the first test image."""
 
-    @abstractmethod
-    def test_files(self) -> tuple[str, str]:
+    def test_files(self) -> tuple[Path, Path]:
         """Annotation file and image folder of the first test set, known once it was evaluated."""
-
-    def draw(self) -> None:
-        """Writes pictures of predictions beside annotations; after an evaluation on its own also
-        the images with the lowest F1."""
-        files = (self.output / run_folder.PREDICTIONS, *self.test_files())
-        pictures = write_pictures(*files, self.output / "pictures")
-        if not self.args.eval_only:
-            _show_in_tensorboard(pictures, self.folder, self._iteration())
-            return
-        path = self.output / run_folder.WORST_IMAGES
-        worst = write_worst_images(*files, path)
-        if worst:
-            logger.info(f"the {len(worst)} images with the lowest F1: {path}")
+        return self.sets[self.cfg.DATASETS.TEST[0]]
 
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
@@ -155,28 +172,10 @@ class Job(ABC):
                 run_folder.start_evaluation(self.output)
             else:
                 remove_parts(self.folder)
-                if self.args.resume:
-                    run_folder.clear_result(self.folder)
-                else:
-                    run_folder.start_afresh(self.folder)
+                run_folder.start_training(self.folder, self.args.resume)
             run_folder.write_config(self.output, self.cfg)
         self.gather(None)  # no rank finds the earlier result any more
         self._started = True
-
-    def count_flops(self, model: nn.Module) -> int | None:
-        """Multiply-adds of one test image; None, with the reason in the log, for a model that
-        cannot be traced."""
-        training = model.training
-        model.eval()
-        try:
-            analysis = self.analyse_flops(model)
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            return int(analysis.tracer_warnings("none").total())
-        except Exception as error:  # tracing runs arbitrary model code; no run fails over this
-            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
-            return None
-        finally:
-            model.train(training)
 
     def verify(self, results: dict[str, Any]) -> bool:
         """Whether the results are what the config expects."""
@@ -196,8 +195,9 @@ class Job(ABC):
             except Exception as error:
                 self._log_traceback()
                 rank = f"rank {self.rank}: " if self.world_size > 1 else ""
-                message = f"{rank}{type(error).__name__}: {one_line(error)}"
-                code = self._end_alone(FAILED, message, CRASHED)
+                code = self._end_alone(
+                    FAILED, f"{rank}{type(error).__name__}: {one_line(error)}", CRASHED
+                )
                 traceback.print_exc()
                 return code
 
@@ -205,8 +205,12 @@ class Job(ABC):
         try:
             # PreciseBN statistics come from training images
             without_training = self.args.eval_only and not self.args.precise_bn_iters
-            built(lambda: self.prepare(without_training))
-            facts = self._training_facts()  # refused before, not after, a long evaluation
+            self.sets = built(lambda: self.prepare(without_training))
+            if self.args.image_share == "auto" and not self._training_is_known:
+                raise ConfigError(
+                    "--image-share auto: the images per GPU of the training are not known, as"
+                    f" {self.folder / run_folder.RESULT} is not of a training; give a number"
+                )
             if self.args.eval_only:
                 model = built(self.build_trained)
                 self.start()
@@ -216,47 +220,34 @@ class Job(ABC):
                 model = self.trainer.bare_model
             iterations = self.args.precise_bn_iters if self.cfg.DATASETS.TEST else 0
             precise = self.evaluate_precise(model, iterations) if iterations else None
-            shared = self._evaluate_image_share(model, facts)
+            shared = self._evaluate_image_share(model)
             return self._finish(model, results, precise, shared)
         except ConfigError as error:
             self._log_traceback()
-            return self._refuse(one_line(error))
+            if self.rank == 0:
+                self._write_failure(FAILED, one_line(error), prefix="error: ")
+            return USAGE
         except Diverged as error:
-            return self._end_together(DIVERGED, self._explain(error), NOT_FINITE, error.agreed)
+            end = self._end_together if error.agreed else self._end_alone
+            return end(DIVERGED, self._explain(error), NOT_FINITE)
         except Interrupted as error:
+            self.trainer.iter += 1  # that one was finished
             return self._end_together(FAILED, str(error), STOPPED)
         except KeyboardInterrupt:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            return self._end_alone(FAILED, f"interrupted at iteration {self._iteration()}", STOPPED)
+            iteration = getattr(self.trainer, "iter", 0)
+            return self._end_alone(FAILED, f"interrupted at iteration {iteration}", STOPPED)
 
-    def _training_facts(self) -> dict[str, Any]:
-        """``images_per_gpu`` and ``world_size`` of the training, which an evaluation may differ in.
-
-        Raises:
-            ConfigError: ``--image-share auto`` needs them, and nobody knows.
-        """
-        if not self.args.eval_only:
-            return self.result
-        facts = run_folder.read_result(self.folder) or {}
-        if facts.get("iterations") is None and self.args.image_share == "auto":
-            raise ConfigError(
-                "--image-share auto: the images per GPU of the training are not known, as"
-                f" {self.folder / run_folder.RESULT} is not of a training; give a number"
-            )
-        return facts
-
-    def _evaluate_image_share(
-        self, model: nn.Module, facts: dict[str, Any]
-    ) -> dict[str, Any] | None:
+    def _evaluate_image_share(self, model: nn.Module) -> dict[str, Any] | None:
         share = self.args.image_share
         if share is None or not self.cfg.DATASETS.TEST:
             return None
         with image_share(
             model,
             None if share == "auto" else share,
-            images_per_gpu=facts.get("images_per_gpu"),
-            world_size=facts.get("world_size", 1),
+            images_per_gpu=self.result["images_per_gpu"],
+            world_size=self.result["world_size"],
         ) as layers:
             if not layers:
                 return None
@@ -266,50 +257,40 @@ class Job(ABC):
     def _finish(self, model: nn.Module, results: Any, precise: Any, shared: Any) -> int:
         code, message = OK, None
         if self.rank == 0:
-            self._measure(model)
-            self._add_results(results, precise, shared)
-            if self.args.eval_only:
-                run_folder.keep_training_facts(self.result, self.folder)
-            self._show_classes()
             if not self.verify(results):
                 code, message = CRASHED, "the results miss TEST.EXPECTED_RESULTS"
-            if self.cfg.DATASETS.TEST:
-                self.result["flops"] = self.count_flops(model)
+            names = self.cfg.DATASETS.TEST
+            if len(names) > 1:  # one table a data set; the first one's stands for the run
+                self.result["results_by_dataset"] = results
+                results, precise, shared = (r and r[names[0]] for r in (results, precise, shared))
+            self._measure(model)
+            self.result.update(
+                status=FAILED if code else FINISHED,
+                message=message,
+                results=results,
+                results_precise_bn=precise,
+                results_image_share=shared,
+                image_share=self.args.image_share,
+            )
+            table = class_table(results)
+            if table:
+                logger.info(f"AP of each class, worst first:\n{table}")
+            if names:
+                self.result["flops"] = count_flops(model, self.analyse_flops)
                 try:
-                    self._name_test_set()
-                    self.draw()
+                    annotations, images = self.test_files()
+                    # for whoever loads the model: names of classes, and images to try it on
+                    known = {"annotations": str(annotations), "images": str(images)}
+                    self.result["test_set"] = {**known, "classes": class_names(annotations)}
+                    write_all_pictures(self.output, annotations, images, self.trainer)
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
-            self.result.update(status=FAILED if code else FINISHED, message=message)
             run_folder.write_result(self.output, self.result)
             logger.info(f"{self.result['status']}: {self.output / run_folder.RESULT}")
         return self.gather(code)[0]  # the others wait here
 
-    def _add_results(self, results: Any, precise: Any, shared: Any) -> None:
-        names = self.cfg.DATASETS.TEST
-        if len(names) > 1:  # one table a data set; the first one's stands for the run
-            self.result["results_by_dataset"] = results
-            results, precise, shared = (r and r[names[0]] for r in (results, precise, shared))
-        self.result.update(
-            results=results,
-            results_precise_bn=precise,
-            results_image_share=shared,
-            image_share=self.args.image_share,
-        )
-
-    def _name_test_set(self) -> None:
-        """For whoever loads the model: the names of its classes, and images to try it on."""
-        annotations, images = self.test_files()
-        names = class_names(annotations)
-        self.result["test_set"] = {"annotations": annotations, "images": images, "classes": names}
-
-    def _show_classes(self) -> None:
-        table = class_table(self.result["results"])
-        if table:
-            logger.info(f"AP of each class, worst first:\n{table}")
-
     def _measure(self, model: nn.Module) -> None:
-        self.result.update(parameters=count_parameters(model), peak_memory_mb=peak_memory_mb())
+        self.result["parameters"] = count_parameters(model)
         if self.trainer is not None:
             clock = self.trainer.clock
             self.result.update(
@@ -318,9 +299,8 @@ class Job(ABC):
                 train_seconds=clock.train_seconds,
                 peak_memory_mb=clock.peak_memory_mb,
             )
-
-    def _iteration(self) -> int:
-        return self.trainer.iter if self.trainer is not None else 0
+        elif not self._training_is_known:
+            self.result["peak_memory_mb"] = peak_memory_mb()
 
     def _explain(self, error: Diverged) -> str:
         where = None
@@ -335,41 +315,29 @@ class Job(ABC):
         why = next((why for _, why in findings if why), "")
         return f"diverged at iteration {self.trainer.iter}: {where}; {why}"
 
-    def _end_together(self, status: str, message: str, code: int, agreed: bool = True) -> int:
+    def _end_together(self, status: str, message: str, code: int) -> int:
         """Ends a run whose ranks all are here: rank 0 writes, the others wait for it."""
-        if not agreed:
-            return self._end_alone(status, message, code)
         if self.rank == 0:
-            self._write_failure(status, message, stopped=code == STOPPED)
+            self._write_failure(status, message)
         self.gather(code)
         return code
 
     def _end_alone(self, status: str, message: str, code: int) -> int:
         """Ends a rank that cannot count on the others. Whoever ends first knows why, and writes."""
         found = run_folder.result_stamp(self.folder)
-        if not self.args.eval_only and found not in (None, self._earlier):
-            of_peer = run_folder.read_result(self.folder)
-            return NOT_FINITE if of_peer["status"] == DIVERGED else code
-        self._write_failure(status, message)
+        if self.args.eval_only or found in (None, self._earlier):
+            self._write_failure(status, message)
+        elif run_folder.read_result(self.folder)["status"] == DIVERGED:
+            return NOT_FINITE
         return code
 
-    def _refuse(self, message: str) -> int:
-        if self.rank == 0:
-            self._write_failure(FAILED, message, prefix="error: ")
-        return USAGE
-
-    def _write_failure(
-        self, status: str, message: str, stopped: bool = False, prefix: str = ""
-    ) -> None:
+    def _write_failure(self, status: str, message: str, prefix: str = "") -> None:
         print(f"{prefix}{message}", file=sys.stderr, flush=True)
-        if self.args.eval_only:
-            return  # what training left in the folder stays valid
         earlier = None if self._started else run_folder.read_result(self.folder)
-        if earlier is not None and earlier["status"] == FINISHED:
-            return  # so does what an earlier training left
+        if self.args.eval_only or (earlier and earlier["status"] == FINISHED):
+            return  # what training left in the folder stays valid
         if self.trainer is not None:
             self._measure(self.trainer.bare_model)
-            self.result["iterations"] += stopped  # the one that was finished before stopping
         self.result.update(status=status, message=message)
         run_folder.write_result(self.folder, self.result)
 
@@ -386,15 +354,3 @@ def built(make: Callable[[], T]) -> T:
         return make()
     except (ValueError, KeyError, AssertionError) as error:
         raise ConfigError(one_line(error)) from error
-
-
-def _show_in_tensorboard(pictures: list[Path], folder: Path, iteration: int) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return  # whoever writes the curves has said so
-    with SummaryWriter(str(folder)) as events:
-        for path in pictures:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture)
-            events.add_image(f"predictions/{path.stem}", pixels, iteration, dataformats="HWC")

@@ -1,16 +1,25 @@
-"""What a run reports of its model and machine."""
+"""What a run reports of its model, machine and time."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = 3  # iterations that are not timed, as in detectron2's IterationTimer
 
 
 def peak_memory_mb() -> float:
@@ -31,6 +40,26 @@ def reset_peak_memory() -> None:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(model: nn.Module, analyse: Callable[[nn.Module], FlopCountAnalysis]) -> int | None:
+    """Multiply-adds of one image; None, with the reason in the log, for a model that cannot be
+    traced.
+
+    Args:
+        analyse: fvcore's count of the model in evaluation mode.
+    """
+    training = model.training
+    model.eval()
+    try:
+        analysis = analyse(model)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return int(analysis.tracer_warnings("none").total())
+    except Exception as error:  # tracing runs arbitrary model code; no run fails over this
+        logger.warning(f"FLOPs are not counted: {type(error).__name__}: {error}")
+        return None
+    finally:
+        model.train(training)
 
 
 def machine(on_gpu: bool) -> dict[str, str | int | None]:
@@ -58,3 +87,53 @@ def _cpu_name() -> str:
     except FileNotFoundError:
         pass  # not Linux
     return platform.processor() or platform.machine()
+
+
+class RunClock:
+    """Seconds of training, summed over resumed parts, and the peak memory of this part (MiB)."""
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.timed_seconds = 0.0
+        self.timed_iterations = 0
+        self.peak_memory_mb: float | None = None
+        self._started: float | None = None
+        self._steps = 0
+
+    def start(self) -> None:
+        """Training begins."""
+        self._started = time.perf_counter()
+        self._steps = 0
+
+    def start_step(self) -> None:
+        self._step_started = time.perf_counter()
+
+    def end_step(self) -> None:
+        if self._steps >= _WARM_UP:
+            self.timed_seconds += time.perf_counter() - self._step_started
+            self.timed_iterations += 1
+        self._steps += 1
+
+    def stop(self) -> None:
+        """Training ends; called before the final evaluation, which uses memory of its own."""
+        self._add_elapsed()
+        self.peak_memory_mb = peak_memory_mb()
+
+    @property
+    def sec_per_iter(self) -> float | None:
+        return self.timed_seconds / self.timed_iterations if self.timed_iterations else None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._started is not None:
+            self._add_elapsed()
+        names = ("train_seconds", "timed_seconds", "timed_iterations")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _add_elapsed(self) -> None:
+        now = time.perf_counter()
+        self.train_seconds += now - self._started
+        self._started = now

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
-from abc import ABC, abstractmethod
+from itertools import cycle, islice
 from pathlib import Path
 
-import torch
-from fvcore.common.config import CfgNode
 from torch import nn
 
+from .job import Job, built
 
-class Trial(ABC):
-    """The training of a command line in one process of however many it will have. Nothing is
-    written to ``OUTPUT_DIR``.
+
+class Trial:
+    """The training of a job in one process of however many it will have. Nothing is written to
+    ``OUTPUT_DIR``.
 
     Args:
-        args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
+        notes: a line for everything that was replaced because this machine lacks it.
+        world_size: processes of the training.
 
     Attributes:
         cfg: read and checked, frozen.
-        notes: a line for everything that was replaced because this machine lacks it.
-        world_size: processes of the training.
         optimizer: known once it was built.
         unused_norms: config keys that name a norm of which the built model has no layer.
-
-    Raises:
-        ValueError: the command line or the config cannot be run.
     """
 
-    cfg: CfgNode
-    notes: list[str]
-    optimizer: torch.optim.Optimizer
-    unused_norms: list[str]
-    world_size = 1
+    def __init__(self, job: Job, notes: list[str], world_size: int = 1) -> None:
+        self._job = job
+        self.cfg = job.cfg
+        self.notes = notes
+        self.world_size = world_size
 
-    @abstractmethod
-    def __init__(self, args: argparse.Namespace) -> None: ...
-
-    @abstractmethod
     def prepare(self) -> dict[str, tuple[Path, Path]]:
-        """Makes the data sets known and checks them as the training will.
+        """See :meth:`.job.Job.prepare`."""
+        return built(lambda: self._job.prepare(eval_only=False))
 
-        Returns:
-            annotation file and image folder of each set in COCO format, by name.
-
-        Raises:
-            ValueError: they cannot be used.
-        """
-
-    @abstractmethod
     def build(self, folder: Path, load_weights: bool) -> nn.Module:
         """The model to train, on its device, as one process has it.
 
@@ -60,11 +44,24 @@ class Trial(ABC):
         Raises:
             ValueError: it cannot be built from the config, or the weights do not fit.
         """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        # what one process has of the batch, which is scaled already
+        cfg.SOLVER.IMS_PER_BATCH //= self.world_size
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+        cfg.OUTPUT_DIR = str(folder)
+        cfg.freeze()
+        trainer = self._trainer = built(lambda: self._job.build_trainer(cfg))
+        if load_weights:
+            built(lambda: self._job.load(trainer, resume=False))
+        self._batches = trainer.batches()
+        self.optimizer, self.unused_norms = trainer.optimizer, trainer.unused_norms
+        return trainer.bare_model.train()
 
-    @abstractmethod
     def repeat(self, batches: int) -> None:
         """Reads so many mini-batches; the steps take them in turn from now on."""
+        self._batches = cycle(list(islice(self._batches, batches)))
 
-    @abstractmethod
     def step(self, iteration: int) -> None:
         """One training step on the next mini-batches."""
+        self._trainer.try_step(iteration, self._batches)

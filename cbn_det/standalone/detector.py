@@ -22,6 +22,7 @@ from ..run.command_line import usable_device
 from ..run.detector import Detector
 from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
+from ..run.folder import CONFIG
 from .config import read_config
 from .heads import MASK_THRESHOLD
 from .model import build_model
@@ -35,18 +36,12 @@ class StandaloneDetector(Detector):
     model: GeneralizedRCNN
 
     @classmethod
-    def load(
-        cls, run: Path, config: Path, weights: Path, opts: Sequence[str], result: dict[str, Any]
-    ) -> StandaloneDetector:
-        """
-        Raises:
-            ConfigError: the config or the checkpoint cannot be read, or they do not fit.
-        """
-        cfg = read_config(config, opts)
+    def load(cls, run: Path, weights: Path, opts: Sequence[str]) -> StandaloneDetector:
+        cfg = read_config(run / CONFIG, opts)
         cfg.MODEL.DEVICE, _ = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
         model = build_model(cfg).to(cfg.MODEL.DEVICE)
         load_weights(model, weights, complete=True, named_by="--weights")
-        return cls(cfg, model, run, result)
+        return cls(cfg, model, run)
 
     @torch.no_grad()
     def detect(

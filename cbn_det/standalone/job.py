@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,15 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from ..run.folder import describe
-from ..run.job import Job, built
-from ..run.nonfinite import first_bad_layer
-from ..run.precise_bn import kept_statistics, recompute_statistics
+from ..run.job import Job
 from .config_values import norms_in_use
 from .datasets import CocoFiles, DetectionDataset, prepare_datasets
 from .evaluation import evaluate
-from .loading import batches
+from .loading import Sample, batches
 from .model import build_model
 from .trainer import Trainer, losses_of
 from .weights import load_weights
@@ -33,35 +32,27 @@ logger = logging.getLogger(__name__)
 class StandaloneJob(Job):
     """See :class:`~cbn_det.run.job.Job`."""
 
-    trainer: Trainer | None
-
     def __init__(self, cfg: CfgNode, args: argparse.Namespace) -> None:
         norms = norms_in_use(cfg)
         result = describe(cfg, args.command, args.accumulate, 1, "standalone", norms, {})
         super().__init__(cfg, args, result)
         self.files: dict[str, CocoFiles] = {}
 
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
         self.files = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        return {name: (files.annotations, files.images) for name, files in self.files.items()}
 
-    def train(self) -> dict[str, Any]:
-        torch.manual_seed(self.cfg.SEED)
-        model = built(lambda: build_model(self.cfg)).to(self.cfg.MODEL.DEVICE)
-        trainer = self.trainer = built(
-            lambda: Trainer(
-                self.cfg,
-                model,
-                self._training_set(),
-                lambda: self.evaluate(model),
-                self.args.accumulate,
-            )
-        )
-        if self.args.resume:
+    def build_trainer(self, cfg: CfgNode) -> Trainer:
+        torch.manual_seed(cfg.SEED)
+        model = build_model(cfg).to(cfg.MODEL.DEVICE)
+        evaluate = partial(self.evaluate, model)
+        return Trainer(cfg, model, self._training_set(), evaluate, self.args.accumulate)
+
+    def load(self, trainer: Trainer, resume: bool) -> None:
+        if resume:
             trainer.resume()
         if self.cfg.MODEL.WEIGHTS and not trainer.start_iter:
-            logger.info(load_weights(model, self.cfg.MODEL.WEIGHTS))
-        self.start()
-        return trainer.train()
+            logger.info(load_weights(trainer.bare_model, self.cfg.MODEL.WEIGHTS))
 
     def build_trained(self) -> nn.Module:
         checkpointer = Checkpointer(nn.Module(), self.cfg.OUTPUT_DIR)
@@ -71,52 +62,31 @@ class StandaloneJob(Job):
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
-        return self._evaluate(model, self.output / folder if folder else self.output)
-
-    def _evaluate(self, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Results by task; with several test sets by set and task. The first set's predictions are
         left in ``folder``, the others' below it."""
         names = self.cfg.DATASETS.TEST
+        output = self.output / (folder or "")
         results = {
             name: evaluate(
                 model,
                 DetectionDataset(self.files[name], self.cfg, training=False),
                 self.cfg,
-                folder / name if i else folder,
+                output / name if i else output,
             )
             for i, name in enumerate(names)
         }
         return results if len(names) > 1 else next(iter(results.values()), {})
 
-    def evaluate_precise(self, model: nn.Module, iterations: int) -> dict[str, Any] | None:
-        training = model.training
-        model.train()
-        try:
-            with kept_statistics(model):
-                torch.manual_seed(self.cfg.SEED)
-                loader = batches(self._training_set(), self.cfg)
-                forward = partial(losses_of, model)
-                if not recompute_statistics(model, loader, iterations, forward):
-                    return None
-                logger.info(f"Evaluating with PreciseBN statistics of {iterations} iterations")
-                return self._evaluate(model, self.output / "inference_precise_bn")
-        finally:
-            model.train(training)
+    def training_batches(self) -> Iterator[list[Sample]]:
+        torch.manual_seed(self.cfg.SEED)
+        return batches(self._training_set(), self.cfg)
 
-    def find_bad_layer(self) -> str | None:
-        trainer = self.trainer
-        if trainer.last_batch is None:
-            return None
-        model = trainer.bare_model
-        return first_bad_layer(model, lambda: losses_of(model, trainer.last_batch))
+    def forward(self, model: nn.Module, batch: list[Sample]) -> dict[str, Tensor]:
+        return losses_of(model, batch)
 
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         image, _ = self._test_set()[0]
         return FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
-
-    def test_files(self) -> tuple[str, str]:
-        files = self.files[self.cfg.DATASETS.TEST[0]]
-        return str(files.annotations), str(files.images)
 
     def _training_set(self) -> ConcatDataset:
         return ConcatDataset(

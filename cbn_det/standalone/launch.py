@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from ..run.command_line import check_run
 from ..run.errors import ConfigError, one_line
 from ..run.job import USAGE
+from ..run.trial import Trial
 from .config import read_config
 from .job import StandaloneJob
 
@@ -43,6 +44,15 @@ def launch(args: argparse.Namespace) -> int:
     for note in notes:
         logger.warning(note)
     return StandaloneJob(cfg, args).execute()
+
+
+def trial(args: argparse.Namespace) -> Trial:
+    """
+    Raises:
+        ConfigError: the command line or the config cannot be run.
+    """
+    cfg, notes = build_config(args)
+    return Trial(StandaloneJob(cfg, args), notes)
 
 
 def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:

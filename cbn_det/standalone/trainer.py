@@ -24,16 +24,18 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.checkpoint import AtomicSave, load_norm_state, norm_state
-from ..run.clock import RunClock
-from ..run.errors import ConfigError, one_line
-from ..run.nonfinite import Diverged, check_state
-from ..run.resume import (
+from ..run.checkpoint import (
+    AtomicSave,
     fit_optimizer_state,
+    load_norm_state,
+    norm_state,
     parameter_names,
-    solver_changes,
-    solver_state,
+    settings,
+    settings_changes,
 )
+from ..run.errors import ConfigError, one_line
+from ..run.measure import RunClock
+from ..run.nonfinite import Diverged, check_state
 from ..run.signals import Interrupted, StopRequest, stop_requests
 from .loading import Sample, batches
 from .metrics import Metrics
@@ -71,6 +73,7 @@ class Trainer:
     Attributes:
         iter: the iteration at work; ``SOLVER.MAX_ITER`` after a whole run.
         last_batch: the latest mini-batch.
+        unused_norms: none, as they are refused when the model is built.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Trainer:
         self.accumulate = accumulate
         self.iter = self.start_iter = 0
         self.last_batch: list[Sample] | None = None
+        self.unused_norms: list[str] = []
         self.clock = RunClock()
         self.metrics = Metrics(Path(cfg.OUTPUT_DIR))
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
@@ -101,9 +105,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         return {
             **norm_state(self.bare_model),
-            "seed": self.cfg.SEED,
-            "accumulate": self.accumulate,
-            "solver": solver_state(self.cfg),
+            "settings": settings(self.cfg, self.cfg.SEED, self.accumulate),
             "parameter_names": parameter_names(self.optimizer, self.bare_model),
             "clock": self.clock.state_dict(),
             "metrics": self.metrics.state_dict(),
@@ -144,13 +146,8 @@ class Trainer:
         self.iter = self.start_iter = state["iteration"] + 1
         schedule = (self.start_iter, self.cfg.SOLVER.MAX_ITER)
         changes = [load_norm_state(self.bare_model, training, *schedule)]
-        for name, before, now in (
-            ("SEED", training["seed"], self.cfg.SEED),
-            ("--accumulate", training["accumulate"], self.accumulate),
-        ):
-            if before != now:
-                changes.append(f"{name} was {before}, now it is {now}: images are others")
-        changes += [optimizer_change, *solver_changes(training["solver"], self.cfg)]
+        now = settings(self.cfg, self.cfg.SEED, self.accumulate)
+        changes += [optimizer_change, *settings_changes(training["settings"], now)]
         if any(changes):
             why = "; ".join(filter(None, changes))
             logger.warning(f"the checkpoint cannot be resumed exactly: {why}")
@@ -192,7 +189,7 @@ class Trainer:
     def _iterate(self, stop: StopRequest) -> None:
         solver = self.cfg.SOLVER
         saver = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.MAX_ITER)
-        loader = batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
+        loader = self.batches()
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
             self.clock.start_step()
@@ -210,6 +207,15 @@ class Trainer:
                     self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
                 raise Interrupted(f"interrupted at iteration {iteration}")
             self._report(iteration)
+
+    def batches(self) -> Iterator[list[Sample]]:
+        """The mini-batches that are left."""
+        return batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
+
+    def try_step(self, iteration: int, loader: Iterator[list[Sample]]) -> None:
+        """A step of a training that is only tried."""
+        self.iter = iteration
+        self._step(loader)
 
     def _step(self, loader: Iterator[list[Sample]]) -> None:
         seconds = 0.0  # without those of loading

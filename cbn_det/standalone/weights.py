@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..norm_keys import BACKBONE, NORM_KEYS
+from ..run.checkpoint import check_complete, key_of_absent
 from ..run.errors import ConfigError
-from ..run.fit import check_complete, key_of_absent
 
 _BODY = BACKBONE.prefix
 # a counter that FrozenBatchNorm2d has not; nothing is computed from it
