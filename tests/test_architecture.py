@@ -27,8 +27,8 @@ ROOMS = {
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own
 DOORS = {
-    "data": "__init__ coco_folder digits image_check own_sets pictures pretrained progress"
-    " worst_images",
+    "data": "__init__ coco_folder digits findings image_check own_sets pictures pretrained"
+    " progress worst_images",
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
     "plugin": "detector launch lazy norm_hook registry trial",

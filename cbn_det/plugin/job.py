@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..data import CocoReport
 from ..run.errors import ConfigError
 from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
@@ -81,12 +82,13 @@ class Detectron2Job(Job):
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         super().__init__(cfg, args, describe_run(cfg, args, self.world_size))
 
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
         register()
         check_config_norms(self.cfg)  # each process keeps the keys to name in its errors
-        prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        reports = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
         for name in self.cfg.DATASETS.TEST:
             check_evaluable(name)
+        return reports
 
     def train(self) -> dict[str, Any]:
         trainer = self.trainer = built(lambda: Trainer(self.cfg, self.args.accumulate))

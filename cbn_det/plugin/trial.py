@@ -6,14 +6,13 @@ import argparse
 from itertools import cycle, islice
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..data import CocoReport
 from ..run.job import built
 from ..run.trial import Trial
 from .config import build_config
-from .datasets import is_coco
 from .job import Detectron2Job
 from .launch import read_layout
 from .loading import place
@@ -28,11 +27,8 @@ class Detectron2Trial(Trial):
         self.world_size = read_layout(args).world_size
         self.cfg, self.notes = build_config(args, self.world_size)
 
-    def prepare(self) -> dict[str, tuple[Path, Path]]:
-        built(lambda: Detectron2Job(self.cfg, self._args).prepare(eval_only=False))
-        names = filter(is_coco, (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST))
-        metas = map(MetadataCatalog.get, names)
-        return {meta.name: (Path(meta.json_file), Path(meta.image_root)) for meta in metas}
+    def prepare(self) -> dict[str, CocoReport]:
+        return built(lambda: Detectron2Job(self.cfg, self._args).prepare(eval_only=False))
 
     def build(self, folder: Path, load_weights: bool) -> nn.Module:
         cfg = self.cfg.clone()

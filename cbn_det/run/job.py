@@ -19,6 +19,7 @@ from fvcore.nn import FlopCountAnalysis
 from PIL import Image
 from torch import nn
 
+from ..data import CocoReport
 from ..data.pictures import class_names, write_pictures
 from ..data.worst_images import write_worst_images
 from ..norms import image_share
@@ -76,11 +77,14 @@ class Job(ABC):
         self._earlier = run_folder.result_stamp(self.folder)
 
     @abstractmethod
-    def prepare(self, eval_only: bool) -> None:
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
         """Makes the data sets known and checks them.
 
         Args:
             eval_only: no training image is needed.
+
+        Returns:
+            the report of each set in COCO format, by name.
 
         Raises:
             ValueError: they cannot be used.

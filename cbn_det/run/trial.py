@@ -10,6 +10,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..data import CocoReport
+
 
 class Trial(ABC):
     """The training of a command line in one process of however many it will have. Nothing is
@@ -39,11 +41,11 @@ class Trial(ABC):
     def __init__(self, args: argparse.Namespace) -> None: ...
 
     @abstractmethod
-    def prepare(self) -> dict[str, tuple[Path, Path]]:
+    def prepare(self) -> dict[str, CocoReport]:
         """Makes the data sets known and checks them as the training will.
 
         Returns:
-            annotation file and image folder of each set in COCO format, by name.
+            the report of each set in COCO format, by name.
 
         Raises:
             ValueError: they cannot be used.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torchvision.transforms import v2
 
 from ..data import (
     DIGITS_NAMES,
+    CocoReport,
     DataError,
     check_classes,
     check_set,
@@ -38,18 +37,9 @@ from .augmentation import Augmentation, View, whole_polygons
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
 
-@dataclass(frozen=True)
-class CocoFiles:
-    """The files that a name in ``DATASETS`` stands for."""
-
-    name: str
-    annotations: Path
-    images: Path
-
-
 def prepare_datasets(
     cfg: CfgNode, coco_datasets: Iterable[Sequence[str]] = (), *, eval_only: bool = False
-) -> dict[str, CocoFiles]:
+) -> dict[str, CocoReport]:
     """
     Finds and checks the data sets of a run before any time is spent on training; writes the digits
     set where it is used and missing.
@@ -60,20 +50,20 @@ def prepare_datasets(
         eval_only: no training follows.
 
     Returns:
-        the files of each set that the run reads, by name.
+        the report of each set that the run reads, by name.
 
     Raises:
         DataError: a name is unknown or given twice, files are missing or broken, or the config does
             not fit them.
     """
-    known = {name: CocoFiles(name, *map(_absolute, p)) for name, p in digits_paths().items()}
-    for name, json_file, image_folder in coco_datasets:
-        files = CocoFiles(name, _absolute(json_file), _absolute(image_folder))
+    known = {name: tuple(map(Path.absolute, files)) for name, files in digits_paths().items()}
+    for name, *paths in coco_datasets:
+        files = tuple(Path(path).absolute() for path in paths)
         if known.setdefault(name, files) != files:
             raise DataError(
-                f"data set '{name}' is known already, with annotations "
-                f"'{known[name].annotations}' and images '{known[name].images}', not with "
-                f"'{files.annotations}' and '{files.images}': choose another name"
+                f"data set '{name}' is known already, with annotations '{known[name][0]}' and "
+                f"images '{known[name][1]}', not with '{files[0]}' and '{files[1]}': choose another"
+                " name"
             )
     train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     names = names_in_use(train, test, known, eval_only=eval_only)
@@ -82,8 +72,7 @@ def prepare_datasets(
     reports = {
         name: check_set(
             name,
-            known[name].annotations,
-            known[name].images,
+            *known[name],
             masks=cfg.MODEL.MASK_ON,
             mask_format=cfg.INPUT.MASK_FORMAT,
             for_training=not eval_only and name in train,
@@ -93,16 +82,9 @@ def prepare_datasets(
         for name in names
     }
     log_reports(reports, () if eval_only else train)
-    check_classes(
-        "MODEL.ROI_HEADS.NUM_CLASSES",
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        {name: report.class_names for name, report in reports.items()},
-    )
-    return {name: known[name] for name in names}
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).absolute()
+    classes = {name: report.class_names for name, report in reports.items()}
+    check_classes("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES, classes)
+    return reports
 
 
 class DetectionDataset(Dataset):
@@ -126,13 +108,13 @@ class DetectionDataset(Dataset):
         class_names: likewise.
     """
 
-    def __init__(self, files: CocoFiles, cfg: CfgNode, training: bool) -> None:
-        self.files = files
+    def __init__(self, annotations: Path, images: Path, cfg: CfgNode, training: bool) -> None:
+        self.annotations, self.images = annotations, images
         self.training = training
         self.masks = cfg.MODEL.MASK_ON
         self.channels = cfg.INPUT.FORMAT
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(files.annotations))
+            self.coco = COCO(str(annotations))
             number_annotations(self.coco)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
@@ -178,8 +160,8 @@ class DetectionDataset(Dataset):
 
     def _read(self, image_id: Any) -> tv_tensors.Image:
         record = self.coco.imgs[image_id]
-        path = self.files.images / record["file_name"]
-        label = f"data set '{self.files.name}': image {image_id} '{path}'"
+        path = self.images / record["file_name"]
+        label = f"{self.annotations}: image {image_id} '{path}'"
         try:
             with Image.open(path) as stored:
                 clipped = clipped_mode(stored)
@@ -196,7 +178,7 @@ class DetectionDataset(Dataset):
         if pixels.shape[:2] != (record["height"], record["width"]):
             raise DataError(
                 f"{label} is {pixels.shape[1]} x {pixels.shape[0]}, listed as {record['width']} x "
-                f"{record['height']}: correct 'width' and 'height' in '{self.files.annotations}'"
+                f"{record['height']}: correct 'width' and 'height'"
             )
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if self.channels == "BGR":

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..data.progress import StatusLine
+from ..data.progress import shown
 from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
@@ -73,16 +72,13 @@ def _predict(model: nn.Module, dataset: DetectionDataset, cfg: CfgNode) -> list[
     """The predictions for all images, in COCO's result format."""
     predictions = []
     logger.info(f"Evaluating {len(dataset)} images")
-    status = StatusLine(sys.stderr)
     training = model.training
     model.eval()
     try:
-        for done, (image, target) in enumerate(in_order(dataset, cfg)):
-            status.show("evaluating images", done, len(dataset))
+        for image, target in shown(in_order(dataset, cfg), "evaluating images", len(dataset)):
             (output,) = model([image.to(cfg.MODEL.DEVICE)])
             predictions += _coco_results(output, target["image_id"], dataset.category_ids)
     finally:
-        status.clear()
         model.train(training)
     return predictions
 

@@ -15,12 +15,13 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.data import ConcatDataset
 
+from ..data import CocoReport
 from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
 from .config_values import norms_in_use
-from .datasets import CocoFiles, DetectionDataset, prepare_datasets
+from .datasets import DetectionDataset, prepare_datasets
 from .evaluation import evaluate
 from .loading import batches
 from .model import build_model
@@ -39,10 +40,11 @@ class StandaloneJob(Job):
         norms = norms_in_use(cfg)
         result = describe(cfg, args.command, args.accumulate, 1, "standalone", norms, {})
         super().__init__(cfg, args, result)
-        self.files: dict[str, CocoFiles] = {}
+        self.reports: dict[str, CocoReport] = {}
 
-    def prepare(self, eval_only: bool) -> None:
-        self.files = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
+        self.reports = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        return self.reports
 
     def train(self) -> dict[str, Any]:
         torch.manual_seed(self.cfg.SEED)
@@ -51,7 +53,7 @@ class StandaloneJob(Job):
             lambda: Trainer(
                 self.cfg,
                 model,
-                self._training_set(),
+                self.training_set(),
                 lambda: self.evaluate(model),
                 self.args.accumulate,
             )
@@ -80,7 +82,7 @@ class StandaloneJob(Job):
         results = {
             name: evaluate(
                 model,
-                DetectionDataset(self.files[name], self.cfg, training=False),
+                self._dataset(name, training=False),
                 self.cfg,
                 folder / name if i else folder,
             )
@@ -94,7 +96,7 @@ class StandaloneJob(Job):
         try:
             with kept_statistics(model):
                 torch.manual_seed(self.cfg.SEED)
-                loader = batches(self._training_set(), self.cfg)
+                loader = batches(self.training_set(), self.cfg)
                 forward = partial(losses_of, model)
                 if not recompute_statistics(model, loader, iterations, forward):
                     return None
@@ -111,18 +113,19 @@ class StandaloneJob(Job):
         return first_bad_layer(model, lambda: losses_of(model, trainer.last_batch))
 
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
-        image, _ = self._test_set()[0]
+        image, _ = self.test_set()[0]
         return FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
 
     def test_files(self) -> tuple[str, str]:
-        files = self.files[self.cfg.DATASETS.TEST[0]]
-        return str(files.annotations), str(files.images)
+        report = self.reports[self.cfg.DATASETS.TEST[0]]
+        return str(report.annotations), str(report.images)
 
-    def _training_set(self) -> ConcatDataset:
-        return ConcatDataset(
-            DetectionDataset(self.files[name], self.cfg, training=True)
-            for name in self.cfg.DATASETS.TRAIN
-        )
+    def training_set(self) -> ConcatDataset:
+        return ConcatDataset(self._dataset(n, training=True) for n in self.cfg.DATASETS.TRAIN)
 
-    def _test_set(self) -> DetectionDataset:
-        return DetectionDataset(self.files[self.cfg.DATASETS.TEST[0]], self.cfg, training=False)
+    def test_set(self) -> DetectionDataset:
+        return self._dataset(self.cfg.DATASETS.TEST[0], training=False)
+
+    def _dataset(self, name: str, training: bool) -> DetectionDataset:
+        report = self.reports[name]
+        return DetectionDataset(report.annotations, report.images, self.cfg, training)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..data import CocoReport
 from ..run.job import built
 from ..run.trial import Trial
 from .job import StandaloneJob
@@ -28,9 +29,8 @@ class StandaloneTrial(Trial):
         self.unused_norms = []  # they are refused when the model is built
         self._job = StandaloneJob(self.cfg, args)
 
-    def prepare(self) -> dict[str, tuple[Path, Path]]:
-        built(lambda: self._job.prepare(eval_only=False))
-        return {name: (f.annotations, f.images) for name, f in self._job.files.items()}
+    def prepare(self) -> dict[str, CocoReport]:
+        return built(lambda: self._job.prepare(eval_only=False))
 
     def build(self, folder: Path, load_weights: bool) -> nn.Module:
         cfg = self.cfg.clone()
@@ -39,7 +39,7 @@ class StandaloneTrial(Trial):
         cfg.freeze()
         torch.manual_seed(cfg.SEED)
         model = built(lambda: build_model(cfg)).to(cfg.MODEL.DEVICE)
-        dataset = self._job._training_set()
+        dataset = self._job.training_set()
         self._trainer = built(lambda: Trainer(cfg, model, dataset, dict, self._args.accumulate))
         if load_weights:
             load_weights_of(model, cfg.MODEL.WEIGHTS)
