@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_set import Files
 
 from cbn_det.data import DIGITS_NAMES, CocoReport, DataError, digits_paths, write_digits
+from cbn_det.data.coco_api import mask_of
 from cbn_det.standalone import datasets
 from cbn_det.standalone.config import get_cfg
 from cbn_det.standalone.datasets import DetectionDataset, prepare_datasets
@@ -264,10 +265,10 @@ def test_unusable_polygons_beside_a_usable_one(files):
         segmentation.insert(0, [0, 0, 60, 40])  # pycocotools would take four numbers for a box
 
     dataset = DetectionDataset(*files, config("MODEL.MASK_ON", True), training=True)
-    before = dataset.mask(dataset.coco.anns[1])
+    before = mask_of(dataset.coco, dataset.coco.anns[1])
     edit(files, change)
     dataset = DetectionDataset(*files, config("MODEL.MASK_ON", True), training=True)
-    assert np.array_equal(dataset.mask(dataset.coco.anns[1]), before)
+    assert np.array_equal(mask_of(dataset.coco, dataset.coco.anns[1]), before)
 
 
 COLORS = {"L": (90, 90, 90), "P": (255, 0, 51), "CMYK": (55, 200, 250), "RGBA": (1, 2, 3)}

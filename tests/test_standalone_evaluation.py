@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.ops import box_convert
 
 from cbn_det.data import digits_paths, write_digits
+from cbn_det.data.coco_api import mask_of
 from cbn_det.standalone.config import get_cfg
 from cbn_det.standalone.datasets import DetectionDataset
 from cbn_det.standalone.evaluation import evaluate
@@ -84,7 +85,7 @@ def annotations_as_predictions(dataset: DetectionDataset, noise: float) -> list[
             shift = random.normal(0, noise, 2).round().astype(int)
             boxes[i] += torch.tensor(np.tile(shift, 2)) + torch.tensor(random.normal(0, noise, 4))
             boxes[i, 2:] = torch.maximum(boxes[i, 2:], boxes[i, :2] + 1)
-            mask = torch.from_numpy(dataset.mask(annotation)).float()
+            mask = torch.from_numpy(mask_of(dataset.coco, annotation)).float()
             masks[i, 0] = 0.9 * mask.roll(tuple(shift[::-1].tolist()), (0, 1))
             if noise and random.random() < 0.2:
                 labels[i] = random.integers(len(dataset.category_ids)) + 1

@@ -11,6 +11,7 @@ from operator import mul
 import numpy as np
 import pycocotools.mask as mask_util
 
+from .coco_api import whole_polygons
 from .findings import Findings, are_finite
 from .progress import shown
 
@@ -137,12 +138,6 @@ def check_masks(
     if compared:
         _compare_with_boxes(compared, images, findings, masks)
     return has_rle
-
-
-def whole_polygons(segmentation: list[list[float]]) -> list[list[float]]:
-    """The polygons of at least three points; pycocotools would take one of four numbers for a
-    box."""
-    return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
 
 
 def _of_polygons(segm: list, image: dict, evaluated: bool) -> _Mask | str:

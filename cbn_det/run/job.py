@@ -20,8 +20,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import CocoReport
-from ..data.pictures import class_names, write_pictures
-from ..data.worst_images import write_worst_images
+from ..data.pictures import class_names, write_pictures, write_worst_images
 from ..norms import image_share
 from . import folder as run_folder
 from .class_table import class_table

@@ -13,6 +13,8 @@ from fvcore.common.config import CfgNode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..data.coco_api import whole_polygons
+
 T = TypeVar("T", bound=tv_tensors.TVTensor)
 
 
@@ -78,9 +80,3 @@ class Augmentation:
         shown = self._resize.make_params([image])["size"]
         mirrored = self._mirror != "none" and bool(torch.rand(1) < 0.5)
         return View((height, width), shown, self._mirror if mirrored else "none")
-
-
-def whole_polygons(segmentation: list[list[float]]) -> list[list[float]]:
-    """The polygons of at least three points; pycocotools would take one of four numbers for a
-    box."""
-    return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]

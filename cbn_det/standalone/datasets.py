@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,6 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image, ImageOps
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -30,9 +27,9 @@ from ..data import (
     names_in_use,
     write_digits,
 )
+from ..data.coco_api import mask_of, open_coco
 from ..data.image_check import BROKEN_IMAGE, PILLOW, clipped_mode
-from ..run.coco_evaluation import number_annotations
-from .augmentation import Augmentation, View, whole_polygons
+from .augmentation import Augmentation, View
 
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
@@ -113,9 +110,7 @@ class DetectionDataset(Dataset):
         self.training = training
         self.masks = cfg.MODEL.MASK_ON
         self.channels = cfg.INPUT.FORMAT
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(annotations))
-            number_annotations(self.coco)
+        self.coco = open_coco(annotations)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
         self.image_ids = sorted(self.coco.imgs)
@@ -147,13 +142,6 @@ class DetectionDataset(Dataset):
         if not keep.all():
             target = {key: value[keep] for key, value in target.items()}
         return view.show(image).float().as_subclass(Tensor), target
-
-    def mask(self, annotation: dict[str, Any]) -> np.ndarray:
-        """The mask of an annotation as uint8 ``[H, W]``, in pixels of the stored image."""
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, list):
-            segmentation = whole_polygons(segmentation)
-        return self.coco.annToMask({**annotation, "segmentation": segmentation})
 
     def _objects(self, image_id: Any) -> list[dict[str, Any]]:
         return [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
@@ -199,5 +187,5 @@ class DetectionDataset(Dataset):
         columns = np.zeros((len(objects), width, height), dtype=np.uint8)
         masks = columns.transpose(0, 2, 1)  # pycocotools gives them by columns
         for mask, annotation in zip(masks, objects, strict=True):
-            mask[:] = view.mask(annotation["segmentation"], partial(self.mask, annotation))
+            mask[:] = view.mask(annotation["segmentation"], partial(mask_of, self.coco, annotation))
         return torch.from_numpy(masks)
