@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from fvcore.common.config import CfgNode
 
 from ..config_files import find_config
@@ -70,6 +71,11 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
     yield Finding(OK, f"config: {args.config_file}, {args.engine} engine, {place}")
     for note in trial.notes:
         yield Finding(NOTE, note)
+    for phase in ("TRAIN", "TEST"):
+        least, most = cfg.INPUT[f"MIN_SIZE_{phase}"], cfg.INPUT[f"MAX_SIZE_{phase}"]
+        if np.max(least) > most:
+            text = f"INPUT.MIN_SIZE_{phase} {least} is above INPUT.MAX_SIZE_{phase} {most}"
+            yield Finding(NOTE, f"{text}: no image gets that large, as its longer side is limited")
     with heard("cbn_det.data") as lines:
         reports, refused = _tried(trial.prepare)
     yield from (*lines, *refused)

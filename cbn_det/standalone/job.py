@@ -20,7 +20,7 @@ from ..run.folder import describe
 from ..run.job import Job, built
 from ..run.nonfinite import first_bad_layer
 from ..run.precise_bn import kept_statistics, recompute_statistics
-from .config_values import norms_in_use
+from .config import norms_in_use
 from .datasets import DetectionDataset, prepare_datasets
 from .evaluation import evaluate
 from .loading import batches
