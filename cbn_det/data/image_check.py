@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from .findings import Findings
 from .progress import shown
@@ -34,6 +34,18 @@ def clipped_mode(image: Image.Image) -> str | None:
     if image.mode[0] not in _MODES:
         return None
     return f"{_MODES.get(image.mode, '16-bit grey')}, mode {image.mode}"
+
+
+def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image as it is shown (EXIF's orientation applied), RGB, uint8 ``[H, W, 3]``.
+
+    Raises:
+        one of :data:`BROKEN_IMAGE`: it cannot be read as it is meant.
+    """
+    with Image.open(path) as image:
+        if mode := clipped_mode(image):
+            raise ValueError(f"{mode}: as RGB its values would be cut off at 255; convert it")
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def check_images(

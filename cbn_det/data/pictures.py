@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .coco_api import mask_of, open_coco
-from .image_check import BROKEN_IMAGE
+from .image_check import BROKEN_IMAGE, read_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +218,7 @@ class _Scenes:
         """The image twice, side by side, a grey one where it cannot be read."""
         record = self.coco.imgs[image_id]
         try:
-            with Image.open(self.folder / record["file_name"]) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")  # boxes lie on it as shown
+            image = Image.fromarray(read_rgb(self.folder / record["file_name"]))
         except BROKEN_IMAGE:
             image = Image.new("RGB", (record["width"], record["height"]), GREY)
         sides = [np.asarray(draw(image, marks, self.lettering)) for marks in (predicted, annotated)]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -27,9 +25,9 @@ from ..data import (
     names_in_use,
     write_digits,
 )
-from ..data.coco_api import mask_of, open_coco
-from ..data.image_check import BROKEN_IMAGE, PILLOW, clipped_mode
-from .augmentation import Augmentation, View
+from ..data.coco_api import open_coco
+from ..data.image_check import BROKEN_IMAGE, PILLOW, read_rgb
+from .augmentation import View
 
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
@@ -107,9 +105,8 @@ class DetectionDataset(Dataset):
 
     def __init__(self, annotations: Path, images: Path, cfg: CfgNode, training: bool) -> None:
         self.annotations, self.images = annotations, images
+        self.cfg = cfg
         self.training = training
-        self.masks = cfg.MODEL.MASK_ON
-        self.channels = cfg.INPUT.FORMAT
         self.coco = open_coco(annotations)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
@@ -117,7 +114,6 @@ class DetectionDataset(Dataset):
         if training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             self.image_ids = [i for i in self.image_ids if self._objects(i)]
         self._label = {category: k for k, category in enumerate(self.category_ids, start=1)}
-        self._augment = Augmentation(cfg)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -131,12 +127,13 @@ class DetectionDataset(Dataset):
         image = self._read(image_id)
         if not self.training:
             return image.float(), {"image_id": image_id}
-        view = self._augment.draw(image)
+        view = View.draw(image, self.cfg)
         objects = self._objects(image_id)
         boxes = self._boxes(objects, view)
-        target = {"boxes": boxes, "labels": self._labels(objects)}
+        labels = torch.tensor([self._label[a["category_id"]] for a in objects], dtype=torch.int64)
+        target = {"boxes": boxes, "labels": labels}
         keep = (boxes[:, 2:] - boxes[:, :2] > _SMALLEST_SIDE).all(dim=1)
-        if self.masks:
+        if self.cfg.MODEL.MASK_ON:
             target["masks"] = self._masks(objects, view)
             keep &= target["masks"].any(dim=2).any(dim=1).bool()
         if not keep.all():
@@ -151,25 +148,16 @@ class DetectionDataset(Dataset):
         path = self.images / record["file_name"]
         label = f"{self.annotations}: image {image_id} '{path}'"
         try:
-            with Image.open(path) as stored:
-                clipped = clipped_mode(stored)
-                pixels = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
-        except FileNotFoundError as e:
-            raise DataError(f"{label} does not exist: copy it there") from e
-        except BROKEN_IMAGE as e:
-            raise DataError(f"{label} is cut off or cannot be decoded ({e}): copy it again") from e
-        if clipped:  # the check before training looks at a sample of large sets
-            raise DataError(
-                f"{label} ({clipped}): reading it as RGB would cut its values off at 255, to all "
-                "white or black: convert it to 8 bits"
-            )
+            pixels = read_rgb(path)
+        except BROKEN_IMAGE as e:  # the check before training looks at a sample of large sets
+            raise DataError(f"{label} cannot be read ({e}): copy it there again") from e
         if pixels.shape[:2] != (record["height"], record["width"]):
             raise DataError(
                 f"{label} is {pixels.shape[1]} x {pixels.shape[0]}, listed as {record['width']} x "
                 f"{record['height']}: correct 'width' and 'height'"
             )
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        if self.channels == "BGR":
+        if self.cfg.INPUT.FORMAT == "BGR":
             image = image.flip(0)
         return tv_tensors.Image(image.contiguous())
 
@@ -179,13 +167,10 @@ class DetectionDataset(Dataset):
         stored = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=view.stored)
         return v2.functional.clamp_bounding_boxes(view.show(stored)).as_subclass(Tensor)
 
-    def _labels(self, objects: list[dict[str, Any]]) -> Tensor:
-        return torch.tensor([self._label[a["category_id"]] for a in objects], dtype=torch.int64)
-
     def _masks(self, objects: list[dict[str, Any]], view: View) -> Tensor:
         height, width = view.shown
         columns = np.zeros((len(objects), width, height), dtype=np.uint8)
         masks = columns.transpose(0, 2, 1)  # pycocotools gives them by columns
         for mask, annotation in zip(masks, objects, strict=True):
-            mask[:] = view.mask(annotation["segmentation"], partial(mask_of, self.coco, annotation))
+            mask[:] = view.mask(self.coco, annotation)
         return torch.from_numpy(masks)
