@@ -216,5 +216,5 @@ def _inference(args: argparse.Namespace) -> tuple[nn.Module, list]:
     model.to(cfg.MODEL.DEVICE).eval()
     if engine == "detectron2":
         return model, list(islice(Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]), BATCHES))
-    samples = islice(in_order(job._test_set(), cfg), BATCHES)
+    samples = islice(in_order(job.test_set(), cfg), BATCHES)
     return model, [[image.to(cfg.MODEL.DEVICE)] for image, _ in samples]

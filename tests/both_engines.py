@@ -40,7 +40,8 @@ def make_trainer(engine: str, inputs: Path, output: Path, *words: str) -> Any:
     from cbn_det.standalone.trainer import Trainer
 
     cfg, _ = build_config(args)
-    files = prepare_datasets(cfg, args.coco_dataset)
+    reports = prepare_datasets(cfg, args.coco_dataset)
     torch.manual_seed(cfg.SEED)
-    dataset = DetectionDataset(files[cfg.DATASETS.TRAIN[0]], cfg, training=True)
+    report = reports[cfg.DATASETS.TRAIN[0]]
+    dataset = DetectionDataset(report.annotations, report.images, cfg, training=True)
     return Trainer(cfg, build_model(cfg), dataset, dict, args.accumulate)

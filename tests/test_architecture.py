@@ -27,8 +27,8 @@ ROOMS = {
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own
 DOORS = {
-    "data": "__init__ coco_folder digits image_check own_sets pictures pretrained progress"
-    " worst_images",
+    "data": "__init__ coco_api coco_folder digits findings image_check own_sets pictures pretrained"
+    " progress",
     "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
     " sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
@@ -177,7 +177,6 @@ PARTS = {
     "mask head": "torchvision.models.detection.mask_rcnn.MaskRCNNHeads",
     "detector": "torchvision.models.detection.generalized_rcnn.GeneralizedRCNN",
     "augmentation": "torchvision.transforms.v2",
-    "annotations": "pycocotools.coco.COCO",
     "evaluation": "pycocotools.cocoeval.COCOeval",
 }
 RAW_MATERIAL = (

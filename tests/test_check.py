@@ -125,6 +125,14 @@ def test_problems_name_the_key_and_the_remedy(lines: Any, engine: str, problem: 
     assert said in line
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sizes_that_no_image_gets(lines: Any, engine: str) -> None:
+    code, found = lines(engine, "INPUT.MIN_SIZE_TRAIN", "(96, 400)", "INPUT.MAX_SIZE_TRAIN", "128")
+    assert code == 0
+    assert line_of(found, "INPUT.MIN_SIZE_TRAIN (96, 400) is above INPUT.MAX_SIZE_TRAIN 128")
+    assert not any("INPUT.MIN_SIZE_TEST" in line for line in found)
+
+
 def test_images_in_both_sets(lines: Any, inputs: Path) -> None:
     code, found = lines("standalone", "DATASETS.TEST", f"('{dataset_name(inputs)}',)")
     assert code == 1 and "--coco-dataset" in found[0], "a set that is not used"

@@ -20,7 +20,7 @@ def test_a_good_set_with_gaps_and_an_empty_image(tiny):
     report = tiny.check(masks=True)
     assert report.num_images == 3 and report.num_images_without_objects == 1
     assert report.num_annotations == 2 and report.num_crowd == 0
-    assert report.categories == {1: "person", 90: "toothbrush"}
+    assert report.num_objects == {"person": 1, "toothbrush": 1}
     assert report.class_names == ["person", "toothbrush"]
     assert report.num_images_decoded == 3
     assert report.warnings == () and not report.has_rle_masks
@@ -48,8 +48,7 @@ def test_whole_json_in_an_encoding_that_pycocotools_does_not_read(tiny, encoding
     tiny.path.write_bytes((mark + json.dumps(tiny.data)).encode(encoding))
     with pytest.raises(ValueError):  # UnicodeDecodeError or JSONDecodeError
         COCO(str(tiny.path))
-    name = "UTF-8 with a byte-order mark" if encoding == "utf-8-sig" else "UTF-16"
-    with pytest.raises(DataError, match=f"set.json' is {name}.*save it as UTF-8") as error:
+    with pytest.raises(DataError, match="set.json' is not .*save it as UTF-8 without") as error:
         check_coco(tiny.path, tiny.images)
     assert "cut off" not in str(error.value) and "export" not in str(error.value)
     tiny.check()
@@ -99,8 +98,7 @@ def test_entries_without_a_key_are_counted(tiny):
 @pytest.mark.parametrize("table", ["images", "annotations", "categories"])
 def test_repeated_id(tiny, table):
     tiny.data[table][1]["id"] = tiny.data[table][0]["id"]
-    first = "id 90 is" if table == "categories" else str(tiny.data[table][0]["id"])
-    tiny.refused(f"ids repeated in '{table}'", f"(1 in all, first: {first}")
+    tiny.refused(f"ids repeated in '{table}'", f"(1 in all, first: {tiny.data[table][0]['id']})")
 
 
 @pytest.mark.parametrize("table", ["images", "categories"])
@@ -112,10 +110,10 @@ def test_empty_list(tiny, table):
 def test_annotation_of_an_unknown_image_or_category(tiny):
     tiny.data["annotations"] += [tiny.annotation(13, 77, 1), tiny.annotation(14, 1, 55)]
     tiny.refused(
-        "not in 'images'",
-        "annotation 13 of image 77",
-        "not in 'categories'",
-        "annotation 14 of category 55",
+        "'image_id' is not in 'images'",
+        "annotation 13 has 77",
+        "'category_id' is not in 'categories'",
+        "annotation 14 has 55",
     )
 
 
@@ -136,12 +134,12 @@ def test_truncated_image(tiny, name, kept):
     path = tiny.images / name
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    tiny.refused("cut off or cannot be decoded", f"image {name[0]} '{name}'")
+    tiny.refused("cut off or that Pillow cannot decode", f"image {name[0]} '{name}'")
 
 
 def test_not_an_image(tiny):
     (tiny.images / "2.jpg").write_text("<html>404</html>")
-    tiny.refused("cut off or cannot be decoded", "image 2 '2.jpg'")
+    tiny.refused("cut off or that Pillow cannot decode", "image 2 '2.jpg'")
 
 
 def test_only_a_sample_is_decoded_above_the_limit(tiny):
@@ -169,11 +167,11 @@ def test_exif_rotation_counts_as_detectron2_counts_it(tiny):
 @pytest.mark.parametrize(
     "box, text",
     [
-        ([1, 2, 3], "not four numbers"),
-        (["1", 2, 3, 4], "not four numbers"),
-        (None, "not four numbers"),
-        ([1, 2, float("nan"), 4], "not finite"),
-        ([1, float("inf"), 3, 4], "not finite"),
+        ([1, 2, 3], "not four finite numbers"),
+        (["1", 2, 3, 4], "not four finite numbers"),
+        (None, "not four finite numbers"),
+        ([1, 2, float("nan"), 4], "not four finite numbers"),
+        ([1, float("inf"), 3, 4], "not four finite numbers"),
         ([30, 30, -20, -20], "negative width or height"),
         ([64, 10, 5, 5], "wholly outside"),
         ([-6, 10, 5, 5], "wholly outside"),
@@ -270,7 +268,7 @@ def test_ids_that_nothing_can_be_looked_up_by(tiny, value):
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         tiny.data = copy.deepcopy(good)
         tiny.data["annotations"][1][key] = value
-        tiny.refused(f"that is not in '{table}'", f"annotation 12 of {key[:-3]} {value}")
+        tiny.refused(f"is not in '{table}'", f"annotation 12 has {value}")
     for table in ("images", "annotations", "categories"):
         tiny.data = copy.deepcopy(good)
         tiny.data[table][1]["id"] = value

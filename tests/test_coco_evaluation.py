@@ -92,17 +92,17 @@ def score(
         scores[image] = torch.tensor([p["score"] for p in own])
     if engine == "standalone":
         from cbn_det.standalone.config import get_cfg
-        from cbn_det.standalone.datasets import CocoFiles, DetectionDataset
+        from cbn_det.standalone.datasets import DetectionDataset
         from cbn_det.standalone.evaluation import evaluate
 
         cfg = get_cfg()
         cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "cpu", 0
         cfg.TEST.DETECTIONS_PER_IMAGE = most
-        files = CocoFiles("many", folder / "set.json", folder / "images")
+        files = (folder / "set.json", folder / "images")
         outputs = [
             {"boxes": boxes[i], "labels": classes[i], "scores": scores[i]} for i in sorted(boxes)
         ]
-        data = DetectionDataset(files, cfg, training=False)
+        data = DetectionDataset(*files, cfg, training=False)
         return evaluate(Replay(outputs), data, cfg, folder / "out")["bbox"]
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog

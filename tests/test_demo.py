@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cbn_det.data.errors import DataError
+from cbn_det.data import DataError
 from cbn_det.study import runner
 from cbn_det.study.compare import compare, guarded
 from cbn_det.study.plan import Plan, Split

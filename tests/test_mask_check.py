@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from tiny_set import HEIGHT, WIDTH, TinySet, tiny_set
 
-from cbn_det.data import rle
+from cbn_det.data import mask_check as rle
 
 tiny = tiny_set
 
@@ -276,7 +276,7 @@ def test_polygons_in_fractions_of_the_image(tiny):
 def test_a_mask_beside_a_box_that_is_refused_for_itself_is_not_compared(tiny):
     anns = fill(tiny)
     anns[0]["bbox"], anns[1]["bbox"] = [3, 2, -18, 9], [3, "2", 18, 9]
-    message = tiny.refused("negative width or height", "not four numbers", masks=True)
+    message = tiny.refused("negative width or height", "not four finite numbers", masks=True)
     assert len(message.splitlines()) == 2
 
 

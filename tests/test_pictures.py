@@ -46,7 +46,6 @@ def test_names_without_glyphs_are_numbers(fonts, caplog):
     assert written.names == ["cat", "class 1", "class 2"]
     (line,) = [record.message for record in caplog.records]
     assert line.endswith("class 1 is '细胞', class 2 is '核'")
-    assert written.drawable("cat 细.png") == "cat ?.png"
 
 
 def test_a_font_with_the_glyphs_is_taken(fonts):
@@ -63,7 +62,7 @@ def test_a_font_with_the_glyphs_is_taken(fonts):
 
 def test_worst_images_with_chinese_names(tmp_path: Path, fonts):
     """The same picture as with the numbers for names."""
-    from cbn_det.data.worst_images import write_worst_images
+    from cbn_det.data.pictures import write_worst_images
 
     fonts(None)
     Image.new("RGB", (60, 40)).save(tmp_path / "1.png")

@@ -10,8 +10,7 @@ import pytest
 
 from cbn_det.run.errors import ConfigError
 from cbn_det.standalone import get_cfg, read_config
-from cbn_det.standalone.config import _defaults
-from cbn_det.standalone.config_values import norms_in_use
+from cbn_det.standalone.config import _UNREAD, _defaults, norms_in_use
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "quickstart").glob("*.yaml"))
 BASE = next(path for path in CONFIGS if path.name.startswith("Base-"))
@@ -41,7 +40,8 @@ def test_every_default_is_detectron2s() -> None:
     for key, value in (ours["honoured"] | ours["fixed"]).items():
         assert value == theirs[key], key
         assert type(value) is type(theirs[key]), key
-    assert len(theirs) == len(ours["honoured"]) + len(ours["fixed"])
+    unread = {key for key in theirs if key.split(".")[1:2] and key.split(".")[1] in _UNREAD}
+    assert theirs.keys() - unread == ours["honoured"].keys() | ours["fixed"].keys()
 
 
 @pytest.mark.detectron2
@@ -58,7 +58,7 @@ def test_what_detectron2_dumps_means_the_same(tmp_path: Path) -> None:
     theirs.MODEL.RPN.CONV_DIMS = [256]
     message = error_of(written(tmp_path, theirs.dump()))
     assert str(path) in message and "MODEL.RPN.CONV_DIMS" in message
-    assert "other values than [-1]" in message and "--engine detectron2" in message
+    assert "takes [-1]" in message and "--engine detectron2" in message
 
 
 def test_a_bad_value_names_the_file_that_holds_it(tmp_path: Path) -> None:
@@ -110,30 +110,30 @@ def written(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "key"),
+    ("text", "expected"),
     [
-        ("MODEL: {RPN: {FOO: 3}}", "MODEL.RPN.FOO"),
-        ("MODEL: {RETINANET: {NUM_CLASSES: 3}}", "MODEL.RETINANET.NUM_CLASSES"),
-        ("SOLVER: {AMP: {ENABLED: True}}", "SOLVER.AMP.ENABLED"),
-        ("FOO: {}", "FOO"),
+        ("MODEL: {RPN: {FOO: 3}}", "Non-existent config key: MODEL.RPN.FOO"),
+        ("FOO: {}", "Non-existent config key: FOO"),
+        ("SOLVER: {AMP: {ENABLED: True}}", "SOLVER.AMP.ENABLED is True"),
     ],
 )
-def test_unknown_key_in_a_file(tmp_path: Path, text: str, key: str) -> None:
+def test_a_key_in_a_file_that_cannot_be_honoured(tmp_path: Path, text: str, expected: str) -> None:
     base = written(tmp_path, f"_BASE_: {BASE}\n{text}")
     message = error_of(base)
-    assert f"{key} is not a key that the standalone engine honours" in message
-    assert "--engine detectron2" in message and str(base) in message
+    assert expected in message and str(base) in message
     child = tmp_path / "child.yaml"
     child.write_text("_BASE_: config.yaml\nSEED: 3")
-    assert key in error_of(child)
+    assert expected in error_of(child)
 
 
-def test_unknown_key_on_the_command_line_and_its_neighbour() -> None:
-    assert error_of(BASE, ["MODEL.RPN.NMS_TRESH", "0.5"]) == (
-        "MODEL.RPN.NMS_TRESH is not a key that the standalone engine honours (did you mean"
-        " MODEL.RPN.NMS_THRESH?); --engine detectron2 takes all of detectron2's keys"
-    )
-    assert "did you mean" not in error_of(BASE, ["MODEL.RPN.CONV_DIMS", "[256]"])
+def test_what_detectron2_would_not_read_either_is_left_out(tmp_path: Path) -> None:
+    text = f"_BASE_: {BASE}\nMODEL: {{RETINANET: {{NUM_CLASSES: 3}}}}"
+    assert read_config(written(tmp_path, text)) == read_config(BASE)
+
+
+def test_an_unknown_key_on_the_command_line() -> None:
+    message = error_of(BASE, ["MODEL.RPN.NMS_TRESH", "0.5"])
+    assert message.endswith("Non-existent key: MODEL.RPN.NMS_TRESH")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_unknown_key_on_the_command_line_and_its_neighbour() -> None:
         (["SEED", "one"], "SEED"),
         (["SOLVER.BASE_LR", "'a'"], "SOLVER.BASE_LR"),
         (["MODEL.RPN", "3"], "MODEL.RPN"),
-        (["SEED", "None"], "SEED has no value"),
+        (["SEED", "None"], "SEED is None, expected something like -1"),
     ],
 )
 def test_bad_words_on_the_command_line(opts: list[str], expected: str) -> None:
@@ -209,14 +209,9 @@ def test_values_that_only_detectron2_knows(opts: list[str], expected: str) -> No
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("MODEL.PIXEL_MEAN", "[1.0]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [96], [96, 128]]"),
         ("MODEL.ANCHOR_GENERATOR.SIZES", "[16, 32, 64, 96, 128]"),
-        ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.5, 0.6]"),
-        ("MODEL.ROI_HEADS.NUM_CLASSES", "0"),
-        ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1.0, 1.0)"),
-        ("INPUT.MIN_SIZE_TRAIN", "()"),
         ("SOLVER.MAX_ITER", "0"),
         ("SOLVER.STEPS", "('a',)"),
     ],

@@ -14,11 +14,13 @@ import pytest
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
+from tiny_set import Files
 
-from cbn_det.data import DIGITS_NAMES, DataError, digits_paths, write_digits
+from cbn_det.data import DIGITS_NAMES, CocoReport, DataError, digits_paths, write_digits
+from cbn_det.data.coco_api import mask_of
 from cbn_det.standalone import datasets
 from cbn_det.standalone.config import get_cfg
-from cbn_det.standalone.datasets import CocoFiles, DetectionDataset, prepare_datasets
+from cbn_det.standalone.datasets import DetectionDataset, prepare_datasets
 from cbn_det.standalone.loading import batches, in_order
 
 NUM_IMAGES = 10
@@ -45,7 +47,7 @@ def rle(mask: np.ndarray) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
-def write_set(folder: Path, num_images: int = NUM_IMAGES, categories=CATEGORIES) -> CocoFiles:
+def write_set(folder: Path, num_images: int = NUM_IMAGES, categories=CATEGORIES) -> Files:
     """Dark images of 64 x 48 and more, each with one white rectangle, which is annotated."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(5)
@@ -75,21 +77,25 @@ def write_set(folder: Path, num_images: int = NUM_IMAGES, categories=CATEGORIES)
         "categories": [{"id": k, "name": name} for k, name in categories.items()],
     }
     (folder / "set.json").write_text(json.dumps(data))
-    return CocoFiles("mine", folder / "set.json", folder)
+    return Files(folder / "set.json", folder)
 
 
-def edit(files: CocoFiles, change) -> None:
+def files_of(report: CocoReport) -> Files:
+    return Files(report.annotations, report.images)
+
+
+def edit(files: Files, change) -> None:
     data = json.loads(files.annotations.read_text())
     change(data)
     files.annotations.write_text(json.dumps(data))
 
 
-def triple(files: CocoFiles, name: str = "mine") -> tuple[str, str, str]:
+def triple(files: Files, name: str = "mine") -> tuple[str, str, str]:
     return name, str(files.annotations), str(files.images)
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> CocoFiles:
+def files(tmp_path: Path) -> Files:
     return write_set(tmp_path / "set")
 
 
@@ -107,16 +113,16 @@ def test_digits_are_written_where_they_are_used(small_digits, files, tmp_path):
     cfg = config("DATASETS.TRAIN", (DIGITS_NAMES[0],), "DATASETS.TEST", (DIGITS_NAMES[1],))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 10
     found = prepare_datasets(cfg, [], eval_only=False)
-    assert found == {name: CocoFiles(name, *digits_paths()[name]) for name in DIGITS_NAMES}
+    absolute = {name: tuple(map(Path.absolute, digits_paths()[name])) for name in DIGITS_NAMES}
+    assert {name: files_of(report) for name, report in found.items()} == absolute
     assert list(prepare_datasets(cfg, [], eval_only=True)) == ["digits_val"]
-    assert len(DetectionDataset(found["digits_train"], cfg, training=True)) == 3
+    assert len(DetectionDataset(*files_of(found["digits_train"]), cfg, training=True)) == 3
 
 
 def test_files_are_found_by_name(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert prepare_datasets(config(), [("mine", "set/set.json", "set")], eval_only=False) == {
-        "mine": files
-    }
+    found = prepare_datasets(config(), [("mine", "set/set.json", "set")], eval_only=False)
+    assert files_of(found["mine"]) == files
 
 
 def test_unknown_names(files):
@@ -178,11 +184,11 @@ def test_a_set_without_objects_is_neither_trained_on_nor_evaluated(files):
         prepare_datasets(config(), [triple(files)], eval_only=True)
     # without the list, as COCO's own test sets are, its images are predicted and not scored
     edit(files, lambda data: data.pop("annotations"))
-    assert prepare_datasets(config(), [triple(files)], eval_only=True) == {"mine": files}
+    assert list(prepare_datasets(config(), [triple(files)], eval_only=True)) == ["mine"]
 
 
 def test_evaluation_gets_the_stored_image(files):
-    dataset = DetectionDataset(files, config(), training=False)
+    dataset = DetectionDataset(*files, config(), training=False)
     assert dataset.image_ids == [100 * i for i in range(1, NUM_IMAGES + 1)]
     assert dataset.class_names == ["cat", "dog", "cow"] and dataset.category_ids == [3, 7, 90]
     image, target = dataset[2]
@@ -203,8 +209,8 @@ def white_box(image: torch.Tensor) -> torch.Tensor:
 def test_image_boxes_and_masks_are_augmented_alike(files, flip):
     cfg = config("MODEL.MASK_ON", True, "INPUT.RANDOM_FLIP", flip)
     cfg.INPUT.MIN_SIZE_TRAIN = (60, 72)
-    plain = DetectionDataset(files, config(), training=False)
-    dataset = DetectionDataset(files, cfg, training=True)
+    plain = DetectionDataset(*files, config(), training=False)
+    dataset = DetectionDataset(*files, cfg, training=True)
     sizes, mirrored = set(), set()
     for index in list(range(NUM_IMAGES)) * 3:
         image, target = dataset[index]
@@ -234,7 +240,7 @@ def test_what_is_left_out_of_training(files):
 
     edit(files, change)
     cfg = config("INPUT.RANDOM_FLIP", "none", "MODEL.MASK_ON", True)
-    dataset = DetectionDataset(files, cfg, training=True)
+    dataset = DetectionDataset(*files, cfg, training=True)
     assert dataset.image_ids == [100 * i for i in range(2, NUM_IMAGES + 1)]
     image, target = dataset[0]
     assert {k: tuple(v.shape) for k, v in target.items()} == {
@@ -244,12 +250,12 @@ def test_what_is_left_out_of_training(files):
     }
     assert dataset[1][1]["boxes"].tolist() == [[0, 0, 26, 48]]
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    dataset = DetectionDataset(files, cfg, training=True)
+    dataset = DetectionDataset(*files, cfg, training=True)
     assert len(dataset) == NUM_IMAGES and dataset[0][1]["masks"].shape == (0, 48, 66)
 
 
 def test_the_longer_side_is_limited(files):
-    dataset = DetectionDataset(files, config("INPUT.MAX_SIZE_TRAIN", 70), training=True)
+    dataset = DetectionDataset(*files, config("INPUT.MAX_SIZE_TRAIN", 70), training=True)
     assert all(max(dataset[i][0].shape) == 70 for i in range(2, NUM_IMAGES))
 
 
@@ -258,11 +264,11 @@ def test_unusable_polygons_beside_a_usable_one(files):
         segmentation = data["annotations"][0]["segmentation"]
         segmentation.insert(0, [0, 0, 60, 40])  # pycocotools would take four numbers for a box
 
-    dataset = DetectionDataset(files, config("MODEL.MASK_ON", True), training=True)
-    before = dataset.mask(dataset.coco.anns[1])
+    dataset = DetectionDataset(*files, config("MODEL.MASK_ON", True), training=True)
+    before = mask_of(dataset.coco, dataset.coco.anns[1])
     edit(files, change)
-    dataset = DetectionDataset(files, config("MODEL.MASK_ON", True), training=True)
-    assert np.array_equal(dataset.mask(dataset.coco.anns[1]), before)
+    dataset = DetectionDataset(*files, config("MODEL.MASK_ON", True), training=True)
+    assert np.array_equal(mask_of(dataset.coco, dataset.coco.anns[1]), before)
 
 
 COLORS = {"L": (90, 90, 90), "P": (255, 0, 51), "CMYK": (55, 200, 250), "RGBA": (1, 2, 3)}
@@ -273,7 +279,7 @@ COLORS = {"L": (90, 90, 90), "P": (255, 0, 51), "CMYK": (55, 200, 250), "RGBA": 
 def test_images_of_other_modes_and_channel_order(files, mode, order):
     image = Image.new("RGB", (66, 48), COLORS[mode]).convert(mode)
     image.save(files.images / "1.png", format="TIFF" if mode == "CMYK" else "PNG")
-    pixel = DetectionDataset(files, config("INPUT.FORMAT", order), training=False)[0][0][:, 5, 9]
+    pixel = DetectionDataset(*files, config("INPUT.FORMAT", order), training=False)[0][0][:, 5, 9]
     expected = COLORS[mode] if order == "RGB" else COLORS[mode][::-1]
     assert np.abs(pixel.numpy() - expected).max() <= 2
 
@@ -288,7 +294,7 @@ def test_exif_rotation_is_applied(files, suffix):
     Image.fromarray(np.rot90(upright).copy()).save(files.images / name, exif=exif)
     edit(files, lambda data: data["images"][-1].update(file_name=name))
     prepare_datasets(config(), [triple(files)])
-    image, _ = DetectionDataset(files, config(), training=False)[0]
+    image, _ = DetectionDataset(*files, config(), training=False)[0]
     assert np.array_equal(image.numpy(), upright.transpose(2, 0, 1))
 
 
@@ -298,8 +304,10 @@ def test_an_image_whose_values_would_be_cut_off_is_named(files):
     with pytest.raises(DataError, match="image 400 .4.png.: .*mode I"):
         prepare_datasets(config(), [triple(files)])
     for training in (True, False):
-        dataset = DetectionDataset(files, config(), training)
-        with pytest.raises(DataError, match=r"^data set 'mine': image 400 '.*4.png' \(.*mode I"):
+        dataset = DetectionDataset(*files, config(), training)
+        with pytest.raises(
+            DataError, match=r"set.json: image 400 '.*4.png' cannot be read \(.*mode I"
+        ):
             dataset[3]
 
 
@@ -309,18 +317,16 @@ def test_unreadable_images_are_named(files, workers):
     path = files.images / "4.png"
     complete = path.read_bytes()
     cases = {
-        "does not exist": path.unlink,
-        "is cut off or cannot be decoded": lambda: path.write_bytes(complete[:50]),
+        "cannot be read .*No such file": path.unlink,
+        "cannot be read": lambda: path.write_bytes(complete[:50]),
         "is 9 x 9, listed as 72 x 48": Image.new("RGB", (9, 9)).save,
     }
     for problem, damage in cases.items():
         damage(path) if problem.startswith("is 9") else damage()
         for training in (True, False):
-            dataset = DetectionDataset(files, cfg, training)
+            dataset = DetectionDataset(*files, cfg, training)
             read = islice(batches(dataset, cfg), 4) if training else in_order(dataset, cfg)
-            with pytest.raises(
-                DataError, match=rf"^data set 'mine': image 400 '.*4.png' {problem}"
-            ):
+            with pytest.raises(DataError, match=rf"set.json: image 400 '.*4.png' {problem}"):
                 list(read)
 
 
@@ -336,7 +342,7 @@ def equal(a: list, b: list) -> bool:
 
 def test_a_batch_depends_on_the_seed_and_the_iteration_alone(files):
     cfg = config("INPUT.MIN_SIZE_TRAIN", (30, 40, 50), "MODEL.MASK_ON", True)
-    dataset = DetectionDataset(files, cfg, training=True)
+    dataset = DetectionDataset(*files, cfg, training=True)
 
     def some(start: int, count: int) -> list:
         return list(islice(batches(dataset, cfg, start), count))
@@ -356,7 +362,7 @@ def test_a_batch_depends_on_the_seed_and_the_iteration_alone(files):
 
 def test_each_epoch_has_each_image_once_in_an_order_of_its_own(files):
     cfg = config("INPUT.RANDOM_FLIP", "none", "SOLVER.IMS_PER_BATCH", 4)
-    dataset = DetectionDataset(files, cfg, training=True)
+    dataset = DetectionDataset(*files, cfg, training=True)
     widths = [im.shape[2] for batch in islice(batches(dataset, cfg), 5) for im, _ in batch]
     first, second = widths[:NUM_IMAGES], widths[NUM_IMAGES:]
     assert sorted(first) == sorted(second) == [64 + 2 * i for i in range(1, NUM_IMAGES + 1)]
@@ -368,7 +374,7 @@ def test_each_epoch_has_each_image_once_in_an_order_of_its_own(files):
 
 def test_the_same_image_is_augmented_differently_from_epoch_to_epoch(tmp_path):
     cfg = config("SOLVER.IMS_PER_BATCH", 1)
-    dataset = DetectionDataset(write_set(tmp_path / "one", 1), cfg, training=True)
+    dataset = DetectionDataset(*write_set(tmp_path / "one", 1), cfg, training=True)
     corners = [batch[0][1]["boxes"][0, 0].item() for batch in islice(batches(dataset, cfg), 20)]
     assert len(set(corners)) == 2  # as stored and mirrored
 
@@ -377,7 +383,7 @@ def test_the_same_image_is_augmented_differently_from_epoch_to_epoch(tmp_path):
 def test_loading_leaves_the_global_random_numbers_alone(files, workers):
     cfg = config("DATALOADER.NUM_WORKERS", workers)
     for training in (True, False):
-        dataset = DetectionDataset(files, cfg, training)
+        dataset = DetectionDataset(*files, cfg, training)
         before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         list(islice(batches(dataset, cfg), 3) if training else in_order(dataset, cfg))
         assert torch.equal(torch.get_rng_state(), before[0])
@@ -403,7 +409,7 @@ def test_an_interrupt_is_left_to_the_main_process():
 def test_several_training_sets_are_mixed(files, tmp_path):
     other = write_set(tmp_path / "other", 2)
     cfg = config("SOLVER.IMS_PER_BATCH", NUM_IMAGES + 2)
-    sets = [DetectionDataset(f, cfg, training=True) for f in (files, other)]
+    sets = [DetectionDataset(*f, cfg, training=True) for f in (files, other)]
     batch = next(batches(torch.utils.data.ConcatDataset(sets), cfg))
     widths = sorted(image.shape[2] for image, _ in batch)
     assert widths == sorted([66, 68] + [64 + 2 * i for i in range(1, NUM_IMAGES + 1)])
@@ -418,7 +424,7 @@ def test_a_detector_of_torchvisions_trains_on_the_batches(files):
 
     edit(files, without_area)
     cfg = config("MODEL.MASK_ON", True, "SOLVER.IMS_PER_BATCH", NUM_IMAGES)
-    dataset = DetectionDataset(files, cfg, training=True)
+    dataset = DetectionDataset(*files, cfg, training=True)
     images, targets = zip(*next(batches(dataset, cfg)), strict=True)
     assert sorted(len(target["labels"]) for target in targets) == [0] + [1] * (NUM_IMAGES - 1)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
@@ -442,8 +448,8 @@ def test_targets_are_those_of_detectron2(shared_data, mask_format):
     theirs.INPUT.RANDOM_FLIP, theirs.INPUT.MASK_FORMAT = "none", mask_format
     theirs.INPUT.MIN_SIZE_TRAIN = (400,)
     mapper = DatasetMapper(theirs, is_train=True)
-    files = CocoFiles("subset", folder / "train.json", folder / "images")
-    dataset = DetectionDataset(files, cfg, training=True)
+    files = Files(folder / "train.json", folder / "images")
+    dataset = DetectionDataset(*files, cfg, training=True)
     records = filter_images_with_only_crowd_annotations(
         load_coco_json(str(files.annotations), str(files.images), "standalone_parity")
     )

@@ -15,12 +15,14 @@ import torch
 from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny_set import Files
 from torch import nn
 from torchvision.ops import box_convert
 
 from cbn_det.data import digits_paths, write_digits
+from cbn_det.data.coco_api import mask_of
 from cbn_det.standalone.config import get_cfg
-from cbn_det.standalone.datasets import CocoFiles, DetectionDataset
+from cbn_det.standalone.datasets import DetectionDataset
 from cbn_det.standalone.evaluation import evaluate
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -36,18 +38,18 @@ def config(masks: bool = True) -> CfgNode:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Files:
     root = tmp_path_factory.mktemp("digits_for_evaluation")
     write_digits(root, train_images=1, val_images=15)
-    return CocoFiles("digits_val", *digits_paths(root)["digits_val"])
+    return Files(*digits_paths(root)["digits_val"])
 
 
 @pytest.fixture(params=["digits", "coco2017_subset"])
-def files(request: pytest.FixtureRequest) -> CocoFiles:
+def files(request: pytest.FixtureRequest) -> Files:
     if request.param == "digits":
         return request.getfixturevalue("digits")
     folder = request.getfixturevalue("shared_data") / request.param
-    return CocoFiles("subset", folder / "val.json", folder / "images")
+    return Files(folder / "val.json", folder / "images")
 
 
 class Replay(nn.Module):
@@ -83,7 +85,7 @@ def annotations_as_predictions(dataset: DetectionDataset, noise: float) -> list[
             shift = random.normal(0, noise, 2).round().astype(int)
             boxes[i] += torch.tensor(np.tile(shift, 2)) + torch.tensor(random.normal(0, noise, 4))
             boxes[i, 2:] = torch.maximum(boxes[i, 2:], boxes[i, :2] + 1)
-            mask = torch.from_numpy(dataset.mask(annotation)).float()
+            mask = torch.from_numpy(mask_of(dataset.coco, annotation)).float()
             masks[i, 0] = 0.9 * mask.roll(tuple(shift[::-1].tolist()), (0, 1))
             if noise and random.random() < 0.2:
                 labels[i] = random.integers(len(dataset.category_ids)) + 1
@@ -105,7 +107,7 @@ def nothing(dataset: DetectionDataset) -> list[Output]:
 
 
 def test_annotations_as_predictions_score_100(files, tmp_path):
-    dataset = DetectionDataset(files, config(), training=False)
+    dataset = DetectionDataset(*files, config(), training=False)
     model = Replay(annotations_as_predictions(dataset, noise=0)).train()
     results = evaluate(model, dataset, config(), tmp_path / "new" / "folder")
     assert model.training
@@ -120,7 +122,7 @@ def test_annotations_as_predictions_score_100(files, tmp_path):
             assert task[f"AP-{name}"] > 99.99 if defined else math.isnan(task[f"AP-{name}"])
 
 
-def score_file(files: CocoFiles, predictions: list[dict], task: str) -> float:
+def score_file(files: Files, predictions: list[dict], task: str) -> float:
     """AP by pycocotools alone."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(files.annotations))
@@ -134,7 +136,7 @@ def score_file(files: CocoFiles, predictions: list[dict], task: str) -> float:
 
 
 def test_the_written_predictions_have_the_returned_scores(files, tmp_path, capsys):
-    dataset = DetectionDataset(files, config(), training=False)
+    dataset = DetectionDataset(*files, config(), training=False)
     outputs = annotations_as_predictions(dataset, noise=3)
     results = evaluate(Replay(outputs), dataset, config(), tmp_path)
     assert not capsys.readouterr().out
@@ -150,14 +152,14 @@ def test_the_written_predictions_have_the_returned_scores(files, tmp_path, capsy
 
 
 def test_a_second_evaluation_gives_the_same(files, tmp_path):
-    dataset = DetectionDataset(files, config(), training=False)
+    dataset = DetectionDataset(*files, config(), training=False)
     outputs = annotations_as_predictions(dataset, noise=3)
     first, second = (evaluate(Replay(outputs), dataset, config(), tmp_path) for _ in range(2))
     np.testing.assert_equal(first, second)
 
 
 def test_boxes_alone(digits, tmp_path):
-    dataset = DetectionDataset(digits, config(), training=False)
+    dataset = DetectionDataset(*digits, config(), training=False)
     outputs = annotations_as_predictions(dataset, noise=0)
     for output in outputs:
         del output["masks"]
@@ -166,7 +168,7 @@ def test_boxes_alone(digits, tmp_path):
 
 
 def test_without_any_prediction_everything_is_nan(digits, tmp_path, caplog):
-    dataset = DetectionDataset(digits, config(), training=False)
+    dataset = DetectionDataset(*digits, config(), training=False)
     results = evaluate(Replay(nothing(dataset)), dataset, config(), tmp_path)
     assert list(results) == ["bbox", "segm"]
     for task in results.values():
@@ -175,17 +177,17 @@ def test_without_any_prediction_everything_is_nan(digits, tmp_path, caplog):
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
 
 
-def with_changed_file(files: CocoFiles, folder: Path, change) -> DetectionDataset:
+def with_changed_file(files: Files, folder: Path, change) -> DetectionDataset:
     data = json.loads(files.annotations.read_text())
     change(data)
     (folder / "changed.json").write_text(json.dumps(data))
-    changed = CocoFiles("changed", folder / "changed.json", files.images)
-    return DetectionDataset(changed, config(), training=False)
+    changed = Files(folder / "changed.json", files.images)
+    return DetectionDataset(*changed, config(), training=False)
 
 
 def test_a_set_without_annotations_gets_predictions_only(digits, tmp_path, caplog):
     outputs = annotations_as_predictions(
-        DetectionDataset(digits, config(), training=False), noise=0
+        DetectionDataset(*digits, config(), training=False), noise=0
     )
     dataset = with_changed_file(digits, tmp_path, lambda data: data.pop("annotations"))
     assert evaluate(Replay(outputs), dataset, config(), tmp_path / "out") == {}
@@ -207,20 +209,19 @@ def test_one_class_has_no_ap_of_its_own(digits, tmp_path):
     assert {p["category_id"] for p in written} == {4}
 
 
-def test_progress_is_shown_and_tables_are_logged(digits, tmp_path, caplog, capsys):
+def test_tables_are_logged(digits, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    dataset = DetectionDataset(digits, config(), training=False)
+    dataset = DetectionDataset(*digits, config(), training=False)
     results = evaluate(
         Replay(annotations_as_predictions(dataset, noise=3)), dataset, config(), tmp_path
     )
-    assert "evaluating images: 0 of 15" in capsys.readouterr().err
     for task in ("bbox", "segm"):
         (table,) = (m for m in caplog.messages if m.startswith(f"Evaluation results for {task}"))
         assert f"{results[task]['AP50']:.3f}" in table
 
 
 def test_the_mode_is_put_back_when_the_model_fails(digits, tmp_path):
-    dataset = DetectionDataset(digits, config(), training=False)
+    dataset = DetectionDataset(*digits, config(), training=False)
     model = Replay([]).train()
     with pytest.raises(StopIteration):
         evaluate(model, dataset, config(), tmp_path)
@@ -235,7 +236,7 @@ def test_scores_are_those_of_detectron2(files, tmp_path, predicted):
     from detectron2.evaluation import COCOEvaluator
     from detectron2.structures import Boxes, Instances
 
-    dataset = DetectionDataset(files, config(), training=False)
+    dataset = DetectionDataset(*files, config(), training=False)
     much = predicted == "much"
     outputs = annotations_as_predictions(dataset, noise=3) if much else nothing(dataset)
     results = evaluate(Replay(outputs), dataset, config(), tmp_path / "ours")

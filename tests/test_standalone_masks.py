@@ -13,14 +13,15 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from PIL import Image
+from tiny_set import Files
 
 from cbn_det.standalone.config import get_cfg
-from cbn_det.standalone.datasets import CocoFiles, DetectionDataset
+from cbn_det.standalone.datasets import DetectionDataset
 
 HEIGHT, WIDTH = 90, 120
 
 
-def write_set(folder: Path, segmentations: list[Any], size: tuple[int, int]) -> CocoFiles:
+def write_set(folder: Path, segmentations: list[Any], size: tuple[int, int]) -> Files:
     """A set of one image, all black but for its left upper quarter."""
     height, width = size
     (folder / "images").mkdir(parents=True)
@@ -46,7 +47,7 @@ def write_set(folder: Path, segmentations: list[Any], size: tuple[int, int]) -> 
         "categories": [{"id": 1, "name": "a"}],
     }
     (folder / "set.json").write_text(json.dumps(content))
-    return CocoFiles("set", folder / "set.json", folder / "images")
+    return Files(folder / "set.json", folder / "images")
 
 
 def config(short: int, flip: str = "none") -> Any:
@@ -92,7 +93,7 @@ def rasterized(segmentation: list[list[float]], short: int, mirrored: str) -> np
 def test_masks_are_those_of_the_scaled_polygons(flip: str, short: int, tmp_path: Path) -> None:
     objects = polygons(8, (HEIGHT, WIDTH))
     dataset = DetectionDataset(
-        write_set(tmp_path, objects, (HEIGHT, WIDTH)), config(short, flip), True
+        *write_set(tmp_path, objects, (HEIGHT, WIDTH)), config(short, flip), True
     )
     torch.manual_seed(0)
     seen = set()
@@ -115,7 +116,7 @@ def test_run_length_encodings_follow_the_image(flip: str, tmp_path: Path) -> Non
     encoded = mask_util.encode(np.asfortranarray(mask))
     encoded["counts"] = encoded["counts"].decode()
     files = write_set(tmp_path, [encoded], (HEIGHT, WIDTH))
-    dataset = DetectionDataset(files, config(45, flip), training=True)
+    dataset = DetectionDataset(*files, config(45, flip), training=True)
     torch.manual_seed(0)
     for _ in range(4):
         image, target = dataset[0]
@@ -125,7 +126,7 @@ def test_run_length_encodings_follow_the_image(flip: str, tmp_path: Path) -> Non
 def test_a_large_photo_of_many_objects_stays_small(tmp_path: Path) -> None:
     size = (1500, 2000)
     files = write_set(tmp_path, polygons(60, size), size)
-    dataset = DetectionDataset(files, config(150), training=True)
+    dataset = DetectionDataset(*files, config(150), training=True)
     tracemalloc.start()
     try:
         masks = dataset[0][1]["masks"]
@@ -145,7 +146,7 @@ def test_they_are_detectron2_s(mirrored: bool, tmp_path: Path) -> None:
 
     objects = polygons(8, (HEIGHT, WIDTH), seed=1)
     files = write_set(tmp_path, objects, (HEIGHT, WIDTH))
-    dataset = DetectionDataset(files, config(60, "horizontal"), training=True)
+    dataset = DetectionDataset(*files, config(60, "horizontal"), training=True)
     torch.manual_seed(0)
     image, target = next(
         sample

@@ -80,10 +80,11 @@ def make_trainer(inputs: Path, output: Path, *words: str) -> Trainer:
     """A trainer as a run makes it; its evaluation finds nothing."""
     args = argument_parser().parse_args(words_for(inputs, output, *words))
     cfg, _ = build_config(args)
-    files = prepare_datasets(cfg, args.coco_dataset)
+    reports = prepare_datasets(cfg, args.coco_dataset)
     output.mkdir(exist_ok=True)
     torch.manual_seed(cfg.SEED)
-    dataset = DetectionDataset(files[cfg.DATASETS.TRAIN[0]], cfg, training=True)
+    report = reports[cfg.DATASETS.TRAIN[0]]
+    dataset = DetectionDataset(report.annotations, report.images, cfg, training=True)
     return Trainer(cfg, build_model(cfg), dataset, dict)
 
 

@@ -41,8 +41,8 @@ def test_whole_checkpoint(checkpoint: Path) -> None:
     saved = torch.load(checkpoint)["model"]
     for key, value in fresh.state_dict().items():
         assert torch.equal(value, saved[key]), key
-    tensors = sum("tracked" not in key for key in saved)
-    assert f"{tensors} tensors loaded" in summary and "left" not in summary
+    body = sum("tracked" not in key and key.startswith("backbone.body.") for key in saved)
+    assert f"{body} tensors of backbone.body, " in summary and "left" not in summary
     assert summary.startswith(f"MODEL.WEIGHTS {checkpoint}: ") and "\n" not in summary
 
 
@@ -55,13 +55,15 @@ def test_backbone_alone_under_interchangeable_norms(
     fresh = model(name if frozen else "faster_rcnn_R_18_FPN_digits_cbn")
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
     summary = load_weights(fresh, tmp_path / "backbone.pth")
-    assert "100 tensors loaded into backbone.body (100); " in summary
-    assert "left at their initial values in backbone.fpn (" in summary and "rpn (6)" in summary
+    assert "100 tensors of backbone.body loaded; left at their initial values: " in summary
+    assert " tensors of backbone.fpn, " in summary and "6 tensors of rpn" in summary
     saved = torch.load(checkpoint)["model"]
     for key, value in fresh.state_dict().items():
         expected = saved[key] if key.startswith("backbone.body") else before[key]
         assert torch.equal(value, expected), key
-    with pytest.raises(ConfigError, match=r"backbone\.fpn.*train it first"):
+    with pytest.raises(
+        ConfigError, match=r"backbone\.fpn.* is not in the file.*look at MODEL\.FPN"
+    ):
         load_weights(fresh, tmp_path / "backbone.pth", complete=True)
 
 
@@ -71,7 +73,9 @@ def test_torchvision_classifier(tmp_path: Path) -> None:
     classifier = torchvision.models.resnet18()
     torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
     detector = model()
-    assert "100 tensors loaded" in load_weights(detector, tmp_path / "resnet18.pth")
+    assert "100 tensors of backbone.body loaded" in load_weights(
+        detector, tmp_path / "resnet18.pth"
+    )
     for key, value in classifier.state_dict().items():
         if not key.startswith("fc."):
             assert torch.equal(detector.backbone.body.state_dict()[key], value), key
@@ -88,15 +92,15 @@ BAD = {
     ),
     "shape": (
         lambda state: {"model": state | {"rpn.head.cls_logits.bias": torch.zeros(7)}},
-        r"rpn\.head\.cls_logits\.bias is of shape \[7\], the model's is \[3\].*study\.backbone",
+        r"rpn\.head\.cls_logits\.bias is of shape \[7\], the model's is \[3\]",
     ),
     "stranger": (
         lambda state: {"model": state | {"teacher.weight": torch.zeros(7)}},
-        r"teacher\.weight is not in the model\. Expected",
+        r"teacher\.weight is not in the model\.",
     ),
     "half a norm": (
         without("backbone.body.bn1.running_mean"),
-        r"backbone\.body\.bn1\.running_mean is not in the file.* norm ",
+        r"backbone\.body\.bn1\.running_mean is not in the file.*look at MODEL\.RESNETS\.NORM",
     ),
     "no tensor": (
         lambda state: {"model": state | {"rpn.head.cls_logits.bias": 7}},
@@ -104,7 +108,7 @@ BAD = {
     ),
     "deeper classifier": (
         lambda state: {"layer1.9.conv1.weight": torch.zeros(1)},
-        r"layer1\.9\.conv1\.weight is not in the model.*MODEL\.RESNETS\.DEPTH",
+        r"layer1\.9\.conv1\.weight is not in the model.*look at MODEL\.RESNETS",
     ),
     "only fc": (lambda state: {"fc.weight": torch.zeros(1)}, "no weights in it"),
     "empty": (lambda state: {"model": {}}, "no weights in it"),
@@ -120,14 +124,14 @@ def test_what_does_not_fit_is_refused_whole(checkpoint: Path, tmp_path: Path, ca
     torch.save(change(torch.load(checkpoint)["model"]), path)
     fresh = model()
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
-    with pytest.raises(ConfigError, match=f"MODEL.WEIGHTS {path}: .*{expected}"):
+    with pytest.raises(ConfigError, match=f"MODEL.WEIGHTS {path}.*{expected}"):
         load_weights(fresh, path)
     assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
 
 
 def test_weights_of_a_batch_norm_are_not_a_group_norms(checkpoint: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"bn1\.running_mean is not in the model.*norm that these"
+        ConfigError, match=r"bn1\.running_mean is not in the model.*look at MODEL\.RESNETS\.NORM"
     ):
         load_weights(model("faster_rcnn_R_18_FPN_digits_gn"), checkpoint)
 
@@ -144,5 +148,3 @@ def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "no.pth", tmp_path):
         with pytest.raises(ConfigError, match="no such file"):
             load_weights(model(), path)
-    with pytest.raises(ConfigError, match="reads files only"):
-        load_weights(model(), "detectron2://ImageNetPretrained/MSRA/R-50.pkl")

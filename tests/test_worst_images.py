@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_run import arguments, evaluation_of, result_of, run_loggers_removed, write_inputs
 
-from cbn_det.data.worst_images import score_images, write_worst_images
+from cbn_det.data.pictures import score_images, write_worst_images
 from cbn_det.launch import main
 from cbn_det.run.display import class_table
 
@@ -83,26 +83,26 @@ def test_scores_worked_out_by_hand() -> None:
         prediction(5, B, 0.9),
     ]
     scores = {score.image_id: score for score in score_images(coco, made)}
-    counts = {i: (s.found, s.missed, s.false) for i, s in scores.items()}
+    counts = {i: (len(s.found), s.missed, s.false) for i, s in scores.items()}
     assert counts == {1: (1, 1, 1), 2: (0, 1, 1), 3: (1, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0)}
     assert [round(scores[i].f1, 9) for i in (1, 2, 3, 4, 5)] == [0.5, 0, 0.5, 0, 1]
     # worst first, more errors first among equals, then by id; image 6 is empty and silent
     assert list(scores) == [2, 4, 1, 3, 5]
     assert all(type(image) is int for image in scores)
-    assert scores[1].right_predictions == {0} and scores[1].found_annotations == {1}
-    assert scores[3].right_predictions == {5} and scores[3].found_annotations == {5}
+    assert scores[1].right == {0} and scores[1].found == {1}
+    assert scores[3].right == {5} and scores[3].found == {5}
 
 
 @pytest.mark.parametrize("ids", [(0, -7), (2**70 + 1, 2**70 + 2), (2**53, 2**53 + 1)])
-def test_objects_are_found_whatever_their_ids(ids: tuple[int, int]) -> None:
-    coco = make_coco([annotation(ids[0], 1, A), annotation(ids[1], 1, B)])
+def test_objects_are_found_whatever_their_ids(ids: tuple[int, int], tmp_path: Path) -> None:
+    data = make_coco([annotation(ids[0], 1, A), annotation(ids[1], 1, B)]).dataset
+    (tmp_path / "set.json").write_text(json.dumps(data))
     made = [prediction(1, A, 0.9), prediction(1, B, 0.9), prediction(1, FAR, 0.8)]
-    (score,) = score_images(coco, made)
-    assert (score.found, score.missed, score.false) == (2, 0, 1)
-    assert score.found_annotations == set(ids)
-    (score,) = score_images(coco, made[1:])
-    assert (score.found, score.missed) == (1, 1) and score.found_annotations == {ids[1]}
-    assert sorted(coco.anns) == sorted(ids), "what was given is left as it was"
+    for left_out, found in ((0, {1, 2}), (1, {2})):  # by their place in the file
+        (tmp_path / "made.json").write_text(json.dumps(made[left_out:]))
+        files = tmp_path / "made.json", tmp_path / "set.json", tmp_path
+        (score,) = write_worst_images(*files, tmp_path / "worst.png")
+        assert (score.found, score.missed, score.false) == (found, left_out, 1)
 
 
 def test_without_any_prediction_all_objects_are_missed() -> None:
@@ -155,7 +155,7 @@ def test_counts_are_those_of_a_matching_of_ones_own() -> None:
                 false += 1
         want[image] = (found, objects - found, false)
     scores = score_images(make_coco(annotations), made)
-    assert {s.image_id: (s.found, s.missed, s.false) for s in scores} == want
+    assert {s.image_id: (len(s.found), s.missed, s.false) for s in scores} == want
     assert sum(found for found, _, _ in want.values()) > 5
 
 
@@ -176,8 +176,8 @@ def test_the_sheet_shows_errors_only(files, tmp_path) -> None:
     worst = write_worst_images(*files, path)
     assert [score.image_id for score in worst] == [2, 3]
     sheet = np.asarray(Image.open(path)).astype(int)
-    width = (sheet.shape[1] - 6) // 2 - 6
-    first, second = sheet[:, 6 : 6 + width], sheet[:, 12 + width : 12 + 2 * width]
+    first, second = sheet[:, 8 : 8 + 640], sheet[:, 656 : 656 + 640]
+    width = 640
     red, orange, green = ((230, 40, 40), (255, 150, 0), (40, 180, 60))
 
     def has(part: np.ndarray, color: tuple) -> bool:
@@ -215,9 +215,9 @@ def test_a_phone_photo_is_shown_upright_under_its_boxes(tmp_path) -> None:
     files = tmp_path / "made.json", tmp_path / "set.json", tmp_path
     assert len(write_worst_images(*files, tmp_path / "worst.png")) == 1
     sheet = np.asarray(Image.open(tmp_path / "worst.png")).astype(int)
-    picture = sheet[6 + 18 : 6 + 18 + 220, 6 : 6 + 165]  # 48 x 64 in a place 220 high
-    assert (abs(picture[:60] - (255, 0, 0)) < 20).all()
-    assert (picture[80:] < 20).all()
+    picture = sheet[8 + 20 : 8 + 20 + 320, 8 : 8 + 235]  # 48 x 64 in a place 320 high
+    assert (abs(picture[:90] - (255, 0, 0)) < 20).all()
+    assert (picture[110:] < 20).all()
 
 
 def test_an_older_sheet_goes_where_nothing_is_wrong_any_more(files, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +13,13 @@ from PIL import Image
 from cbn_det.data import CocoReport, DataError, check_coco
 
 WIDTH, HEIGHT = 64, 48
+
+
+class Files(NamedTuple):
+    """Of a set in COCO format."""
+
+    annotations: Path
+    images: Path
 
 
 class TinySet:

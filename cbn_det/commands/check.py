@@ -20,21 +20,21 @@ exit codes: 0 ready   1 problems, each on a line   2 wrong arguments   130 stopp
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from fvcore.common.config import CfgNode
 
 from ..config_files import find_config
-from ..data.coco_folder import NOTE, OK, PROBLEM, Finding, check_overlap, check_weights
+from ..data import CocoReport
+from ..data.findings import NOTE, OK, PROBLEM, Finding
+from ..data.own_sets import check_overlap
 from ..data.pretrained import pretrained_file
-from ..data.progress import StatusLine
 from ..engines import resolve_engine
 from ..run.arguments import argument_parser
 from ..run.errors import one_line
@@ -56,12 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     args.command = ""
-    return tell("check", partial(findings, args))
+    return tell("check", findings(args))
 
 
-def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
+def findings(args: argparse.Namespace) -> Iterator[Finding]:
     """Ends early where what follows would need what is missing."""
-    status.show("reading the config")
     with heard("cbn_det") as lines:
         trial, refused = _tried(lambda: make_trial(args))
     yield from (*lines, *refused)
@@ -72,20 +71,24 @@ def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
     yield Finding(OK, f"config: {args.config_file}, {args.engine} engine, {place}")
     for note in trial.notes:
         yield Finding(NOTE, note)
-    status.show("checking the data sets")
+    for phase in ("TRAIN", "TEST"):
+        least, most = cfg.INPUT[f"MIN_SIZE_{phase}"], cfg.INPUT[f"MAX_SIZE_{phase}"]
+        if np.max(least) > most:
+            text = f"INPUT.MIN_SIZE_{phase} {least} is above INPUT.MAX_SIZE_{phase} {most}"
+            yield Finding(NOTE, f"{text}: no image gets that large, as its longer side is limited")
     with heard("cbn_det.data") as lines:
-        files, refused = _tried(trial.prepare)
+        reports, refused = _tried(trial.prepare)
     yield from (*lines, *refused)
-    if files is not None:
-        yield from _overlap(cfg, files, status)
+    if reports is not None:
+        yield from _overlap(cfg, reports)
     there = yield from _weights(cfg)
-    if files is None:
+    if reports is None:
         yield Finding(NOTE, "nothing else was tried: a training step needs the data")
         return
     from .trial import try_out  # imports torch
 
     with heard("cbn_det") as lines:
-        yield from try_out(trial, args.accumulate, there, status)
+        yield from try_out(trial, args.accumulate, there)
     for finding in lines:
         if finding.level == NOTE:
             yield finding
@@ -117,24 +120,17 @@ def _tried(make: Callable[[], T]) -> tuple[T | None, list[Finding]]:
         return None, [Finding(PROBLEM, one_line(error))]
 
 
-def _overlap(
-    cfg: CfgNode, files: dict[str, tuple[Path, Path]], status: StatusLine
-) -> Iterator[Finding]:
-    groups = {f"DATASETS.{key}": _images(cfg.DATASETS[key], files) for key in ("TRAIN", "TEST")}
+def _overlap(cfg: CfgNode, reports: dict[str, CocoReport]) -> Iterator[Finding]:
+    groups = {
+        f"DATASETS.{key}": [
+            path for name in cfg.DATASETS[key] if name in reports for path in reports[name].paths
+        ]
+        for key in ("TRAIN", "TEST")
+    }
     if all(groups.values()):
-        yield check_overlap(groups, status.show)
+        yield check_overlap(groups)
     if not cfg.DATASETS.TEST:
         yield Finding(NOTE, "DATASETS.TEST is empty: nothing will be evaluated")
-
-
-def _images(names: list[str], files: dict[str, tuple[Path, Path]]) -> list[Path]:
-    found = []
-    for name in names:
-        if name in files:
-            annotations, images = files[name]
-            records = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-            found += [images / record["file_name"] for record in records]
-    return found
 
 
 def _weights(cfg: CfgNode) -> Iterator[Finding]:
@@ -152,7 +148,7 @@ def _weights(cfg: CfgNode) -> Iterator[Finding]:
             yield Finding(OK, "weights: none, training starts from scratch")
         return False
     file = pretrained_file(spec)
-    yield from check_weights([file])
+    yield file.check()
     return file.is_whole()
 
 

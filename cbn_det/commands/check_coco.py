@@ -31,19 +31,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config_files import CONFIGS
-from ..data import DataError, default_root
-from ..data.coco_folder import (
-    COCO_2017,
-    PROBLEM,
-    Finding,
-    check_disk,
-    check_folder,
-    check_weights,
-    find_coco,
-)
+from ..data import default_root
+from ..data.coco_folder import COCO_2017, check_disk, check_folder
+from ..data.findings import Finding
 from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
-from ..data.progress import StatusLine
 from .lines import tell
 
 
@@ -86,27 +78,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
+def findings(args: argparse.Namespace) -> Iterator[Finding]:
     if args.train or args.test:
         train, test = ([tuple(files) for files in sets] for sets in (args.train, args.test))
-        yield from check_own_sets(
-            train,
-            test,
-            masks=args.masks,
-            decode=args.sample,
-            progress=status.show,
-        )
+        yield from check_own_sets(train, test, masks=args.masks, decode=args.sample)
         return
     expected = None if args.subset else COCO_2017
-    try:
-        coco = find_coco(args.root)
-    except DataError as error:
-        yield Finding(PROBLEM, str(error))
-    else:
-        yield from check_folder(coco, expected=expected, sample=args.sample, progress=status.show)
+    yield from check_folder(args.root, expected=expected, sample=args.sample)
     yield check_disk(args.output, args.runs)
     configs = [p for p in args.configs.rglob("*.yaml") if p.parent != args.configs / "base"]
-    yield from check_weights(pretrained_files(sorted(configs)), offline=args.offline)
+    for file in pretrained_files(sorted(configs)):
+        yield file.check(offline=args.offline)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,4 +96,4 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.sample < 0 or args.runs < 1:
         parser.error("--sample must be 0 or more, --runs 1 or more")
-    return tell("check_coco", lambda status: findings(args, status))
+    return tell("check_coco", findings(args))

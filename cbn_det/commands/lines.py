@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..cli import reader_left
-from ..data.coco_folder import PROBLEM, Finding
-from ..data.progress import StatusLine
+from ..data.findings import PROBLEM, Finding
 
 
-def tell(tool: str, findings: Callable[[StatusLine], Iterator[Finding]]) -> int:
+def tell(tool: str, findings: Iterator[Finding]) -> int:
     """Prints findings as they come, and at the end how many are problems.
 
     Args:
         tool: named where files cannot be read at all.
-        findings: may use the line to show how far it is.
 
     Returns:
         the exit code: 0 ready, 1 problems, 130 stopped by Ctrl-C.
     """
-    status = StatusLine(sys.stderr)
     problems = 0
     try:
-        for finding in findings(status):
-            status.clear()
+        for finding in findings:
             problems += finding.level == PROBLEM
             label = finding.level.upper() if finding.level == PROBLEM else finding.level
             print(f"{label:8s}{finding.text}", flush=True)
     except KeyboardInterrupt:
-        status.clear()
         print("stopped: nothing was changed", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return reader_left()
     except OSError as error:  # no permission, a disk that went away
-        status.clear()
         print(f"{tool}: {error}", file=sys.stderr)
         return 1
     print(f"{problems} problem{'s' * (problems != 1)} found" if problems else "ready for training")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.coco_folder import NOTE, OK, PROBLEM, Finding, disk_of
-from ..data.progress import StatusLine
+from ..data.coco_folder import disk_of
+from ..data.findings import NOTE, OK, PROBLEM, Finding
+from ..data.progress import shown
 from ..deploy import fold
 from ..norms import kn_chain, memory_state_dict, norm_rows, resolve_burn_in
 from ..norms.binding import ConvBound
@@ -32,16 +33,13 @@ _NEARLY_ALL = 0.9  # of a memory
 _LESS_MEMORY = "lower SOLVER.IMS_PER_BATCH (with --accumulate for the same total), or INPUT's sizes"
 
 
-def try_out(
-    trial: Trial, accumulate: int, load_weights: bool, status: StatusLine
-) -> Iterator[Finding]:
+def try_out(trial: Trial, accumulate: int, load_weights: bool) -> Iterator[Finding]:
     """Builds the model and trains it for three steps.
 
     Args:
         accumulate: mini-batches of a step.
         load_weights: those of ``MODEL.WEIGHTS``, which are there.
     """
-    status.show("building the model")
     reset_peak_memory()  # reading annotations may take more than training
     before = peak_memory_mb()
     on_gpu = trial.cfg.MODEL.DEVICE.startswith("cuda")
@@ -50,8 +48,7 @@ def try_out(
             model = trial.build(Path(folder), load_weights)
             yield from _norms(trial, model)
             seconds = []
-            for step in range(_STEPS):
-                status.show("training step", step + 1, _STEPS)
+            for step in shown(range(_STEPS), "training steps"):
                 if step == 1:
                     resolve_burn_in(model, 1, start_iter=_PAST_ANY_SCHEDULE)
                 started = time.perf_counter()

@@ -1,124 +1,108 @@
-"""Checks what annotations refer to, and what decides which of them count."""
+"""Checks annotations: their flags, boxes and areas, and which of them count."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterable
-from typing import Any
+import numpy as np
 
-from cbn_det.data.coco_file import CocoFile, is_id
-from cbn_det.data.findings import Findings
-from cbn_det.data.numbers import are_finite
-
-__all__ = ["check_annotations", "objects_by_class"]
+from .coco_file import CocoFile
+from .findings import Findings, are_finite
 
 _CROWD_SHARE = 0.5  # COCO has 1 %, sets with many ignored regions a fifth
-_LONGEST_ID = 20  # digits
 _LARGEST_AREA = 1e10  # pycocotools leaves out what is larger
+# Annotation tools round: a box that leaves the image by less than this is not worth a warning.
+_OUTSIDE_TOLERANCE = 1.0
+# They also round areas, and some take the last pixel for the border: a box of 9 x 9 for 10 x 10.
+_AREA_MARGIN = 2.0
 
 
 def check_annotations(
     file: CocoFile, findings: Findings, *, for_training: bool, for_evaluation: bool
 ) -> list[dict]:
-    """Returns the annotations whose image and category are usable."""
-    _check_links(file, findings)
-    anns = file.annotations
-    findings.refuse(
+    """Returns those that masks can be compared with: with a box of four finite numbers."""
+    anns = findings.keep(
+        file.annotations,
+        lambda a: not a.get("ignore"),
         "annotations with 'ignore' set, which detectron2 does not support: use 'iscrowd' or remove "
         "them",
-        (a["id"] for a in anns if a.get("ignore")),
     )
-    findings.refuse(
+    anns = findings.keep(
+        anns,
+        lambda a: a.get("iscrowd", 0) in (0, 1),
         "annotations whose 'iscrowd' is neither 0 nor 1: write 0 for a single object, 1 for a "
         "crowd region",
-        (
-            f"annotation {a['id']}: {a['iscrowd']!r}"
-            for a in anns
-            if "iscrowd" in a and a["iscrowd"] not in (0, 1)
-        ),
+        lambda a: f"annotation {a['id']}: {a['iscrowd']!r}",
     )
     if for_evaluation:
-        findings.refuse(
+        anns = findings.keep(
+            anns,
+            lambda a: are_finite([a.get("area")]),
             "annotations without a number for 'area', which evaluation needs: add the object's "
             "pixel count",
-            (a["id"] for a in anns if not are_finite([a.get("area")])),
         )
-        findings.refuse(
+        anns = findings.keep(
+            anns,
+            lambda a: "iscrowd" in a,
             "annotations without 'iscrowd', which evaluation needs: add it, 0 for a single object",
-            (a["id"] for a in anns if "iscrowd" not in a),
         )
-    known = [
-        a
-        for a in anns
-        if _is_listed(a["image_id"], file.images) and _is_listed(a["category_id"], file.categories)
-    ]
-    _check_repeated(known, findings)
-    objects = [a for a in known if not a.get("iscrowd")]
-    if len(known) < file.num_annotations:
-        return known  # what is wrong with the others comes first
+    anns = findings.keep(
+        anns,
+        lambda a: isinstance(a["bbox"], list) and len(a["bbox"]) == 4 and are_finite(a["bbox"]),
+        "boxes that are not four finite numbers [x, y, width, height]: annotations",
+    )
+    if not findings.refused:
+        _check_counted(anns, file, findings, for_training, for_evaluation)
+    if anns:
+        _check_repeated(anns, findings)
+        _check_boxes(anns, file.images, findings, for_evaluation)
+    return anns
+
+
+def _check_counted(
+    anns: list[dict], file: CocoFile, findings: Findings, for_training: bool, for_evaluation: bool
+) -> None:
+    """Whether anything is left to train on and to evaluate: crowd regions do not count."""
+    objects = [a for a in anns if not a.get("iscrowd")]
+    crowd = [a for a in anns if a.get("iscrowd")]
+    if objects:
+        why = "no object has an 'area' from 0 to 1e10: write the object's pixel count as its 'area'"
+    elif crowd:
+        why = (
+            f"{len(crowd)} of {len(anns)} annotations have iscrowd 1: set iscrowd 0 for single "
+            "objects"
+        )
+    else:
+        why = "there are no annotations"
     if for_training and not objects:
-        findings.refuse(
-            "no image has an object (crowd regions do not count): nothing to train on"
-            + ("" if not anns else f"; {_why(anns, objects)}")
-        )
-    elif for_evaluation and file.has_annotations and not any(map(_counts, objects)):
-        findings.refuse("nothing counts in its evaluation, AP would be nan: " + _why(anns, objects))
-    elif objects:
-        _check_crowd(known, objects, file.categories, findings)
-    return known
-
-
-def objects_by_class(anns: Iterable[dict], categories: dict[int, str]) -> dict[str, int]:
-    """The number of objects, not crowd regions, of each class."""
-    found = Counter(a["category_id"] for a in anns if not a.get("iscrowd"))
-    return {name: found[i] for i, name in categories.items()}
-
-
-def _check_links(file: CocoFile, findings: Findings) -> None:
-    for key, article, ids, table in (
-        ("image_id", "an", file.image_ids, "images"),
-        ("category_id", "a", file.categories, "categories"),
+        findings.refuse(f"no image has an object: nothing to train on; {why}")
+    elif (
+        for_evaluation
+        and file.has_annotations
+        and not any(0 <= a["area"] <= _LARGEST_AREA for a in objects)
     ):
-        what = key.removesuffix("_id")
-        unknown = [a for a in file.annotations if not _is_listed(a[key], ids)]
-        of_type = {True: [], False: []}  # whether it is listed in the other type
-        for a in unknown:
-            of_type[_is_listed(_as_other_type(a[key]), ids)].append(a)
-        findings.refuse(
-            f"annotations whose '{key}' is text where '{table}' has a number, or a number where it "
-            "has text: write both alike",
-            (
-                f"annotation {a['id']!r} has {a[key]!r}, listed is {_as_other_type(a[key])!r}"
-                for a in of_type[True]
-            ),
+        findings.refuse(f"nothing counts in its evaluation, AP would be nan: {why}")
+    elif len(crowd) > _CROWD_SHARE * len(anns):  # some tools set it for every RLE
+        findings.warn(
+            f"most annotations ({len(crowd)} of {len(anns)}) have iscrowd 1, which are left out of "
+            "training and of AP: set iscrowd 0 where they are single objects",
+            [a["id"] for a in crowd],
         )
-        findings.refuse(
-            f"annotations of {article} {what} that is not in '{table}': remove them, or add the "
-            f"{what}",
-            (f"annotation {a['id']!r} of {what} {a[key]!r}" for a in of_type[False]),
+    else:
+        of_objects = {a["category_id"] for a in objects}
+        only_crowd = {a["category_id"] for a in crowd} - of_objects
+        findings.warn(
+            "categories all of whose annotations have iscrowd 1, which are left out of training "
+            "and of AP: set iscrowd 0 where they are single objects",
+            [repr(file.categories[i]) for i in sorted(only_crowd)],
         )
-
-
-def _is_listed(value: object, ids: Container) -> bool:
-    return is_id(value) and value in ids
-
-
-def _as_other_type(value: object) -> int | str | None:
-    """A number as text, text as a number."""
-    if isinstance(value, str):
-        return int(value) if value.isdecimal() and len(value) <= _LONGEST_ID else None
-    return str(value) if type(value) is int else None
 
 
 def _check_repeated(anns: list[dict], findings: Findings) -> None:
-    first: dict[tuple, Any] = {}
+    first: dict[tuple, int] = {}
     again = []
     for a in anns:
-        box = a["bbox"]
-        if isinstance(box, list) and are_finite(box):
-            what = a["image_id"], a["category_id"], bool(a.get("iscrowd")), *box
-            if first.setdefault(what, a["id"]) != a["id"]:
-                again.append(f"{first[what]} = {a['id']}")
+        what = a["image_id"], a["category_id"], bool(a.get("iscrowd")), *a["bbox"]
+        if first.setdefault(what, a["id"]) != a["id"]:
+            again.append(f"{first[what]} = {a['id']}")
     findings.warn(
         "annotations repeated (same image, category and box), which evaluation counts as missed: "
         "remove them",
@@ -126,44 +110,44 @@ def _check_repeated(anns: list[dict], findings: Findings) -> None:
     )
 
 
-def _counts(annotation: dict) -> bool:
-    """Whether pycocotools counts it; one without a usable area is refused for that."""
-    area = annotation.get("area")
-    return not are_finite([area]) or 0 <= area <= _LARGEST_AREA
-
-
-def _why(anns: list[dict], objects: list[dict]) -> str:
-    """Why none of the annotations counts."""
-    if not anns:
-        return "there are no annotations"
-    if objects:
-        return (
-            "no object has an 'area' from 0 to 1e10: write the object's pixel count as its 'area'"
-        )
-    num_crowd = sum(1 for a in anns if a.get("iscrowd"))
-    return (
-        f"{num_crowd} of {len(anns)} annotations have iscrowd 1: set iscrowd 0 for single objects"
+def _check_boxes(anns: list[dict], images: dict, findings: Findings, for_evaluation: bool) -> None:
+    ids = np.array([a["id"] for a in anns], dtype=object)  # of any size
+    box = np.array([a["bbox"] for a in anns], dtype=np.float64)
+    low, extent = box[:, :2], box[:, 2:]
+    high = low + extent
+    records = [images[a["image_id"]] for a in anns]
+    size = np.array([(r["width"], r["height"]) for r in records])
+    negative = (extent < 0).any(axis=1)
+    positive = (extent > 0).all(axis=1)
+    outside = ((low >= size) | (high <= 0)).any(axis=1) & positive
+    beyond = np.maximum(-low, high - size).max(axis=1) > _OUTSIDE_TOLERANCE
+    findings.refuse(
+        "boxes of negative width or height: [x, y, width, height] is expected; annotations",
+        ids[negative],
     )
-
-
-def _check_crowd(
-    known: list[dict], objects: list[dict], categories: dict[int, str], findings: Findings
-) -> None:
-    """Tools for brush masks write them as RLE, and some set iscrowd for every RLE."""
-    what = (
-        "crowd regions are left out of training and of AP: set iscrowd 0 where they are single "
-        "objects"
-    )
-    num_crowd = len(known) - len(objects)
-    if num_crowd > _CROWD_SHARE * len(known):
-        first = [a["id"] for a in known if a.get("iscrowd")]
-        findings.warn(
-            f"most annotations ({num_crowd} of {len(known)}) have iscrowd 1; {what}", first
-        )
-        return
-    crowd = Counter(a["category_id"] for a in known if a.get("iscrowd"))
-    with_objects = {a["category_id"] for a in objects}
     findings.warn(
-        f"categories all of whose annotations have iscrowd 1; {what}",
-        (f"{categories[i]!r}" for i in crowd if i not in with_objects),
+        "boxes of zero width or height: left out of training as in COCO, but evaluation counts "
+        "them as missed; annotations",
+        ids[~negative & ~positive],
     )
+    findings.refuse(
+        "boxes wholly outside their image: correct or remove these annotations", ids[outside]
+    )
+    findings.warn(
+        "boxes partly outside their image, clipped in training ([x, y, width, height] is expected, "
+        "not corners); annotations",
+        ids[beyond & ~outside & ~negative],
+    )
+    if high.max() <= 1:
+        findings.refuse(
+            "all boxes lie within the first pixel: their coordinates seem to be fractions of the "
+            "image, COCO's format has pixels"
+        )
+    elif for_evaluation:
+        area = np.array([a["area"] for a in anns], dtype=np.float64)
+        larger = area > (extent + _AREA_MARGIN).prod(axis=1)
+        findings.warn(
+            "annotations whose 'area' is larger than their box or not positive, though APs, APm "
+            "and APl sort objects by it: write the object's pixel count; annotations",
+            ids[(larger | (area <= 0) & positive) & ~negative],
+        )

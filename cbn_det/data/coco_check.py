@@ -8,19 +8,15 @@ stop or silently spoil a run is refused, with the file, the id and the fix.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cbn_det.data.annotation_check import check_annotations, objects_by_class
-from cbn_det.data.box_check import check_boxes
-from cbn_det.data.coco_file import read_coco
-from cbn_det.data.errors import DataError
-from cbn_det.data.findings import Findings
-from cbn_det.data.image_check import check_images
-from cbn_det.data.mask_check import check_masks
-
-__all__ = ["CocoReport", "check_coco", "naming"]
+from .annotation_check import check_annotations
+from .coco_file import read_coco
+from .findings import DataError, Findings
+from .image_check import check_images
+from .mask_check import check_masks
 
 _NAMED = 10
 
@@ -30,8 +26,8 @@ class CocoReport:
     """What a set contains.
 
     Attributes:
-        categories: names by COCO's ids, sorted.
-        num_objects: of each class by name; crowd regions do not count.
+        num_objects: of each class by name, in the order of the contiguous class indices that a
+            model predicts; crowd regions do not count.
         file_names: of the images, below ``images``.
     """
 
@@ -42,20 +38,22 @@ class CocoReport:
     num_images_decoded: int
     num_annotations: int
     num_crowd: int
-    categories: dict[int, str]
     num_objects: dict[str, int]
     has_rle_masks: bool
     warnings: tuple[str, ...]
     file_names: tuple[str, ...] = field(default=(), repr=False)
 
     @property
+    def paths(self) -> list[Path]:
+        """Of the images."""
+        return [self.images / name for name in self.file_names]
+
+    @property
     def class_names(self) -> list[str]:
-        """Names in the order of the contiguous class indices that a model predicts."""
-        return list(self.categories.values())
+        return list(self.num_objects)
 
     @property
     def unused_classes(self) -> list[str]:
-        """Names of the classes without an object."""
         return [name for name, number in self.num_objects.items() if not number]
 
     def __str__(self) -> str:
@@ -63,7 +61,7 @@ class CocoReport:
             f"{self.annotations}: {self.num_images} images "
             f"({self.num_images_without_objects} without an object), "
             f"{self.num_annotations} annotations ({self.num_crowd} crowd), "
-            f"{len(self.categories)} classes"
+            f"{len(self.num_objects)} classes"
             + (f"; without an object: {naming(self.unused_classes)}" if self.unused_classes else "")
         )
 
@@ -83,7 +81,6 @@ def check_coco(
     for_evaluation: bool = True,
     decode: int = 5000,
     reader: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> CocoReport:
     """
     Checks an annotation file and the images it names.
@@ -99,7 +96,6 @@ def check_coco(
             set where it has more). That each file exists is checked for all.
         reader: who reads the images in training: "detectron2", "pillow" (the standalone engine), or
             None where that is not known: what only detectron2 reads wrongly is a warning then.
-        progress: called with the number of images decoded so far and to decode.
 
     Returns:
         the counts, and warnings about what is handled but worth knowing.
@@ -110,29 +106,26 @@ def check_coco(
     annotations, images = Path(annotations), Path(images)
     findings = Findings()
     file = read_coco(annotations, findings, for_training=for_training)
-    known = check_annotations(
+    anns = check_annotations(
         file, findings, for_training=for_training, for_evaluation=for_evaluation
     )
-    check_boxes(known, file.images, findings, for_evaluation)
     has_rle_masks = check_masks(
-        known, file.images, findings, masks=masks, for_evaluation=for_evaluation
+        anns, file.images, findings, masks=masks, for_evaluation=for_evaluation
     )
-    num_decoded = check_images(
-        images, file.images, findings, decode=decode, reader=reader, progress=progress
-    )
+    num_decoded = check_images(images, file.images, findings, decode=decode, reader=reader)
     if findings.refused:
         raise DataError("\n".join(f"{annotations}: {line}" for line in findings.refused))
-    with_objects = {a["image_id"] for a in known if not a.get("iscrowd")}
+    objects = [a for a in anns if not a.get("iscrowd")]
+    of_class = Counter(a["category_id"] for a in objects)
     return CocoReport(
         annotations=annotations,
         images=images,
         num_images=len(file.images),
-        num_images_without_objects=len(file.images) - len(with_objects),
+        num_images_without_objects=len(file.images) - len({a["image_id"] for a in objects}),
         num_images_decoded=num_decoded,
-        num_annotations=len(known),
-        num_crowd=sum(1 for a in known if a.get("iscrowd")),
-        categories=file.categories,
-        num_objects=objects_by_class(known, file.categories),
+        num_annotations=len(anns),
+        num_crowd=len(anns) - len(objects),
+        num_objects={name: of_class[i] for i, name in file.categories.items()},
         has_rle_masks=has_rle_masks,
         warnings=tuple(f"{annotations}: {line}" for line in findings.warned),
         file_names=tuple(record["file_name"] for record in file.images.values()),

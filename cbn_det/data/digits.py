@@ -18,9 +18,7 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from tqdm import tqdm
 
-from cbn_det.data.errors import DataError
-
-__all__ = ["DIGITS_NAMES", "default_root", "digits_paths", "write_digits"]
+from .findings import DataError
 
 DIGITS_NAMES = ("digits_train", "digits_val")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import urlparse
 
 from fvcore.common.config import CfgNode
 
-__all__ = ["PretrainedFile", "pretrained_files"]
+from .findings import NOTE, OK, PROBLEM, Finding
 
 # ResNets of detectron2's catalogue (detectron2/checkpoint/catalog.py).
 _CATALOG = {
@@ -30,14 +31,14 @@ class PretrainedFile:
     Attributes:
         spec: the value of ``MODEL.WEIGHTS``.
         path: where it is, or will be after the first download.
-        url: path part of where it is downloaded from; None for a plain file name.
+        remote: it is downloaded; False for a plain file name.
         num_configs: how many configs name it.
     """
 
     spec: str
     path: Path
-    url: str | None
-    num_configs: int
+    remote: bool
+    num_configs: int = 1
 
     def is_whole(self) -> bool:
         """Whether the file is there and its end as well. It is not unpickled, which would run what
@@ -52,6 +53,27 @@ class PretrainedFile:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == _PICKLE_STOP
 
+    def check(self, *, offline: bool = False) -> Finding:
+        """Whether it is where training looks for it.
+
+        Args:
+            offline: nothing can be downloaded: a missing file is a problem.
+        """
+        of = f" (of {self.num_configs} configs)" if self.num_configs > 1 else ""
+        if self.is_whole():
+            level, text = OK, f"'{self.path}'"
+        elif self.path.exists():
+            level, text = PROBLEM, f"'{self.path}' is cut off: delete it, or copy it there again"
+        elif not self.remote:
+            level, text = PROBLEM, f"there is no file '{self.path}': MODEL.WEIGHTS names it"
+        else:
+            level = PROBLEM if offline else NOTE
+            text = (
+                f"not there yet, the first run downloads it to '{self.path}'; for a machine without"
+                " network copy it there"
+            )
+        return Finding(level, f"{self.spec}{of}: {text}")
+
 
 def pretrained_files(configs: Iterable[str | os.PathLike]) -> list[PretrainedFile]:
     """
@@ -60,23 +82,14 @@ def pretrained_files(configs: Iterable[str | os.PathLike]) -> list[PretrainedFil
     Configs that name none train from scratch. A name of the catalogue that is not known here counts
     as a plain file.
     """
-    numbers: dict[str, int] = {}
-    for config in configs:
-        loaded = CfgNode.load_yaml_with_base(str(config), allow_unsafe=False)
-        spec = loaded.get("MODEL", {}).get("WEIGHTS", "")
-        if spec:
-            numbers[spec] = numbers.get(spec, 0) + 1
-    return [pretrained_file(spec, number) for spec, number in numbers.items()]
+    loaded = (CfgNode.load_yaml_with_base(str(one), allow_unsafe=False) for one in configs)
+    specs = Counter(cfg.get("MODEL", {}).get("WEIGHTS", "") for cfg in loaded)
+    return [pretrained_file(spec, number) for spec, number in specs.items() if spec]
 
 
 def pretrained_file(spec: str, num_configs: int = 1) -> PretrainedFile:
-    """The file that a value of ``MODEL.WEIGHTS`` stands for."""
-    return PretrainedFile(spec, *_locate(spec), num_configs)
-
-
-def _locate(spec: str) -> tuple[Path, str | None]:
-    """The file and the path part of its address, by the rules of iopath and detectron2."""
-    cache = Path(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+    """The file that a value of ``MODEL.WEIGHTS`` stands for, by the rules of iopath and
+    detectron2."""
     scheme, _, rest = spec.partition("://")
     if scheme == "detectron2" and rest:
         url = f"detectron2/{rest}"
@@ -85,5 +98,6 @@ def _locate(spec: str) -> tuple[Path, str | None]:
     elif scheme in ("http", "https") and rest:
         url = urlparse(spec).path.lstrip("/")
     else:
-        return Path(spec), None
-    return cache / url, url
+        return PretrainedFile(spec, Path(spec), remote=False, num_configs=num_configs)
+    cache = Path(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+    return PretrainedFile(spec, cache / url, remote=True, num_configs=num_configs)

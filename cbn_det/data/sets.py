@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 
-from cbn_det.data.coco_check import CocoReport, check_coco, naming
-from cbn_det.data.errors import DataError
-from cbn_det.data.progress import StatusLine
-
-__all__ = [
-    "check_classes",
-    "check_same_classes",
-    "check_set",
-    "log_reports",
-    "names_in_use",
-    "without_training_object",
-]
+from .coco_check import CocoReport, check_coco, naming
+from .findings import DataError
 
 logger = logging.getLogger(__name__)
-
-_QUIET_SECONDS = 3.0  # a check that takes no longer says what it found, and nothing else
 
 
 def names_in_use(
@@ -65,8 +51,7 @@ def check_set(
     reader: str | None = None,
 ) -> CocoReport:
     """
-    :func:`check_coco` of a named set, and whether its masks fit ``INPUT.MASK_FORMAT``. Shows on
-    stderr how far it is when that takes long.
+    :func:`check_coco` of a named set, and whether its masks fit ``INPUT.MASK_FORMAT``.
 
     Args:
         masks: ``MODEL.MASK_ON``.
@@ -75,8 +60,6 @@ def check_set(
     Raises:
         DataError: the message names the set.
     """
-    status = StatusLine(sys.stderr, after=_QUIET_SECONDS)
-    status.show(f"checking the annotations of data set '{name}'")
     try:
         report = check_coco(
             annotations,
@@ -85,12 +68,9 @@ def check_set(
             for_training=for_training,
             for_evaluation=for_evaluation,
             reader=reader,
-            progress=partial(status.show, f"checking the images of data set '{name}'"),
         )
     except DataError as e:
         raise DataError(f"data set '{name}': {e}") from e
-    finally:
-        status.clear()
     if for_training and masks and report.has_rle_masks and mask_format == "polygon":
         raise DataError(
             f"data set '{name}': its masks are run-length encoded, but INPUT.MASK_FORMAT is "
@@ -110,15 +90,13 @@ def check_classes(key: str, num_classes: int, classes: Mapping[str, list[str]]) 
     Raises:
         DataError: they differ, or the data sets have different classes.
     """
-    if not classes:
-        return
     check_same_classes(classes)
-    first, expected = next(iter(classes.items()))
-    if len(expected) != num_classes:
-        raise DataError(
-            f"{key} is {num_classes}, but data set '{first}' has {len(expected)} classes: add "
-            f"`{key} {len(expected)}` to the command line or the config"
-        )
+    for name, names in classes.items():
+        if len(names) != num_classes:
+            raise DataError(
+                f"{key} is {num_classes}, but data set '{name}' has {len(names)} classes: add "
+                f"`{key} {len(names)}` to the command line or the config"
+            )
 
 
 def check_same_classes(classes: Mapping[str, list[str]]) -> None:
@@ -128,28 +106,24 @@ def check_same_classes(classes: Mapping[str, list[str]]) -> None:
     Raises:
         DataError: two sets have different classes.
     """
-    (first, expected), *others = classes.items()
-    for name, names in others:
-        _check_same(first, expected, name, names)
-
-
-def _check_same(first: str, expected: list[str], name: str, names: list[str]) -> None:
-    if len(names) != len(expected):
-        # One of them would then fit NUM_CLASSES, so that is not what has to change.
-        fewer, more = sorted(((first, expected), (name, names)), key=lambda one: len(one[1]))
-        lacking = [text for text in more[1] if text not in fewer[1]]
-        raise DataError(
-            f"data set '{fewer[0]}' has {len(fewer[1])} classes, data set '{more[0]}' "
-            f"{len(more[1])}; '{fewer[0]}' lacks {', '.join(map(repr, lacking))}: make the "
-            "'categories' of their annotation files equal, also where a class has no object"
-        )
-    if names != expected:
-        index = next(i for i, (a, b) in enumerate(zip(expected, names, strict=True)) if a != b)
-        raise DataError(
-            f"data sets '{first}' and '{name}' must have the same classes in the same order "
-            f"of ids, but class {index} is '{expected[index]}' in one and '{names[index]}' "
-            "in the other: make the 'categories' of their annotation files equal"
-        )
+    sets = list(classes.items())
+    for pair in zip(sets, sets[1:], strict=False):
+        # One of two numbers would fit NUM_CLASSES, so that is not what has to change.
+        (fewer, some), (more, all_names) = sorted(pair, key=lambda one: len(one[1]))
+        lacking = [name for name in all_names if name not in some]
+        if len(some) < len(all_names):
+            raise DataError(
+                f"data set '{fewer}' has {len(some)} classes, data set '{more}' {len(all_names)}; "
+                f"'{fewer}' lacks {', '.join(map(repr, lacking))}: make the 'categories' of their "
+                "annotation files equal, also where a class has no object"
+            )
+        for index, (a, b) in enumerate(zip(some, all_names, strict=True)):
+            if a != b:
+                raise DataError(
+                    f"data sets '{fewer}' and '{more}' must have the same classes in the same "
+                    f"order of ids, but class {index} is '{a}' in one and '{b}' in the other: make "
+                    "the 'categories' of their annotation files equal"
+                )
 
 
 def log_reports(reports: Mapping[str, CocoReport], train: Collection[str]) -> None:
@@ -160,19 +134,15 @@ def log_reports(reports: Mapping[str, CocoReport], train: Collection[str]) -> No
     for warning in dict.fromkeys(w for report in reports.values() for w in report.warnings):
         logger.warning(warning)  # once for a file that is trained on and evaluated under two names
     if all(name in reports for name in train):
-        unused = without_training_object([reports[name] for name in train])
-        if unused:
+        if unused := without_training_object([reports[name] for name in train]):
             logger.warning(unused)
 
 
 def without_training_object(train: Sequence[CocoReport]) -> str | None:
-    """A line about the classes that none of the training sets has an object of; None if there are
-    none. The sets have the same classes."""
-    if not train:
+    """A line about the classes that none of the training sets, which have the same classes, has an
+    object of; None if there are none."""
+    names = train[0].class_names if train else []
+    unused = [n for n in names if not any(r.num_objects.get(n) for r in train)]
+    if not unused:
         return None
-    unused = [n for n in train[0].class_names if not any(r.num_objects.get(n) for r in train)]
-    return (
-        f"classes without a training object, whose AP will be 0 or nan: {naming(unused)}"
-        if unused
-        else None
-    )
+    return f"classes without a training object, whose AP will be 0 or nan: {naming(unused)}"

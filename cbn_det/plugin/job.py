@@ -19,12 +19,13 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..data import CocoReport
 from ..run.errors import ConfigError
 from ..run.files import replace_file
 from ..run.folder import CONFIG, EVALUATION, describe
 from ..run.job import Job
 from .checkpointer import AtomicCheckpointer
-from .datasets import is_coco, prepare_datasets
+from .datasets import prepare_datasets
 from .loading import place
 from .registry import check_config_norms, norms_in_use, register
 from .step import has_sync_norm
@@ -80,15 +81,13 @@ class Detectron2Job(Job):
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
         super().__init__(cfg, args, describe_run(cfg, args, self.world_size))
 
-    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
         register()
         check_config_norms(self.cfg)  # each process keeps the keys to name in its errors
-        prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        reports = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
         for name in self.cfg.DATASETS.TEST:
             check_evaluable(name)
-        names = filter(is_coco, (*self.cfg.DATASETS.TRAIN, *self.cfg.DATASETS.TEST))
-        metas = map(MetadataCatalog.get, names)
-        return {meta.name: (Path(meta.json_file), Path(meta.image_root)) for meta in metas}
+        return reports
 
     def build_trainer(self, cfg: CfgNode) -> Trainer:
         trainer = Trainer(cfg, self.args.accumulate)

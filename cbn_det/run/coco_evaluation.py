@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from fvcore.common.config import CfgNode
-from pycocotools.coco import COCO
+
+from ..data.coco_api import number_annotations
+
+__all__ = ["detections_counted", "number_annotations"]
 
 _LIMIT = 100  # of COCO: more predictions of an image and a category do not count
 _NO_LIMIT = 10**6
@@ -14,11 +17,3 @@ def detections_counted(cfg: CfgNode) -> int:
     COCO's 100 where that is less, as then all do."""
     most = cfg.TEST.DETECTIONS_PER_IMAGE
     return _NO_LIMIT if most < 0 else max(_LIMIT, most)
-
-
-def number_annotations(coco: COCO) -> None:
-    """Numbers the annotations from 1, in place. COCOeval takes an object that was matched with the
-    annotation 0 for unmatched, and detectron2's has 64 bits for an id."""
-    for number, annotation in enumerate(coco.dataset.get("annotations", ()), start=1):
-        annotation["id"] = number
-    coco.createIndex()

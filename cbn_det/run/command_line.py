@@ -21,14 +21,12 @@ def merge(
     merge_file: Callable[[], None],
     *,
     remote: bool = False,
-    has: Callable[[str, str], bool] = lambda key, value: True,
 ) -> None:
     """Merges a file, then KEY VALUE pairs, into a config.
 
     Args:
         merge_file: merges ``file``.
         remote: ``file`` may be an address.
-        has: whether a KEY VALUE pair is one for this config; may raise a ConfigError.
 
     Raises:
         ConfigError: names the file, or the pairs, and what is wrong.
@@ -49,9 +47,8 @@ def merge(
         raise ConfigError(f"{where}not a mapping of config keys") from error
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{where}{one_line(error)}") from error
-    pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if has(*pair)]
     try:
-        cfg.merge_from_list([word for pair in pairs for word in pair])
+        cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError) as error:
         raise ConfigError(f"{' '.join(opts)}: {one_line(error)}") from error
 

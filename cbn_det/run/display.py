@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from ..data.pictures import write_pictures
-from ..data.worst_images import write_worst_images
+from ..data.pictures import write_pictures, write_worst_images
 from .folder import PREDICTIONS, WORST_IMAGES
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from fvcore.common.config import CfgNode
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from ..data import CocoReport
 from ..data.pictures import class_names
 from ..norms import image_share
 from . import folder as run_folder
@@ -70,14 +71,14 @@ class Job(ABC):
         self._training_is_known = not args.eval_only or result["iterations"] is not None
 
     @abstractmethod
-    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
         """Makes the data sets known and checks them.
 
         Args:
             eval_only: no training image is needed.
 
         Returns:
-            annotation file and image folder of each set in COCO format, by name.
+            the report of each set in COCO format, by name.
 
         Raises:
             ValueError: they cannot be used.
@@ -162,7 +163,8 @@ class Job(ABC):
 
     def test_files(self) -> tuple[Path, Path]:
         """Annotation file and image folder of the first test set, known once it was evaluated."""
-        return self.sets[self.cfg.DATASETS.TEST[0]]
+        report = self.sets[self.cfg.DATASETS.TEST[0]]
+        return report.annotations, report.images
 
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a

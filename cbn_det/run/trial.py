@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..data import CocoReport
 from .job import Job, built
 
 
@@ -30,7 +31,7 @@ class Trial:
         self.notes = notes
         self.world_size = world_size
 
-    def prepare(self) -> dict[str, tuple[Path, Path]]:
+    def prepare(self) -> dict[str, CocoReport]:
         """See :meth:`.job.Job.prepare`."""
         return built(lambda: self._job.prepare(eval_only=False))
 

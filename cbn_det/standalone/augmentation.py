@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,8 +9,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from fvcore.common.config import CfgNode
+from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from ..data.coco_api import mask_of, whole_polygons
 
 T = TypeVar("T", bound=tv_tensors.TVTensor)
 
@@ -30,6 +32,15 @@ class View:
     shown: tuple[int, int]
     mirrored: str
 
+    @classmethod
+    def draw(cls, image: tv_tensors.Image, cfg: CfgNode) -> View:
+        """One of torch's global random numbers: the shorter side is one of
+        ``INPUT.MIN_SIZE_TRAIN``, and every other image is mirrored."""
+        resize = v2.RandomShortestSize(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
+        shown = resize.make_params([image])["size"]
+        mirror = cfg.INPUT.RANDOM_FLIP != "none" and bool(torch.rand(1) < 0.5)
+        return cls(image.shape[-2:], shown, cfg.INPUT.RANDOM_FLIP if mirror else "none")
+
     def show(self, stored: T) -> T:
         """An image, boxes or masks of the stored image, as they are in the sample."""
         shown = v2.functional.resize(stored, list(self.shown), antialias=True)
@@ -37,22 +48,20 @@ class View:
             return v2.functional.horizontal_flip(shown)
         return v2.functional.vertical_flip(shown) if self.mirrored == "vertical" else shown
 
-    def mask(self, segmentation: Any, decode: Callable[[], np.ndarray]) -> np.ndarray:
+    def mask(self, coco: COCO, annotation: dict[str, Any]) -> np.ndarray:
         """The mask of an object, uint8 ``[H, W]`` of the sample.
 
         Polygons are scaled before they become pixels, as detectron2 does it: a photo of 12
         megapixels with hundreds of objects would take gigabytes. Run-length encoded masks are
         resized one by one.
-
-        Args:
-            segmentation: COCO's, polygons or a run-length encoding.
-            decode: gives the pixels of a run-length encoding, uint8 ``[H, W]`` of the stored image.
         """
-        if not isinstance(segmentation, list):
-            mask = tv_tensors.Mask(torch.from_numpy(decode()))
-            return self.show(mask).numpy()
+        if not isinstance(annotation["segmentation"], list):
+            stored = tv_tensors.Mask(torch.from_numpy(mask_of(coco, annotation)))
+            return self.show(stored).numpy()
         (height, width), scale = self.shown, np.divide(self.shown, self.stored)[::-1]
-        polygons = [np.reshape(p, (-1, 2)) * scale for p in whole_polygons(segmentation)]
+        polygons = [
+            np.reshape(p, (-1, 2)) * scale for p in whole_polygons(annotation["segmentation"])
+        ]
         for polygon in polygons:
             if self.mirrored == "horizontal":
                 polygon[:, 0] = width - polygon[:, 0]
@@ -62,25 +71,3 @@ class View:
             return np.zeros(self.shown, dtype=np.uint8)
         runs = mask_util.frPyObjects([p.ravel().tolist() for p in polygons], height, width)
         return mask_util.decode(mask_util.merge(runs))
-
-
-class Augmentation:
-    """Resizing of the shorter side to one of ``INPUT.MIN_SIZE_TRAIN``, and mirroring. Draws from
-    torch's global random numbers."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._resize = v2.RandomShortestSize(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN)
-        self._mirror = cfg.INPUT.RANDOM_FLIP
-
-    def draw(self, image: tv_tensors.Image) -> View:
-        """How an image is shown this time."""
-        height, width = image.shape[-2:]
-        shown = self._resize.make_params([image])["size"]
-        mirrored = self._mirror != "none" and bool(torch.rand(1) < 0.5)
-        return View((height, width), shown, self._mirror if mirrored else "none")
-
-
-def whole_polygons(segmentation: list[list[float]]) -> list[list[float]]:
-    """The polygons of at least three points; pycocotools would take one of four numbers for a
-    box."""
-    return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]

@@ -1,12 +1,11 @@
-"""The config keys that the standalone engine honours, and how a file of them is read.
+"""The config of the standalone engine: detectron2's keys and defaults.
 
-Names and defaults are detectron2's. A key or a value that this engine cannot honour is an error
-that names it, never ignored: a run must not differ silently from what its file says.
+A value that this engine cannot honour is an error that names its key, never ignored: a run must not
+differ silently from what its file says.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,48 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from ..norm_keys import NORM_KEYS
 from ..run.command_line import merge
 from ..run.errors import ConfigError
-from .config_values import check_values
+from .norm_layers import check_norm
+
+RES_FEATURES = ["res2", "res3", "res4", "res5"]
+ROI_FEATURES = ["p2", "p3", "p4", "p5"]
+
+#: the values that a key may have, of those that detectron2 knows
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "VERSION": (2,),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
+    "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
+    "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
+    "MODEL.RESNETS.OUT_FEATURES": (RES_FEATURES,),
+    "MODEL.FPN.IN_FEATURES": (RES_FEATURES,),
+    "MODEL.RPN.IN_FEATURES": ([*ROI_FEATURES, "p6"],),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+    "MODEL.ROI_HEADS.IN_FEATURES": (ROI_FEATURES,),
+    "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}
+#: sections of MODEL that detectron2 does not read either where the above are as they must be
+_UNREAD = ("RETINANET", "PANOPTIC_FPN", "SEM_SEG_HEAD", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD")
 
 
 def get_cfg() -> CfgNode:
-    """A config with detectron2's default for every key that this engine honours."""
-    return CfgNode(_defaults("honoured"))
+    """A config with detectron2's default for each of its keys."""
+    cfg = CfgNode(_defaults("honoured"))
+    cfg.set_new_allowed(True)
+    cfg.merge_from_other_cfg(CfgNode(_defaults("fixed")))
+    cfg.set_new_allowed(False)
+    return cfg
 
 
 def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a YAML config (with its ``_BASE_``) and KEY VALUE words over the defaults. A config
-    that detectron2 dumped is one: its other keys must hold detectron2's defaults.
+    """Reads a YAML config (with its ``_BASE_``) and KEY VALUE words over the defaults.
 
     Args:
         file: path of the YAML file.
@@ -39,23 +67,29 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNo
         The config, not frozen, with every value checked.
 
     Raises:
-        ConfigError: a missing or unreadable file, a key or value that this engine does not honour;
-            names it and what is possible.
+        ConfigError: a missing or unreadable file, a key that detectron2 does not have, a value that
+            this engine does not honour; names it and what is possible.
     """
     file = os.fspath(file)
     cfg = get_cfg()
-
-    def merge_file() -> None:
-        cfg.merge_from_other_cfg(CfgNode(_honoured(CfgNode.load_yaml_with_base(file))))
-
-    merge(cfg, file, opts, merge_file, has=_is_honoured)
+    for section in _UNREAD:
+        cfg.MODEL[section] = CfgNode(new_allowed=True)
+    merge(cfg, file, opts, lambda: cfg.merge_from_file(file, allow_unsafe=False))
+    for section in _UNREAD:
+        del cfg.MODEL[section]
     try:
-        check_values(cfg, get_cfg())
+        _check_values(cfg)
     except ConfigError as error:
         by_option = any(key in str(error) for key in opts[::2])
         where = "" if by_option else f"--config-file {file}: "
         raise ConfigError(f"{where}{error}") from error
     return cfg
+
+
+def norms_in_use(cfg: CfgNode) -> dict[str, str]:
+    """The ``*NORM`` keys that the configured model reads, with their values."""
+    unread = () if cfg.MODEL.MASK_ON else ("MODEL.ROI_MASK_HEAD.NORM",)
+    return {key: norm for key, norm in _norms(cfg).items() if key not in unread}
 
 
 @cache
@@ -74,40 +108,6 @@ def _decoded(value: Any) -> Any:
         return value
 
 
-def _honoured(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Without the keys that this engine does not have and that hold detectron2's default."""
-    kept = {}
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            kept[key] = _honoured(value, f"{prefix}{key}.")
-        elif _is_honoured(f"{prefix}{key}", value):
-            kept[key] = value
-    return {key: value for key, value in kept.items() if value != {}}
-
-
-def _is_honoured(key: str, value: Any) -> bool:
-    """Whether this engine has the key, False where the value is the one that it has anyway.
-
-    Raises:
-        ConfigError: it has not, and would do something else than detectron2.
-    """
-    known = dict(_leaves(_defaults("honoured")))
-    sections = {name[:end] for name in known for end in range(len(name)) if name[end] == "."}
-    if key in known or key in sections:  # what a section may be set to is told by the merge
-        return True
-    fixed = dict(_leaves(_defaults("fixed")))
-    if key in fixed and _plain(value) == _plain(fixed[key]):
-        return False
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    if key in fixed:
-        hint = f" with other values than {fixed[key]!r}"
-    raise ConfigError(
-        f"{key} is not a key that the standalone engine honours{hint};"
-        " --engine detectron2 takes all of detectron2's keys"
-    )
-
-
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of all values that are no sections, with these."""
     for key, value in node.items():
@@ -117,7 +117,79 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any) -> Any:
-    """A value with lists for tuples, however a file or a command line writes it."""
-    value = _decoded(value)
-    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+def _check_values(cfg: CfgNode) -> None:
+    possible = _CHOICES | {key: (value,) for key, value in _leaves(_defaults("fixed"))}
+    for (key, value), (_, default) in zip(_leaves(cfg), _leaves(get_cfg()), strict=True):
+        if value not in possible.get(key, (value,)):
+            raise _unsupported(key, value, " or ".join(map(repr, possible[key])))
+        if not _fits(value, default):
+            raise ConfigError(f"{key} is {value!r}, expected something like {default!r}")
+    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least 1")
+    _check_resnet(cfg)
+    _check_anchors(cfg)
+    _check_norms(cfg)
+    if cfg.MODEL.ROI_BOX_HEAD.NUM_CONV + cfg.MODEL.ROI_BOX_HEAD.NUM_FC == 0:
+        raise ConfigError(
+            "MODEL.ROI_BOX_HEAD.NUM_CONV and MODEL.ROI_BOX_HEAD.NUM_FC are both 0: the box head"
+            " needs a layer"
+        )
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether the value is of the default's kind, the elements of a list too."""
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple)) and all(
+            _fits(inner, default[0]) for inner in value if default
+        )
+    return type(value) is type(default) or {type(value), type(default)} == {int, float}
+
+
+def _unsupported(key: str, value: Any, possible: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is {value!r}: the standalone engine takes {possible}; --engine detectron2 takes"
+        " more"
+    )
+
+
+def _check_resnet(cfg: CfgNode) -> None:
+    """torchvision's residual networks have fixed widths, and the stride in the 3x3 convolution."""
+    node = cfg.MODEL.RESNETS
+    basic = node.DEPTH < 50
+    needed = {"RES2_OUT_CHANNELS": 64 if basic else 256}
+    needed |= {"NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64} if basic else {"STRIDE_IN_1X1": False}
+    for key, value in needed.items():
+        if node[key] != value:
+            possible = f"{value!r} with MODEL.RESNETS.DEPTH {node.DEPTH}"
+            raise _unsupported(f"MODEL.RESNETS.{key}", node[key], possible)
+
+
+def _check_anchors(cfg: CfgNode) -> None:
+    levels = len(cfg.MODEL.RPN.IN_FEATURES)
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        lists = cfg.MODEL.ANCHOR_GENERATOR[key]
+        if len(lists) not in (1, levels):
+            raise ConfigError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists, expected one for all"
+                f" features or one for each of the {levels} in MODEL.RPN.IN_FEATURES"
+            )
+        if len(set(map(len, lists))) > 1:
+            raise ConfigError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has lists of different lengths: all features share"
+                " one RPN head, which predicts the same number of anchors for each"
+            )
+
+
+def _norms(cfg: CfgNode) -> dict[str, str]:
+    return {row.key: cfg.MODEL[row.key.split(".")[1]].NORM for row in NORM_KEYS if row.prefix}
+
+
+def _check_norms(cfg: CfgNode) -> None:
+    for key, norm in _norms(cfg).items():
+        check_norm(key, norm)
+        section = key.split(".")[1]
+        if norm and key in norms_in_use(cfg) and cfg.MODEL[section].get("NUM_CONV") == 0:
+            raise ConfigError(
+                f"{key} is {norm!r}, but with MODEL.{section}.NUM_CONV 0 there is no layer for it"
+            )

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image, ImageOps
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -23,6 +16,7 @@ from torchvision.transforms import v2
 
 from ..data import (
     DIGITS_NAMES,
+    CocoReport,
     DataError,
     check_classes,
     check_set,
@@ -31,25 +25,16 @@ from ..data import (
     names_in_use,
     write_digits,
 )
-from ..data.image_check import BROKEN_IMAGE, PILLOW, clipped_mode
-from ..run.coco_evaluation import number_annotations
-from .augmentation import Augmentation, View, whole_polygons
+from ..data.coco_api import open_coco
+from ..data.image_check import BROKEN_IMAGE, PILLOW, read_rgb
+from .augmentation import View
 
 _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 
 
-@dataclass(frozen=True)
-class CocoFiles:
-    """The files that a name in ``DATASETS`` stands for."""
-
-    name: str
-    annotations: Path
-    images: Path
-
-
 def prepare_datasets(
     cfg: CfgNode, coco_datasets: Iterable[Sequence[str]] = (), *, eval_only: bool = False
-) -> dict[str, CocoFiles]:
+) -> dict[str, CocoReport]:
     """
     Finds and checks the data sets of a run before any time is spent on training; writes the digits
     set where it is used and missing.
@@ -60,20 +45,20 @@ def prepare_datasets(
         eval_only: no training follows.
 
     Returns:
-        the files of each set that the run reads, by name.
+        the report of each set that the run reads, by name.
 
     Raises:
         DataError: a name is unknown or given twice, files are missing or broken, or the config does
             not fit them.
     """
-    known = {name: CocoFiles(name, *map(_absolute, p)) for name, p in digits_paths().items()}
-    for name, json_file, image_folder in coco_datasets:
-        files = CocoFiles(name, _absolute(json_file), _absolute(image_folder))
+    known = {name: tuple(map(Path.absolute, files)) for name, files in digits_paths().items()}
+    for name, *paths in coco_datasets:
+        files = tuple(Path(path).absolute() for path in paths)
         if known.setdefault(name, files) != files:
             raise DataError(
-                f"data set '{name}' is known already, with annotations "
-                f"'{known[name].annotations}' and images '{known[name].images}', not with "
-                f"'{files.annotations}' and '{files.images}': choose another name"
+                f"data set '{name}' is known already, with annotations '{known[name][0]}' and "
+                f"images '{known[name][1]}', not with '{files[0]}' and '{files[1]}': choose another"
+                " name"
             )
     train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     names = names_in_use(train, test, known, eval_only=eval_only)
@@ -82,8 +67,7 @@ def prepare_datasets(
     reports = {
         name: check_set(
             name,
-            known[name].annotations,
-            known[name].images,
+            *known[name],
             masks=cfg.MODEL.MASK_ON,
             mask_format=cfg.INPUT.MASK_FORMAT,
             for_training=not eval_only and name in train,
@@ -93,16 +77,9 @@ def prepare_datasets(
         for name in names
     }
     log_reports(reports, () if eval_only else train)
-    check_classes(
-        "MODEL.ROI_HEADS.NUM_CLASSES",
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-        {name: report.class_names for name, report in reports.items()},
-    )
-    return {name: known[name] for name in names}
-
-
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).absolute()
+    classes = {name: report.class_names for name, report in reports.items()}
+    check_classes("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES, classes)
+    return reports
 
 
 class DetectionDataset(Dataset):
@@ -126,21 +103,17 @@ class DetectionDataset(Dataset):
         class_names: likewise.
     """
 
-    def __init__(self, files: CocoFiles, cfg: CfgNode, training: bool) -> None:
-        self.files = files
+    def __init__(self, annotations: Path, images: Path, cfg: CfgNode, training: bool) -> None:
+        self.annotations, self.images = annotations, images
+        self.cfg = cfg
         self.training = training
-        self.masks = cfg.MODEL.MASK_ON
-        self.channels = cfg.INPUT.FORMAT
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(files.annotations))
-            number_annotations(self.coco)
+        self.coco = open_coco(annotations)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.class_names = [self.coco.cats[i]["name"] for i in self.category_ids]
         self.image_ids = sorted(self.coco.imgs)
         if training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             self.image_ids = [i for i in self.image_ids if self._objects(i)]
         self._label = {category: k for k, category in enumerate(self.category_ids, start=1)}
-        self._augment = Augmentation(cfg)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -154,52 +127,37 @@ class DetectionDataset(Dataset):
         image = self._read(image_id)
         if not self.training:
             return image.float(), {"image_id": image_id}
-        view = self._augment.draw(image)
+        view = View.draw(image, self.cfg)
         objects = self._objects(image_id)
         boxes = self._boxes(objects, view)
-        target = {"boxes": boxes, "labels": self._labels(objects)}
+        labels = torch.tensor([self._label[a["category_id"]] for a in objects], dtype=torch.int64)
+        target = {"boxes": boxes, "labels": labels}
         keep = (boxes[:, 2:] - boxes[:, :2] > _SMALLEST_SIDE).all(dim=1)
-        if self.masks:
+        if self.cfg.MODEL.MASK_ON:
             target["masks"] = self._masks(objects, view)
             keep &= target["masks"].any(dim=2).any(dim=1).bool()
         if not keep.all():
             target = {key: value[keep] for key, value in target.items()}
         return view.show(image).float().as_subclass(Tensor), target
 
-    def mask(self, annotation: dict[str, Any]) -> np.ndarray:
-        """The mask of an annotation as uint8 ``[H, W]``, in pixels of the stored image."""
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, list):
-            segmentation = whole_polygons(segmentation)
-        return self.coco.annToMask({**annotation, "segmentation": segmentation})
-
     def _objects(self, image_id: Any) -> list[dict[str, Any]]:
         return [a for a in self.coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
 
     def _read(self, image_id: Any) -> tv_tensors.Image:
         record = self.coco.imgs[image_id]
-        path = self.files.images / record["file_name"]
-        label = f"data set '{self.files.name}': image {image_id} '{path}'"
+        path = self.images / record["file_name"]
+        label = f"{self.annotations}: image {image_id} '{path}'"
         try:
-            with Image.open(path) as stored:
-                clipped = clipped_mode(stored)
-                pixels = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
-        except FileNotFoundError as e:
-            raise DataError(f"{label} does not exist: copy it there") from e
-        except BROKEN_IMAGE as e:
-            raise DataError(f"{label} is cut off or cannot be decoded ({e}): copy it again") from e
-        if clipped:  # the check before training looks at a sample of large sets
-            raise DataError(
-                f"{label} ({clipped}): reading it as RGB would cut its values off at 255, to all "
-                "white or black: convert it to 8 bits"
-            )
+            pixels = read_rgb(path)
+        except BROKEN_IMAGE as e:  # the check before training looks at a sample of large sets
+            raise DataError(f"{label} cannot be read ({e}): copy it there again") from e
         if pixels.shape[:2] != (record["height"], record["width"]):
             raise DataError(
                 f"{label} is {pixels.shape[1]} x {pixels.shape[0]}, listed as {record['width']} x "
-                f"{record['height']}: correct 'width' and 'height' in '{self.files.annotations}'"
+                f"{record['height']}: correct 'width' and 'height'"
             )
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        if self.channels == "BGR":
+        if self.cfg.INPUT.FORMAT == "BGR":
             image = image.flip(0)
         return tv_tensors.Image(image.contiguous())
 
@@ -209,13 +167,10 @@ class DetectionDataset(Dataset):
         stored = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=view.stored)
         return v2.functional.clamp_bounding_boxes(view.show(stored)).as_subclass(Tensor)
 
-    def _labels(self, objects: list[dict[str, Any]]) -> Tensor:
-        return torch.tensor([self._label[a["category_id"]] for a in objects], dtype=torch.int64)
-
     def _masks(self, objects: list[dict[str, Any]], view: View) -> Tensor:
         height, width = view.shown
         columns = np.zeros((len(objects), width, height), dtype=np.uint8)
         masks = columns.transpose(0, 2, 1)  # pycocotools gives them by columns
         for mask, annotation in zip(masks, objects, strict=True):
-            mask[:] = view.mask(annotation["segmentation"], partial(self.mask, annotation))
+            mask[:] = view.mask(self.coco, annotation)
         return torch.from_numpy(masks)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..data.progress import StatusLine
+from ..data.progress import shown
 from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
@@ -63,8 +62,10 @@ def evaluate(
         return {}
     results = {}
     for task in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):
-        results[task] = _score(dataset, predictions, task, detections_counted(cfg))
-        _log_table(task, results[task])
+        found = results[task] = _score(dataset, predictions, task, detections_counted(cfg))
+        row = [found[metric] for metric in _METRICS]
+        table = tabulate([row], headers=_METRICS, tablefmt="pipe", floatfmt=".3f")
+        logger.info(f"Evaluation results for {task}:\n{table}")
     return results
 
 
@@ -73,16 +74,13 @@ def _predict(model: nn.Module, dataset: DetectionDataset, cfg: CfgNode) -> list[
     """The predictions for all images, in COCO's result format."""
     predictions = []
     logger.info(f"Evaluating {len(dataset)} images")
-    status = StatusLine(sys.stderr)
     training = model.training
     model.eval()
     try:
-        for done, (image, target) in enumerate(in_order(dataset, cfg)):
-            status.show("evaluating images", done, len(dataset))
+        for image, target in shown(in_order(dataset, cfg), "evaluating images", len(dataset)):
             (output,) = model([image.to(cfg.MODEL.DEVICE)])
             predictions += _coco_results(output, target["image_id"], dataset.category_ids)
     finally:
-        status.clear()
         model.train(training)
     return predictions
 
@@ -118,29 +116,18 @@ def _score(
         scores.params.maxDets[-1] = limit
         scores.evaluate()
         scores.accumulate()
-        scores.summarize()
-    # [IoU, recall, class, area range, detections per image]: all areas, most detections
-    precisions = scores.eval["precision"][:, :, :, 0, -1]
-    if scores.stats[0] == -1:  # the summary looks for AP at 100 detections
-        scores.stats[0] = _mean(precisions)
-    results = {
-        metric: float(value * 100) if value >= 0 else float("nan")
-        for metric, value in zip(_METRICS, scores.stats, strict=False)
-    }
+    # [IoU 0.5 to 0.95, recall, class, area: all, small, medium, large], most detections per image
+    precision = scores.eval["precision"][..., -1]
+    of_all = precision[..., 0]
+    parts = (of_all, of_all[0], of_all[5], *(precision[..., area] for area in (1, 2, 3)))
+    results = dict(zip(_METRICS, map(_mean, parts), strict=True))
     if len(dataset.class_names) > 1:
         for index, name in enumerate(dataset.class_names):
-            ap = _mean(precisions[:, :, index])
-            results[f"AP-{name}"] = ap * 100 if ap >= 0 else float("nan")
+            results[f"AP-{name}"] = _mean(of_all[:, :, index])
     return results
 
 
-def _mean(precisions: np.ndarray) -> float:
-    """Of those that are defined; -1 if none is."""
-    defined = precisions[precisions > -1]
-    return float(defined.mean()) if defined.size else -1.0
-
-
-def _log_table(task: str, results: dict[str, float]) -> None:
-    main = {key: results[key] for key in _METRICS}
-    text = tabulate([main.values()], headers=list(main), tablefmt="pipe", floatfmt=".3f")
-    logger.info(f"Evaluation results for {task}:\n{text}")
+def _mean(precision: np.ndarray) -> float:
+    """In percent, of what is defined; NaN if nothing is."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) * 100 if defined.size else float("nan")

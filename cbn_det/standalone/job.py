@@ -6,7 +6,6 @@ import argparse
 import logging
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
+from ..data import CocoReport
 from ..run.folder import describe
 from ..run.job import Job
-from .config_values import norms_in_use
-from .datasets import CocoFiles, DetectionDataset, prepare_datasets
+from .config import norms_in_use
+from .datasets import DetectionDataset, prepare_datasets
 from .evaluation import evaluate
 from .loading import Sample, batches
 from .model import build_model
@@ -36,17 +36,17 @@ class StandaloneJob(Job):
         norms = norms_in_use(cfg)
         result = describe(cfg, args.command, args.accumulate, 1, "standalone", norms, {})
         super().__init__(cfg, args, result)
-        self.files: dict[str, CocoFiles] = {}
+        self.reports: dict[str, CocoReport] = {}
 
-    def prepare(self, eval_only: bool) -> dict[str, tuple[Path, Path]]:
-        self.files = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
-        return {name: (files.annotations, files.images) for name, files in self.files.items()}
+    def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
+        self.reports = prepare_datasets(self.cfg, self.args.coco_dataset, eval_only=eval_only)
+        return self.reports
 
     def build_trainer(self, cfg: CfgNode) -> Trainer:
         torch.manual_seed(cfg.SEED)
         model = build_model(cfg).to(cfg.MODEL.DEVICE)
         evaluate = partial(self.evaluate, model)
-        return Trainer(cfg, model, self._training_set(), evaluate, self.args.accumulate)
+        return Trainer(cfg, model, self.training_set(), evaluate, self.args.accumulate)
 
     def load(self, trainer: Trainer, resume: bool) -> None:
         if resume:
@@ -69,7 +69,7 @@ class StandaloneJob(Job):
         results = {
             name: evaluate(
                 model,
-                DetectionDataset(self.files[name], self.cfg, training=False),
+                self._dataset(name, training=False),
                 self.cfg,
                 output / name if i else output,
             )
@@ -79,20 +79,21 @@ class StandaloneJob(Job):
 
     def training_batches(self) -> Iterator[list[Sample]]:
         torch.manual_seed(self.cfg.SEED)
-        return batches(self._training_set(), self.cfg)
+        return batches(self.training_set(), self.cfg)
 
     def forward(self, model: nn.Module, batch: list[Sample]) -> dict[str, Tensor]:
         return losses_of(model, batch)
 
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
-        image, _ = self._test_set()[0]
+        image, _ = self.test_set()[0]
         return FlopCountAnalysis(model, ([image.to(self.cfg.MODEL.DEVICE)],))
 
-    def _training_set(self) -> ConcatDataset:
-        return ConcatDataset(
-            DetectionDataset(self.files[name], self.cfg, training=True)
-            for name in self.cfg.DATASETS.TRAIN
-        )
+    def training_set(self) -> ConcatDataset:
+        return ConcatDataset(self._dataset(n, training=True) for n in self.cfg.DATASETS.TRAIN)
 
-    def _test_set(self) -> DetectionDataset:
-        return DetectionDataset(self.files[self.cfg.DATASETS.TEST[0]], self.cfg, training=False)
+    def test_set(self) -> DetectionDataset:
+        return self._dataset(self.cfg.DATASETS.TEST[0], training=False)
+
+    def _dataset(self, name: str, training: bool) -> DetectionDataset:
+        report = self.reports[name]
+        return DetectionDataset(report.annotations, report.images, self.cfg, training)
