@@ -314,6 +314,8 @@ def main(arguments: list[str] | None = None, launcher: tuple[str, ...] = LAUNCHE
     args = parser.parse_args(arguments)
     if len(args.opts) % 2:
         parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+    if args.truth_images < 1:
+        parser.error("--truth-images is 1 or more")
     return guarded("statistics_error", lambda: run(args, launcher))
 
 
