@@ -47,8 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure  # noqa: E402
 from publishing import Row, publish  # noqa: E402
 
+from cbn_det.commands.flags import add_detector, positive  # noqa: E402
 from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.compare import announce, guarded, train_backbone  # noqa: E402
 from cbn_det.study.figures import colours, save_png  # noqa: E402
 from cbn_det.study.gpus import visible_gpus  # noqa: E402
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--images",
         nargs="+",
-        type=int,
+        type=positive,
         default=[1, 2, 4],
         metavar="N",
         help="images per GPU, one run each (default 1 2 4)",
@@ -117,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--truth-images",
-        type=int,
+        type=positive,
         default=200,
         metavar="N",
         help="training images that the truth is taken from (default 200)",
@@ -128,20 +128,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="also compare the norms with this one, mini-batch by mini-batch: for options that"
         " approximate it",
     )
-    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
-    add("--config-file", type=Path, help="base config in place of the recipe's")
-    add("--iters", type=int, help="length of a run (default: the config's SOLVER.MAX_ITER)")
-    add_datasets(parser)
-    cores = os.cpu_count() or 1
+    add_detector(parser)
+    add(
+        "--iters",
+        type=positive,
+        help="length of a run (default: the config's SOLVER.MAX_ITER)",
+    )
     add(
         "--jobs",
-        type=int,
+        type=positive,
         metavar="N",
-        help=f"runs side by side (default: as many as GPUs, on CPU as cores: {cores})",
+        help="runs side by side (default: as many as GPUs, on CPU as cores)",
     )
     add("--output", type=Path, default=Path("output/statistics"), help="default output/statistics")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every run")
     return parser
 
 
@@ -253,7 +253,7 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> P
     Raises:
         ValueError: the config does not say how long to train, or the overrides do.
     """
-    config = args.config_file and Path(find_config(str(args.config_file)))
+    config = args.config_file and Path(find_config(args.config_file))
     length = args.iters or setting(config or RECIPES[args.recipe].config, "SOLVER.MAX_ITER")
     if "SOLVER.MAX_ITER" in args.opts[::2]:
         raise ValueError("SOLVER.MAX_ITER is set by --iters, not by --opts")
@@ -310,12 +310,7 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
 
 
 def main(arguments: list[str] | None = None, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if len(args.opts) % 2:
-        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
-    if args.truth_images < 1:
-        parser.error("--truth-images is 1 or more")
+    args = make_parser().parse_args(arguments)
     return guarded("statistics_error", lambda: run(args, launcher))
 
 

@@ -157,7 +157,7 @@ def test_settings_that_cannot_be_followed_are_a_line(tmp_path, capsys) -> None:
     assert "statistics_error: SOLVER.MAX_ITER is set by --iters" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         measure(tmp_path, "--truth-images", "0")
-    assert "--truth-images is 1 or more" in capsys.readouterr().err
+    assert "argument --truth-images: expected 1 or more" in capsys.readouterr().err
 
 
 def test_the_tool_parses_its_own_examples() -> None:
