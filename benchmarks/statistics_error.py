@@ -51,12 +51,11 @@ from cbn_det.commands.flags import add_detector, positive  # noqa: E402
 from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.study.compare import announce, guarded, train_backbone  # noqa: E402
 from cbn_det.study.figures import colours, save_png  # noqa: E402
-from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
 from cbn_det.study.processes import interruptible, locked  # noqa: E402
 from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 from cbn_det.study.results import read_lines  # noqa: E402
-from cbn_det.study.runner import run_all  # noqa: E402
+from cbn_det.study.runner import run_all, visible_gpus  # noqa: E402
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
 FILE = "statistics_error.jsonl"

@@ -14,10 +14,10 @@ import pytest
 
 import cbn_det
 from cbn_det.commands import compare as compare_norms
-from cbn_det.study import gpus
+from cbn_det.study import runner
 from cbn_det.study.compare import compare
-from cbn_det.study.gpus import Places, visible_gpus
 from cbn_det.study.plan import Plan, Run, Split
+from cbn_det.study.runner import Places, visible_gpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_launcher.py")))
@@ -331,7 +331,7 @@ def test_gpus_of_this_machine(tmp_path, monkeypatch) -> None:
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert visible_gpus() == ["0", "1"]
-    monkeypatch.setattr(gpus.shutil, "which", lambda name: None)
+    monkeypatch.setattr(runner.shutil, "which", lambda name: None)
     assert visible_gpus() == []
 
 

@@ -57,9 +57,9 @@ from ..config_files import find_config
 from ..engines import ENGINES, resolve_engine
 from ..run.arguments import share_of_images
 from ..study.compare import STOPPED, STOPPED_WATCHING, compare, guarded
-from ..study.gpus import visible_gpus
 from ..study.plan import Plan, Split
 from ..study.recipes import SITES
+from ..study.runner import visible_gpus
 from .flags import add_detector, add_places, positive, submitter
 
 
@@ -186,10 +186,13 @@ def run(args: argparse.Namespace) -> int:
         torchrun=args.launcher == "torchrun",
     )
     submit = submitter(args, plan.on_gpu)
+    if args.dry_run:
+        plan.print_commands()
+        return 0
     gpus = (args.gpus or visible_gpus()) if plan.on_gpu and not submit else []
     everything = sum(run.ranks for run in plan.runs()) if submit else 0
     jobs = args.jobs or everything or len(gpus) or os.cpu_count() or 1
-    return compare(plan, jobs, args.dry_run, gpus=gpus, submit=submit)
+    return compare(plan, jobs, gpus, submit)
 
 
 def main(arguments: list[str] | None = None) -> int:

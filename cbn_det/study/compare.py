@@ -34,8 +34,6 @@ STOPPED_WATCHING = (
 def compare(
     plan: Plan,
     jobs: int,
-    dry_run: bool = False,
-    steps_before: int = 0,
     gpus: Sequence[str] = (),
     submit: Callable[[Run], Active] | None = None,
 ) -> int:
@@ -44,8 +42,6 @@ def compare(
     Args:
         plan: what to compare.
         jobs: single-rank runs side by side.
-        dry_run: only print the commands.
-        steps_before: steps that the caller has shown already, for the numbers of those to come.
         gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs.
         submit: starts a run elsewhere, in place of a process here.
 
@@ -59,27 +55,22 @@ def compare(
         ValueError: the schedule of the config cannot be scaled.
     """
     pretrain, runs = plan.pretrain_run(), plan.runs()
-    if dry_run:
-        plan.print_commands()
-        return 0
     started = time.monotonic()
-    steps = steps_before + 2 + bool(pretrain)
     with locked(plan.output), interruptible():
         broken = None
         if pretrain:
-            say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
+            say(f"training the backbone, once for all, with the {plan.engine} engine")
             broken = train_backbone(pretrain, gpus, submit)
         if broken:
             outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
         else:
             at_a_time = max(1, jobs // max(run.ranks for run in runs))
             say(
-                f"[{steps - 1}/{steps}] training {', '.join(dict.fromkeys(plan.norms))} with the "
-                f"{plan.engine} engine: {len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} "
-                f"at a time{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
+                f"training {', '.join(dict.fromkeys(plan.norms))} with the {plan.engine} engine: "
+                f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} at a time"
+                f"{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
             )
             outcomes = run_all(runs, jobs, announce, gpus=gpus, submit=submit)
-        say(f"[{steps}/{steps}] report")
         command, seconds = join(typed_words()), time.monotonic() - started
         comparison = Comparison(plan, outcomes, command, seconds)
         *others, page = comparison.write()
