@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fvcore.common.config import CfgNode
 
+from ..cli import reader_left
 from ..config_files import find_config
 from ..data.coco_folder import NOTE, OK, PROBLEM, Finding, check_overlap, check_weights
 from ..data.pretrained import pretrained_file
@@ -38,7 +40,6 @@ from ..data.progress import StatusLine
 from ..engines import resolve_engine
 from ..run.arguments import argument_parser
 from ..run.errors import one_line
-from .lines import tell
 
 if TYPE_CHECKING:
     from ..run.trial import Trial
@@ -57,6 +58,38 @@ def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     args.command = ""
     return tell("check", partial(findings, args))
+
+
+def tell(tool: str, findings: Callable[[StatusLine], Iterator[Finding]]) -> int:
+    """Prints findings as they come, and at the end how many are problems.
+
+    Args:
+        tool: named where files cannot be read at all.
+        findings: may use the line to show how far it is.
+
+    Returns:
+        the exit code: 0 ready, 1 problems, 130 stopped by Ctrl-C.
+    """
+    status = StatusLine(sys.stderr)
+    problems = 0
+    try:
+        for finding in findings(status):
+            status.clear()
+            problems += finding.level == PROBLEM
+            label = finding.level.upper() if finding.level == PROBLEM else finding.level
+            print(f"{label:8s}{finding.text}", flush=True)
+    except KeyboardInterrupt:
+        status.clear()
+        print("stopped: nothing was changed", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return reader_left()
+    except OSError as error:  # no permission, a disk that went away
+        status.clear()
+        print(f"{tool}: {error}", file=sys.stderr)
+        return 1
+    print(f"{problems} problem{'s' * (problems != 1)} found" if problems else "ready for training")
+    return 1 if problems else 0
 
 
 def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:

@@ -44,7 +44,7 @@ from ..data.coco_folder import (
 from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
 from ..data.progress import StatusLine
-from .lines import tell
+from .check import tell
 
 
 def make_parser() -> argparse.ArgumentParser:
