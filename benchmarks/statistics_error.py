@@ -49,13 +49,12 @@ from publishing import Row, publish  # noqa: E402
 
 from cbn_det.commands.flags import add_detector, positive  # noqa: E402
 from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.study.compare import announce, guarded, train_backbone  # noqa: E402
+from cbn_det.study.compare import exit_code, guarded, train  # noqa: E402
 from cbn_det.study.figures import colours, save_png  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
-from cbn_det.study.processes import interruptible, locked  # noqa: E402
 from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 from cbn_det.study.results import read_lines  # noqa: E402
-from cbn_det.study.runner import run_all, visible_gpus  # noqa: E402
+from cbn_det.study.runner import visible_gpus  # noqa: E402
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
 FILE = "statistics_error.jsonl"
@@ -289,23 +288,19 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
         return 0
     gpus = visible_gpus() if plan.on_gpu else []
     jobs = args.jobs or len(gpus) or os.cpu_count() or 1
-    with locked(plan.output), interruptible():
-        pretrain = plan.pretrain_run()
-        if pretrain and (broken := train_backbone(pretrain, gpus)):
-            raise RuntimeError(broken)
-        outcomes = run_all(plan.runs(), jobs, announce, gpus=gpus)
-        runs: dict[int, list[Point]] = {}
-        for outcome in outcomes:
-            if outcome.result.get("status") == "finished":  # others have fewer moments
-                found = runs.setdefault(outcome.run.split.images, [])
-                found += read_points(outcome.run.folder)
-        rows = table(runs, plan.iterations, args.reference)
-        path = plan.output / "statistics_error.csv"
-        publish(rows, {}, path if rows else None, digits=".3g")
-        print(NOTES)
-        if rows:
-            print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
-    return 1 if any(o.result.get("status") == "failed" for o in outcomes) else 0
+    outcomes = train(plan, jobs, gpus)
+    runs: dict[int, list[Point]] = {}
+    for outcome in outcomes:
+        if outcome.result.get("status") == "finished":  # others have fewer moments
+            found = runs.setdefault(outcome.run.split.images, [])
+            found += read_points(outcome.run.folder)
+    rows = table(runs, plan.iterations, args.reference)
+    path = plan.output / "statistics_error.csv"
+    publish(rows, {}, path if rows else None, digits=".3g")
+    print(NOTES)
+    if rows:
+        print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
+    return exit_code(outcomes)
 
 
 def main(arguments: list[str] | None = None, launcher: tuple[str, ...] = LAUNCHER) -> int:

@@ -66,9 +66,9 @@ def test_a_run_is_known_by_all_that_its_config_builds_on(tmp_path) -> None:
     (tmp_path / "one.yaml").write_text("MODEL: {MASK_ON: True}\n")
     (tmp_path / "two.yaml").write_text("SOLVER: {MAX_ITER: 10}\n")
     plan = make_plan(tmp_path, ["GN"], "_BASE_: [one.yaml, two.yaml]\n")
-    before = plan.runs()[0].signature
+    before = plan.runs()[0].folder
     (tmp_path / "two.yaml").write_text("SOLVER: {MAX_ITER: 20}\n")
-    assert plan.runs()[0].signature != before
+    assert plan.runs()[0].folder != before
 
 
 def test_a_config_that_is_none_is_a_line_and_no_traceback(tmp_path, capsys) -> None:
