@@ -88,9 +88,9 @@ from workloads import (  # noqa: E402
     norm_workload,
 )
 
+from cbn_det.commands.flags import add_detector, positive  # noqa: E402
 from cbn_det.config_files import find_config  # noqa: E402
 from cbn_det.engines import ENGINES, resolve_engine  # noqa: E402
-from cbn_det.run.arguments import add_datasets  # noqa: E402
 from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 
 #: load average per core from which on others are in the way
@@ -109,14 +109,20 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--norms", nargs="+", required=True, metavar="NORM", help="the first is the reference")
-    add("--repetitions", type=int, default=30, metavar="N", help="turns of each norm (default 30)")
+    add(
+        "--repetitions",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="turns of each norm (default 30)",
+    )
     add(
         "--seconds",
         type=float,
         default=600.0,
         help="end a shape or config earlier when its turns have taken this long (default 600)",
     )
-    add("--warm-up", type=int, default=10, metavar="N", help="steps before (default 10)")
+    add("--warm-up", type=positive, default=10, metavar="N", help="steps before (default 10)")
     add(
         "--turn-seconds",
         type=float,
@@ -124,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="steps in a turn: as many as take this long with the first norm (default 0.2)",
     )
-    add("--threads", type=int, metavar="N", help="of each process (default: torch's)")
+    add("--threads", type=positive, metavar="N", help="of each process (default: torch's)")
     add(
         "--clock",
         choices=("wall", "cpu"),
@@ -152,8 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     detector = argparse.ArgumentParser(add_help=False)
     add = detector.add_argument
-    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
-    add("--config-file", type=Path, help="in place of the recipe's")
+    add_detector(detector)
     add(
         "--norm-keys",
         nargs="+",
@@ -162,13 +167,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--engine", choices=ENGINES, default="auto", help="default auto")
     add("--device", help="cpu or cuda (default: the config's)")
-    add_datasets(detector)
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
 
     both = [common, detector]
     iteration = kinds.add_parser("iteration", parents=both, help="a detector's training iteration")
     iteration.add_argument(
-        "--images", type=int, default=2, metavar="N", help="in an iteration (default 2)"
+        "--images", type=positive, default=2, metavar="N", help="in an iteration (default 2)"
     )
     kinds.add_parser("inference", parents=both, help="a detector's forward pass over a test image")
     return parser
@@ -207,7 +210,7 @@ def detector_case(args: argparse.Namespace) -> tuple[str, Builds]:
     they are below the score threshold, so that sorting them does not hide the network's time.
     """
     recipe, engine = RECIPES[args.recipe], resolve_engine(args.engine)
-    config = Path(find_config(str(args.config_file))) if args.config_file else recipe.config
+    config = Path(find_config(args.config_file)) if args.config_file else recipe.config
     keys = args.norm_keys or recipe.norm_keys
     first = ["--config-file", str(config), "--engine", engine]
     first += [word for triple in args.coco_dataset for word in ("--coco-dataset", *triple)]
@@ -245,16 +248,12 @@ def cases(args: argparse.Namespace) -> dict[str, Builds]:
         raise ValueError("--norms: name two or more, each once; the first is the reference")
     if args.repetitions < FEWEST:
         raise ValueError(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
-    if min(args.warm_up, args.threads or 1, getattr(args, "images", 1)) < 1:
-        raise ValueError("--warm-up, --threads and --images are 1 or more")
     if args.kind == "layer":
         return dict(layer_case(args.norms, text, args.device) for text in args.shapes)
     if args.kind == "norm":
         if COPY in args.norms:
             raise ValueError(f"--norms {COPY}: it takes part anyway")
         return dict(norm_case(args.norms, text, args.device) for text in args.shapes)
-    if len(args.opts) % 2:
-        raise ValueError(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
     return dict([detector_case(args)])
 
 

@@ -25,21 +25,18 @@ and from what it remembers of the iterations before t; nothing is remembered of 
     mean  = sqrt( E_b E_c  (m - M)**2 / (V + eps) )              in standard deviations
     var   = sqrt( E_b E_c  log((v + eps) / (V + eps))**2 )       0.1 is about 10 % of the variance
 
-over mini-batches b and channels c. ``mean_fixed`` and ``var_fixed`` are the part that all of the
-iteration's mini-batches have in common (``E_b`` inside the square): stale memory, bad predictions,
-bias. ``var_bias`` is ``E_b E_c log((v + eps) / (V + eps))``; a mini-batch's variance lacks the
-variance between mini-batches, so BatchNorm's is negative. Where a method corrects the normalised
-values (BRN's r and d), m and v are those that would have given the same output. ``running_mean``,
-``running_var`` and ``running_var_bias`` say the same of the running statistics, with which the
-network would be evaluated.
+over mini-batches b and channels c. ``var_fixed`` is the part that all of the iteration's
+mini-batches have in common (``E_b`` inside the square): stale memory, bad predictions, bias. Where
+a method corrects the normalised values (BRN's r and d), m and v are those that would have given the
+same output. ``running_mean`` and ``running_var`` say the same of the running statistics, with which
+the network would be evaluated.
 
 Against a reference. Where a norm is an approximation of another, its distance from the truth says
-little about what the approximation costs. ``apart_mean`` and ``apart_var`` are the same root mean
-squares of ``(m - m_ref) / sqrt(V + eps)`` and ``log((v + eps) / (v_ref + eps))``, with what the
-reference estimates from the same mini-batch and its own memory.
+little about what the approximation costs. ``apart_var`` is the root mean square of
+``log((v + eps) / (v_ref + eps))``, with what the reference estimates from the same mini-batch and
+its own memory.
 
-How exact that is. ``floor`` is the error of the truth itself, half the difference of the truths of
-the images' two halves. Mini-batches are part of the truth that they are compared with, which makes
+How exact that is. Mini-batches are part of the truth that they are compared with, which makes
 errors smaller by the factor sqrt(1 - n/200): 1 % with n = 4 images. One run is one draw of what is
 remembered, so that errors of methods with memory vary more from iteration to iteration.
 """
@@ -72,7 +69,6 @@ from cbn_det.norms import (
     reading_memory,
 )
 from cbn_det.norms.functional import group_moments
-from cbn_det.run.errors import ConfigError
 from cbn_det.run.files import append_line
 from cbn_det.run.precise_bn import PooledMoments, kept_statistics
 
@@ -100,27 +96,6 @@ class Request:
     at: tuple[int, ...]
     images: int = 200
     reference: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Request:
-        """Reads the launcher's argument, an object in JSON.
-
-        Raises:
-            ConfigError: it is none, or says something else.
-        """
-        form = '{"norms": ["CBN", ...], "at": [10, 100, ...], "images": 200}'
-        try:
-            values = json.loads(text)
-            request = cls(tuple(values.pop("norms")), tuple(values.pop("at")), **values)
-            numbers = [*request.at, request.images]
-            good = all(type(n) is int and n >= 0 for n in numbers) and request.images > 0
-            good = good and request.norms and all(isinstance(n, str) for n in request.norms)
-            good = good and request.reference in ("", *request.norms)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--statistics-error takes {form}, not {text}") from error
-        if not good:
-            raise ConfigError(f"--statistics-error takes {form}, not {text}")
-        return request
 
 
 class StatisticsError:
@@ -176,7 +151,7 @@ class StatisticsError:
             ValueError: the batches ended early.
         """
         count = math.ceil(self._request.images / self._batch_size)
-        measured = _Measured(count, self._request.reference)
+        measured = _Measured(self._request.reference)
         shadows = self._shadows
         layers = nn.ModuleList(shadows.layers())
         with (
@@ -240,55 +215,53 @@ class _Spread:
         device = layer.running_mean.device
         self.mean = PooledMoments(layer.num_features, device)
         self.log_var = PooledMoments(layer.num_features, device)
-        self.apart: list[Tensor] = []  # [2, C] each: squared differences of mean and log variance
+        self.apart: list[Tensor] = []  # [C] each: squared differences of the log variance
 
-    def add(self, mean: Tensor, var: Tensor, reference: tuple[Tensor, Tensor] | None) -> None:
+    def add(self, mean: Tensor, log_var: Tensor, reference: Tensor | None) -> None:
         one, none = torch.ones_like(mean[0]), torch.zeros_like(mean)
         self.mean.add(one, mean, none)
-        self.log_var.add(one, var.log(), none)
+        self.log_var.add(one, log_var, none)
         if reference is not None:
-            differences = mean - reference[0], var.log() - reference[1].log()
-            self.apart.append(torch.stack(differences).square())
+            self.apart.append((log_var - reference).square())
 
 
 class _Measured:
     """What is seen of all sites while the mini-batches go through."""
 
-    def __init__(self, count: int, reference: str) -> None:
+    def __init__(self, reference: str) -> None:
         self.batches = 0
-        self._count = count
         self._reference = reference
-        self._wanted: dict[Site, tuple[Tensor, Tensor]] = {}  # of the reference, this mini-batch
-        self._inputs: dict[Site, tuple[PooledMoments, PooledMoments]] = {}  # of either half
+        self._wanted: dict[Site, Tensor] = {}  # log variance of the reference, this mini-batch
+        self._inputs: dict[Site, PooledMoments] = {}
         self._spreads: dict[Site, dict[str, _Spread]] = {}
 
     def see(self, site: Site, y: Tensor) -> None:
         if site not in self._inputs:
-            new = [PooledMoments(site.channels, y.device) for _ in range(2)]
-            self._inputs[site], self._spreads[site] = tuple(new), {}
-        self._inputs[site][self.batches >= self._count // 2].see(site.host, (y,))
+            self._inputs[site] = PooledMoments(site.channels, y.device)
+            self._spreads[site] = {}
+        self._inputs[site].see(site.host, (y,))
 
     def compare(self, site: Site, norm: str, layer: SmallBatchNorm2d, found: Estimate) -> None:
         spread = self._spreads[site].setdefault(norm, _Spread(layer))
         spread.groups = found.groups
-        used = used_statistics(found, layer.eps)
+        mean, var = used_statistics(found, layer.eps)
         if norm == self._reference:
-            self._wanted[site] = used
-        spread.add(*used, self._wanted.get(site))
+            self._wanted[site] = var.log()
+        spread.add(mean, var.log(), self._wanted.get(site))
 
     def result(self) -> dict[str, Any]:
         """A dict for each layer, in the order in which the network runs them."""
         layers = {}
-        for site, halves in self._inputs.items():
-            truth = _pooled(halves, site.channels)
-            if truth.count == 0:  # no RoI in any image
+        for site, inputs in self._inputs.items():
+            if inputs.count == 0:  # no RoI in any image
                 continue
-            spreads = self._spreads[site]
+            count = int(inputs.count)
+            truth = Moments(inputs.mean, inputs.deviation / inputs.count, count)
+            spreads = self._spreads[site].items()
             layers[site.name] = {
                 "channels": site.channels,
-                "values": int(truth.count),
-                "floor": _plain(_floor(halves, truth, site.host.eps)),
-                "norms": {norm: _plain(_errors(s, truth)) for norm, s in spreads.items()},
+                "values": count,
+                "norms": {norm: _errors(spread, truth) for norm, spread in spreads},
             }
         return layers
 
@@ -302,54 +275,26 @@ def used_statistics(found: Estimate, eps: float) -> tuple[Tensor, Tensor]:
     return mean - shift * var.sqrt() / scale, var / scale**2
 
 
-def _pooled(parts: Iterable[PooledMoments], channels: int) -> Moments:
-    total = None
-    for part in parts:
-        total = total or PooledMoments(channels, part.mean.device)
-        total.add(part.count, part.mean, part.deviation)
-    return Moments(total.mean, total.deviation / total.count.clamp(min=1.0), int(total.count))
-
-
-def _errors(spread: _Spread, truth: Moments) -> dict[str, Tensor]:
+def _errors(spread: _Spread, truth: Moments) -> dict[str, float | None]:
+    """Numbers of six digits for JSON, None for one that is not finite."""
     layer, count = spread.layer, spread.mean.count
     if spread.groups is not None:
         truth = group_moments(truth, spread.groups)
     scale, log_truth = truth.var + layer.eps, (truth.var + layer.eps).log()
     mean_fixed = (spread.mean.mean - truth.mean).square() / scale
-    bias = spread.log_var.mean - log_truth
+    var_fixed = (spread.log_var.mean - log_truth).square()
     running = layer.running_mean.double(), (layer.running_var.double() + layer.eps).log()
-    apart = {}
+    squares = {
+        "mean": mean_fixed + spread.mean.deviation / count / scale,
+        "var": var_fixed + spread.log_var.deviation / count,
+        "var_fixed": var_fixed,
+        "running_mean": (running[0] - truth.mean).square() / scale,
+        "running_var": (running[1] - log_truth).square(),
+    }
     if spread.apart:
-        mean, log_var = torch.stack(spread.apart).mean(0)
-        apart = {"apart_mean": (mean / scale).mean().sqrt(), "apart_var": log_var.mean().sqrt()}
-    return {
-        **apart,
-        "mean": (mean_fixed + spread.mean.deviation / count / scale).mean().sqrt(),
-        "var": (bias.square() + spread.log_var.deviation / count).mean().sqrt(),
-        "mean_fixed": mean_fixed.mean().sqrt(),
-        "var_fixed": bias.square().mean().sqrt(),
-        "var_bias": bias.mean(),
-        "running_mean": ((running[0] - truth.mean).square() / scale).mean().sqrt(),
-        "running_var": (running[1] - log_truth).square().mean().sqrt(),
-        "running_var_bias": (running[1] - log_truth).mean(),
-    }
-
-
-def _floor(halves: tuple[PooledMoments, ...], truth: Moments, eps: float) -> dict[str, Tensor]:
-    if any(half.count == 0 for half in halves):
-        return {"mean": torch.tensor(math.nan), "var": torch.tensor(math.nan)}
-    difference = (halves[0].mean - halves[1].mean) / 2.0
-    logs = [(half.deviation / half.count + eps).log() for half in halves]
-    return {
-        "mean": (difference.square() / (truth.var + eps)).mean().sqrt(),
-        "var": ((logs[0] - logs[1]) / 2.0).square().mean().sqrt(),
-    }
-
-
-def _plain(values: dict[str, Tensor]) -> dict[str, float | None]:
-    """Numbers of six digits for JSON, None for one that is not finite."""
-    numbers = {key: float(value) for key, value in values.items()}
-    return {k: float(f"{x:.6g}") if math.isfinite(x) else None for k, x in numbers.items()}
+        squares["apart_var"] = torch.stack(spread.apart)
+    errors = {key: float(square.mean().sqrt()) for key, square in squares.items()}
+    return {k: float(f"{x:.6g}") if math.isfinite(x) else None for k, x in errors.items()}
 
 
 @contextmanager

@@ -47,16 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure  # noqa: E402
 from publishing import Row, publish  # noqa: E402
 
+from cbn_det.commands.flags import add_detector, positive  # noqa: E402
 from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.run.arguments import add_datasets  # noqa: E402
-from cbn_det.study.compare import announce, guarded, train_backbone  # noqa: E402
+from cbn_det.study.compare import exit_code, guarded, train  # noqa: E402
 from cbn_det.study.figures import colours, save_png  # noqa: E402
-from cbn_det.study.gpus import visible_gpus  # noqa: E402
 from cbn_det.study.plan import Plan, Split  # noqa: E402
-from cbn_det.study.processes import interruptible, locked  # noqa: E402
 from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
 from cbn_det.study.results import read_lines  # noqa: E402
-from cbn_det.study.runner import run_all  # noqa: E402
+from cbn_det.study.runner import visible_gpus  # noqa: E402
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
 FILE = "statistics_error.jsonl"
@@ -103,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--images",
         nargs="+",
-        type=int,
+        type=positive,
         default=[1, 2, 4],
         metavar="N",
         help="images per GPU, one run each (default 1 2 4)",
@@ -117,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--truth-images",
-        type=int,
+        type=positive,
         default=200,
         metavar="N",
         help="training images that the truth is taken from (default 200)",
@@ -128,20 +126,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="also compare the norms with this one, mini-batch by mini-batch: for options that"
         " approximate it",
     )
-    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
-    add("--config-file", type=Path, help="base config in place of the recipe's")
-    add("--iters", type=int, help="length of a run (default: the config's SOLVER.MAX_ITER)")
-    add_datasets(parser)
-    cores = os.cpu_count() or 1
+    add_detector(parser)
+    add(
+        "--iters",
+        type=positive,
+        help="length of a run (default: the config's SOLVER.MAX_ITER)",
+    )
     add(
         "--jobs",
-        type=int,
+        type=positive,
         metavar="N",
-        help=f"runs side by side (default: as many as GPUs, on CPU as cores: {cores})",
+        help="runs side by side (default: as many as GPUs, on CPU as cores)",
     )
     add("--output", type=Path, default=Path("output/statistics"), help="default output/statistics")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every run")
     return parser
 
 
@@ -253,7 +251,7 @@ def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> P
     Raises:
         ValueError: the config does not say how long to train, or the overrides do.
     """
-    config = args.config_file and Path(find_config(str(args.config_file)))
+    config = args.config_file and Path(find_config(args.config_file))
     length = args.iters or setting(config or RECIPES[args.recipe].config, "SOLVER.MAX_ITER")
     if "SOLVER.MAX_ITER" in args.opts[::2]:
         raise ValueError("SOLVER.MAX_ITER is set by --iters, not by --opts")
@@ -290,30 +288,23 @@ def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
         return 0
     gpus = visible_gpus() if plan.on_gpu else []
     jobs = args.jobs or len(gpus) or os.cpu_count() or 1
-    with locked(plan.output), interruptible():
-        pretrain = plan.pretrain_run()
-        if pretrain and (broken := train_backbone(pretrain, gpus)):
-            raise RuntimeError(broken)
-        outcomes = run_all(plan.runs(), jobs, announce, gpus=gpus)
-        runs: dict[int, list[Point]] = {}
-        for outcome in outcomes:
-            if outcome.result.get("status") == "finished":  # others have fewer moments
-                found = runs.setdefault(outcome.run.split.images, [])
-                found += read_points(outcome.run.folder)
-        rows = table(runs, plan.iterations, args.reference)
-        path = plan.output / "statistics_error.csv"
-        publish(rows, {}, path if rows else None, digits=".3g")
-        print(NOTES)
-        if rows:
-            print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
-    return 1 if any(o.result.get("status") == "failed" for o in outcomes) else 0
+    outcomes = train(plan, jobs, gpus)
+    runs: dict[int, list[Point]] = {}
+    for outcome in outcomes:
+        if outcome.result.get("status") == "finished":  # others have fewer moments
+            found = runs.setdefault(outcome.run.split.images, [])
+            found += read_points(outcome.run.folder)
+    rows = table(runs, plan.iterations, args.reference)
+    path = plan.output / "statistics_error.csv"
+    publish(rows, {}, path if rows else None, digits=".3g")
+    print(NOTES)
+    if rows:
+        print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
+    return exit_code(outcomes)
 
 
 def main(arguments: list[str] | None = None, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if len(args.opts) % 2:
-        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
+    args = make_parser().parse_args(arguments)
     return guarded("statistics_error", lambda: run(args, launcher))
 
 

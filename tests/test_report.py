@@ -101,7 +101,7 @@ def compared(tmp_path: Path, entries: list[tuple[str, int, dict]], **changes) ->
         if result["status"] == "finished":
             write_run(folder, result["results"]["bbox"]["AP"])
         command = ("python", "train_net.py", norm)
-        run = Run(label, folder, command, "s", norm=norm, split=Split(1, 2), seed=seed)
+        run = Run(label, folder, command, norm=norm, split=Split(1, 2), seed=seed)
         outcomes.append(Outcome(run, result))
     return Comparison(plan, outcomes, "python tools/compare_norms.py --norms GN", seconds=3723.0)
 

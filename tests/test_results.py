@@ -262,7 +262,7 @@ def test_a_report_says_what_it_was_made_with(tmp_path: Path) -> None:
     machine = {"cpu": "Z80", "cores": 1, "threads": 1, "gpu": None}
     results = []
     for seed in (1, 2):
-        run = Run(f"GN {seed}", tmp_path, (), "s", norm="GN", split=Split(1, 2), seed=seed)
+        run = Run(f"GN {seed}", tmp_path, (), norm="GN", split=Split(1, 2), seed=seed)
         results.append((run, {"machine": machine, "versions": {"torch": "2"}}))
     row = Row("GN", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, 1.0, 2)}})
     text = text_report([row], results, "t")

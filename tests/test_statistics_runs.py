@@ -72,9 +72,7 @@ def test_a_measured_run_is_the_run(inputs: Path, tmp_path: Path) -> None:
     assert sizes[0] > 1.5 * sizes[1]
 
 
-def test_what_cannot_be_measured_is_refused(inputs: Path, tmp_path: Path, capsys) -> None:
-    assert run_here(inputs, tmp_path, "--statistics-error", "[]") == 2
-    assert "error: --statistics-error takes" in capsys.readouterr().err
+def test_what_cannot_be_measured_is_refused(inputs: Path, tmp_path: Path) -> None:
     gn = '{"norms": ["GN"], "at": [1]}'
     assert run_here(inputs, tmp_path, "--statistics-error", gn) == 2
     message = result_of(tmp_path)["message"]

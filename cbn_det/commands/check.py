@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from ..cli import reader_left
 from ..config_files import find_config
 from ..data import CocoReport
 from ..data.findings import NOTE, OK, PROBLEM, Finding
@@ -38,7 +40,6 @@ from ..data.pretrained import pretrained_file
 from ..engines import resolve_engine
 from ..run.arguments import argument_parser
 from ..run.errors import one_line
-from .lines import tell
 
 if TYPE_CHECKING:
     from ..run.trial import Trial
@@ -57,6 +58,33 @@ def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     args.command = ""
     return tell("check", findings(args))
+
+
+def tell(tool: str, findings: Iterator[Finding]) -> int:
+    """Prints findings as they come, and at the end how many are problems.
+
+    Args:
+        tool: named where files cannot be read at all.
+
+    Returns:
+        the exit code: 0 ready, 1 problems, 130 stopped by Ctrl-C.
+    """
+    problems = 0
+    try:
+        for finding in findings:
+            problems += finding.level == PROBLEM
+            label = finding.level.upper() if finding.level == PROBLEM else finding.level
+            print(f"{label:8s}{finding.text}", flush=True)
+    except KeyboardInterrupt:
+        print("stopped: nothing was changed", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return reader_left()
+    except OSError as error:  # no permission, a disk that went away
+        print(f"{tool}: {error}", file=sys.stderr)
+        return 1
+    print(f"{problems} problem{'s' * (problems != 1)} found" if problems else "ready for training")
+    return 1 if problems else 0
 
 
 def findings(args: argparse.Namespace) -> Iterator[Finding]:

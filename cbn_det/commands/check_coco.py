@@ -36,7 +36,7 @@ from ..data.coco_folder import COCO_2017, check_disk, check_folder
 from ..data.findings import Finding
 from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
-from .lines import tell
+from .check import tell
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -55,12 +55,12 @@ from pathlib import Path
 
 from ..config_files import find_config
 from ..engines import ENGINES, resolve_engine
-from ..run.arguments import add_datasets, share_of_images
+from ..run.arguments import share_of_images
 from ..study.compare import STOPPED, STOPPED_WATCHING, compare, guarded
-from ..study.gpus import visible_gpus
 from ..study.plan import Plan, Split
-from ..study.recipes import RECIPES, SITES
-from ..study.slurm import CLUSTERS, Cluster
+from ..study.recipes import SITES
+from ..study.runner import visible_gpus
+from .flags import add_detector, add_places, positive, submitter
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images-per-gpu",
         "--images",
         nargs="+",
-        type=int,
+        type=positive,
         default=[2],
         metavar="N",
         help="images per GPU (default 2). With SOLVER.REFERENCE_WORLD_SIZE in the config, learning "
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--num-gpus",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="GPUs of a run, on each of its machines; on CPU: processes (default 1)",
@@ -115,12 +115,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="one run per seed (default 1)",
     )
-    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
-    add(
-        "--config-file",
-        type=Path,
-        help="base config in place of the recipe's. {norm} in its path stands for the norm's name "
-        "in small letters: each norm has a config, which says where the norm goes",
+    add_detector(
+        parser,
+        "{norm} in its path stands for the norm's name in small letters: each norm has a config, "
+        "which says where the norm goes",
     )
     add(
         "--sites",
@@ -148,56 +146,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="evaluate each run once more with test images in the statistics that normalise them; "
         "see cbn-det train --help",
     )
-    add_datasets(parser)
     add(
         "--engine",
         choices=ENGINES,
         default="auto",
         help="what trains: detectron2, or torchvision's parts where there is none (default auto)",
     )
-    cores = os.cpu_count() or 1
-    add(
-        "--gpus",
-        nargs="+",
-        metavar="ID",
-        help="GPUs to share out among the runs, one a process (default: all visible ones)",
-    )
-    add(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help=f"processes side by side (default: as many as GPUs, on CPU as cores: {cores}); "
-        "more than there are GPUs share them. With --submit: processes in the queue, default all",
-    )
+    add_places(parser)
     add(
         "--launcher",
         choices=("detectron2", "torchrun"),
         default="detectron2",
         help="what starts the processes of a run with several",
     )
-    add(
-        "--submit",
-        choices=CLUSTERS,
-        help="submit each run as a job through submitit: to SLURM, or to this machine to try it",
-    )
-    add("--num-machines", type=int, default=1, metavar="N", help="nodes of a SLURM job (default 1)")
-    add(
-        "--sbatch",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="options of sbatch; time=MINUTES is needed, partition, account, qos, mem, gres, "
-        "cpus-per-task, constraint and all others may be given",
-    )
     add("--output", type=Path, default=Path("output/compare"), help="default output/compare")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every run")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     ranks = args.num_gpus * args.num_machines
-    config = args.config_file and Path(find_config(str(args.config_file)))
+    config = args.config_file and Path(find_config(args.config_file))
     plan = Plan(
         output=args.output,
         norms=args.norms,
@@ -216,28 +185,20 @@ def run(args: argparse.Namespace) -> int:
         machines=args.num_machines,
         torchrun=args.launcher == "torchrun",
     )
-    if args.submit:
-        options = dict(word.split("=", 1) for word in args.sbatch)
-        cluster = Cluster(args.submit, args.num_machines, plan.on_gpu, options)
-        everything = sum(run.ranks for run in plan.runs())
-        return compare(plan, args.jobs or everything, args.dry_run, submit=cluster.submit)
-    gpus = (args.gpus or visible_gpus()) if plan.on_gpu else []
-    jobs = args.jobs or len(gpus) or os.cpu_count() or 1
-    return compare(plan, jobs, args.dry_run, gpus=gpus)
+    submit = submitter(args, plan.on_gpu)
+    if args.dry_run:
+        plan.print_commands()
+        return 0
+    gpus = (args.gpus or visible_gpus()) if plan.on_gpu and not submit else []
+    everything = sum(run.ranks for run in plan.runs()) if submit else 0
+    jobs = args.jobs or everything or len(gpus) or os.cpu_count() or 1
+    return compare(plan, jobs, gpus, submit)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if len(args.opts) % 2:
-        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
-    if odd := [word for word in args.sbatch if "=" not in word]:
-        parser.error(f"--sbatch takes KEY=VALUE, got {odd[0]}")
     if args.split and args.num_gpus > 1:
         parser.error("--split says how many processes a run has: leave out --num-gpus")
-    if args.num_machines > 1 and not args.submit:
-        parser.error("--num-machines needs --submit slurm, which knows the machines")
-    if min([args.num_gpus, args.num_machines, *args.images_per_gpu, args.jobs or 1]) < 1:
-        parser.error("--num-gpus, --num-machines, --images-per-gpu and --jobs are 1 or more")
     stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
     return guarded("compare", lambda: run(args), stopped)

@@ -20,8 +20,7 @@ def evaluation_period(iterations: int) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    print("[1/3] data: the digits set, 1000 training and 150 validation images", flush=True)
-    print(f"digits: {write_digits()}", flush=True)
+    print(f"digits, 1000 training and 150 validation images: {write_digits()}", flush=True)
     plan = Plan(
         args.output,
         NORMS,
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         iterations=args.iters,
         overrides=["TEST.EVAL_PERIOD", str(evaluation_period(args.iters))],
     )
-    return compare(plan, jobs=args.jobs, steps_before=1)
+    return compare(plan, jobs=args.jobs)
 
 
 def main() -> int:

@@ -43,7 +43,7 @@ from ..study.published import TABLES
 from ..study.reproduce import Reproduction
 from ..study.reproduce_report import LEGEND, document, overview, table_text
 from ..study.reproduce_run import as_typed, on_gpu, run_rows, runs_of
-from ..study.slurm import CLUSTERS, Cluster
+from .flags import add_opts, add_places, positive, submitter
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,15 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[1], metavar="S", help="default 1")
     add(
         "--num-gpus",
-        type=int,
+        type=positive,
         metavar="N",
         help="GPUs of a run on each machine (default: all that its config is for)",
     )
-    add("--num-machines", type=int, default=1, metavar="N", help="nodes of a SLURM job (default 1)")
-    add("--gpus", nargs="+", metavar="ID", help="GPUs to use (default: all visible ones)")
-    add("--jobs", type=int, metavar="N", help="processes side by side (default: one a GPU)")
-    add("--submit", choices=CLUSTERS, help="submit each run as a job; see cbn-det compare --help")
-    add("--sbatch", nargs="+", default=[], metavar="KEY=VALUE", help="options of sbatch")
+    add_places(parser)
     add(
         "--output",
         type=Path,
@@ -83,9 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="iterations of PreciseBN for a second evaluation (default 200; 0: none)",
     )
-    add("--iters", type=int, metavar="N", help="another length of training, to try a row out")
+    add("--iters", type=positive, metavar="N", help="another length of training, to try a row out")
     add_datasets(parser, help="a data set to try a row out on")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides for every row")
+    add_opts(parser)
     return parser
 
 
@@ -115,11 +111,7 @@ def reproduce(args: argparse.Namespace) -> int:
         return 0
     code = 0
     if args.run:
-        submit = None
-        if args.submit:
-            options = dict(word.split("=", 1) for word in args.sbatch)
-            asks = on_gpu(chosen, args.opts)
-            submit = Cluster(args.submit, args.num_machines, asks, options).submit
+        submit = submitter(args, on_gpu(chosen, args.opts))
         code = run_rows(reproduction, chosen, args.seeds, args.jobs, args.gpus, submit)
         print()
     for table in tables:
@@ -136,14 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.table and not args.list:
         parser.error("TABLE is missing: --list shows the tables")
-    if len(args.opts) % 2:
-        parser.error(f"--opts takes KEY VALUE pairs, got {len(args.opts)} words")
-    if odd := [word for word in args.sbatch if "=" not in word]:
-        parser.error(f"--sbatch takes KEY=VALUE, got {odd[0]}")
-    if args.num_machines > 1 and not (args.submit or args.dry_run):
-        parser.error("--num-machines needs --submit slurm, which knows the machines")
-    numbers = [args.num_gpus, args.num_machines, args.jobs, args.iters]
-    if any(number is not None and number < 1 for number in numbers) or args.precise_bn_iters < 0:
-        parser.error("--num-gpus, --num-machines, --jobs and --iters are 1 or more")
+    if args.precise_bn_iters < 0:
+        parser.error("--precise-bn-iters is 0 or more")
     stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
     return guarded("reproduce", lambda: reproduce(args), stopped)

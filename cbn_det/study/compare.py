@@ -34,23 +34,40 @@ STOPPED_WATCHING = (
 def compare(
     plan: Plan,
     jobs: int,
-    dry_run: bool = False,
-    steps_before: int = 0,
     gpus: Sequence[str] = (),
     submit: Callable[[Run], Active] | None = None,
 ) -> int:
-    """Run everything in the plan that is not finished yet, then print and write the report.
+    """:func:`train` a plan, then print and write the report.
+
+    Returns:
+        an exit code: 0, also when a run diverged (that is a result), 1 when a run failed.
+    """
+    started = time.monotonic()
+    outcomes = train(plan, jobs, gpus, submit)
+    command, seconds = join(typed_words()), time.monotonic() - started
+    comparison = Comparison(plan, outcomes, command, seconds)
+    *others, page = comparison.write()
+    print("\n" + comparison.text())
+    print(f"Files: {', '.join(str(path) for path in others)}. Wall time: {comparison.wall}.")
+    print(f"The python for every other command: {sys.executable}")
+    print(f"Report with curves and pictures: {page}", flush=True)
+    return exit_code(outcomes)
+
+
+def train(
+    plan: Plan,
+    jobs: int,
+    gpus: Sequence[str] = (),
+    submit: Callable[[Run], Active] | None = None,
+) -> list[Outcome]:
+    """Run everything in a plan that is not finished yet: the recipe's backbone, where it has one,
+    then the compared runs side by side.
 
     Args:
         plan: what to compare.
         jobs: single-rank runs side by side.
-        dry_run: only print the commands.
-        steps_before: steps that the caller has shown already, for the numbers of those to come.
         gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs.
         submit: starts a run elsewhere, in place of a process here.
-
-    Returns:
-        an exit code: 0, also when a run diverged (that is a result), 1 when a run failed.
 
     Raises:
         KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGHUP; every run started here was ended.
@@ -59,35 +76,22 @@ def compare(
         ValueError: the schedule of the config cannot be scaled.
     """
     pretrain, runs = plan.pretrain_run(), plan.runs()
-    if dry_run:
-        plan.print_commands()
-        return 0
-    started = time.monotonic()
-    steps = steps_before + 2 + bool(pretrain)
     with locked(plan.output), interruptible():
-        broken = None
         if pretrain:
-            say(f"[{steps - 2}/{steps}] the backbone, once for all, with the {plan.engine} engine")
-            broken = train_backbone(pretrain, gpus, submit)
-        if broken:
-            outcomes = [Outcome(run, {"status": "failed", "message": broken}) for run in runs]
-        else:
-            at_a_time = max(1, jobs // max(run.ranks for run in runs))
-            say(
-                f"[{steps - 1}/{steps}] training {', '.join(dict.fromkeys(plan.norms))} with the "
-                f"{plan.engine} engine: {len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} "
-                f"at a time{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
-            )
-            outcomes = run_all(runs, jobs, announce, gpus=gpus, submit=submit)
-        say(f"[{steps}/{steps}] report")
-        command, seconds = join(typed_words()), time.monotonic() - started
-        comparison = Comparison(plan, outcomes, command, seconds)
-        *others, page = comparison.write()
-    print("\n" + comparison.text())
-    print(f"Files: {', '.join(str(path) for path in others)}. Wall time: {comparison.wall}.")
-    print(f"The python for every other command: {comparison.python}")
-    print(f"Report with curves and pictures: {page}", flush=True)
-    return exit_code(outcomes)
+            say(f"training the backbone, once for all, with the {plan.engine} engine")
+            result = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0].result
+            if result.get("status") != "finished":
+                why = f"the backbone's training {result.get('status')}: {result.get('message')}"
+                return [Outcome(run, {"status": "failed", "message": why}) for run in runs]
+            if not backbone_file(pretrain).exists():
+                extract_backbone(pretrain.folder / "model_final.pth", backbone_file(pretrain))
+        at_a_time = max(1, jobs // max(run.ranks for run in runs))
+        say(
+            f"training {', '.join(dict.fromkeys(plan.norms))} with the {plan.engine} engine: "
+            f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} at a time"
+            f"{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
+        )
+        return run_all(runs, jobs, announce, gpus=gpus, submit=submit)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -105,18 +109,6 @@ def announce(outcome: Outcome) -> None:
     else:
         text = f"finished{kept} without AP"
     say(f"{outcome.run.label}: {text}")
-
-
-def train_backbone(
-    pretrain: Run, gpus: Sequence[str] = (), submit: Callable[[Run], Active] | None = None
-) -> str | None:
-    """Train the recipe's backbone once; None, or why the comparison cannot go on."""
-    result = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0].result
-    if result.get("status") != "finished":
-        return f"the backbone's training {result.get('status')}: {result.get('message')}"
-    if not backbone_file(pretrain).exists():
-        extract_backbone(pretrain.folder / "model_final.pth", backbone_file(pretrain))
-    return None
 
 
 def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:

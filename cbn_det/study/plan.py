@@ -70,7 +70,6 @@ class Run:
     label: str
     folder: Path
     command: tuple[str, ...]
-    signature: str
     ranks: int = 1
     norm: str | None = None  # None: the pre-training run of a recipe
     split: Split | None = None
@@ -256,7 +255,7 @@ class Plan:
         folder = self.output / "runs" / f"{slug}-{signature}"
         head = self._head(config, ranks)
         command = (*head, *options, "OUTPUT_DIR", str(folder))
-        return Run(label, folder, command, signature, ranks, **extra)
+        return Run(label, folder, command, ranks, **extra)
 
     def _head(self, config: Path, ranks: int) -> list[str]:
         """The command line up to the options that are part of what a run is."""

@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,6 @@ class Comparison:
     outcomes: list[Outcome]
     command: str
     seconds: float
-    made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
-    python: str = sys.executable
 
     def __post_init__(self) -> None:
         self.results = [(outcome.run, outcome.result) for outcome in self.outcomes]
@@ -140,6 +138,8 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
     plan, rows, results = comparison.plan, comparison.rows, comparison.results
     return env.get_template(TEMPLATE).render(
         comparison=comparison,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        python=sys.executable,
         plan=plan,
         headline=_headline(plan),
         facts=_facts(comparison),

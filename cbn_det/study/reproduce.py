@@ -185,7 +185,7 @@ class Reproduction:
             *("SEED", str(seed), "OUTPUT_DIR", str(folder)),
         )
         label = f"{row.table.name} {row.name} seed {seed}"
-        return Run(label, folder, command, self._hash(row), ranks, row.norm, seed=seed)
+        return Run(label, folder, command, ranks, row.norm, seed=seed)
 
     def caveat(self, row: Row) -> str | None:
         """What is not the row's own where its runs get the GPUs asked for."""

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from cbn_det.shell import join
 from cbn_det.study.compare import EXIT_FAILED, announce
-from cbn_det.study.gpus import visible_gpus
 from cbn_det.study.plan import Run
 from cbn_det.study.processes import HOME, interruptible, locked
 from cbn_det.study.recipes import device
 from cbn_det.study.reproduce import Reproduction, Row
-from cbn_det.study.runner import Active, run_all
+from cbn_det.study.runner import Active, run_all, visible_gpus
 
 
 def on_gpu(rows: Sequence[Row], overrides: list[str]) -> bool:

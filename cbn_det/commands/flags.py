@@ -1,0 +1,120 @@
+"""Flags that several commands have, with their checks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ..run.arguments import add_datasets
+from ..study.plan import Run
+from ..study.recipes import RECIPES
+from ..study.runner import Active
+from ..study.slurm import CLUSTERS, Cluster
+
+
+def positive(text: str) -> int:
+    """For ``type``: a number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text}")
+    return key, value
+
+
+class _Pairs(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        if len(values) % 2:
+            parser.error(f"{option} takes KEY VALUE pairs, got {len(values)} words")
+        setattr(namespace, self.dest, values)
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser ``--opts KEY VALUE ...``."""
+    parser.add_argument(
+        "--opts",
+        nargs="*",
+        default=[],
+        action=_Pairs,
+        metavar="KEY VALUE",
+        help="config overrides for every run",
+    )
+
+
+def add_detector(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Gives a parser what says which detector is trained, and on which data: ``--recipe``,
+    ``--config-file``, ``--coco-dataset`` and ``--opts``.
+
+    Args:
+        more: help for ``--config-file``.
+    """
+    add = parser.add_argument
+    add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
+    add("--config-file", help=f"base config in place of the recipe's. {more}")
+    add_datasets(parser)
+    add_opts(parser)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser what says where runs go: ``--gpus``, ``--jobs``, ``--num-machines``,
+    ``--submit`` and ``--sbatch``."""
+    add = parser.add_argument
+    add(
+        "--gpus",
+        nargs="+",
+        metavar="ID",
+        help="GPUs to share out among the runs, one a process (default: all visible ones)",
+    )
+    add(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="processes side by side (default: as many as GPUs, on CPU as cores); more than there "
+        "are GPUs share them. With --submit: processes in the queue, default all",
+    )
+    add(
+        "--num-machines",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="nodes of a SLURM job (default 1)",
+    )
+    add(
+        "--submit",
+        choices=CLUSTERS,
+        help="submit each run as a job through submitit: to SLURM, or to this machine to try it",
+    )
+    add(
+        "--sbatch",
+        nargs="+",
+        type=_key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="options of sbatch; time=MINUTES is needed, partition, account, qos, mem, gres, "
+        "cpus-per-task, constraint and all others may be given",
+    )
+
+
+def submitter(args: argparse.Namespace, on_gpu: bool) -> Callable[[Run], Active] | None:
+    """What submits a run, of the flags of :func:`add_places`; None: runs are processes here.
+
+    Raises:
+        RuntimeError: submitit is not installed.
+        ValueError: an option that cannot be followed.
+    """
+    if args.submit:
+        return Cluster(args.submit, args.num_machines, on_gpu, dict(args.sbatch)).submit
+    if args.num_machines > 1:
+        raise ValueError("--num-machines needs --submit slurm, which knows the machines")
+    return None
