@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,17 @@ class Metrics:
         """
         path = self._folder / _FILE
         written = _cut(path, start)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            logger.warning(f"no TensorBoard events are written: {error}")
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
             self._events = None
-        else:
-            self._events = SummaryWriter(str(self._folder), purge_step=start)
-        try:
-            with open(path, "a", encoding="utf-8") as self._file:
-                yield written
-        finally:
-            if self._events:
-                self._events.close()
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                logger.warning(f"no TensorBoard events are written: {error}")
+            else:
+                writer = SummaryWriter(str(self._folder), purge_step=start)
+                self._events = stack.enter_context(writer)
+            yield written
 
     def begin_line(self) -> None:
         """What was put for the line before is on file."""
@@ -113,16 +111,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def _cut(path: Path, start: int) -> bool:
     """Drops the lines of iterations that will be done again, and a half-written last line; returns
     whether iteration ``start - 1`` has a line."""
-    if not path.exists():
-        return False
-    kept, last = [], None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    kept: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             iteration = json.loads(line)["iteration"]
-        except json.JSONDecodeError:
-            continue
-        if iteration < start:
-            kept.append(line + "\n")
-            last = iteration
-    replace_file(path, lambda file: file.write("".join(kept).encode("utf-8")))
-    return last is not None and last == start - 1
+            if iteration < start:
+                kept[iteration] = f"{line}\n"
+    replace_file(path, lambda file: file.write("".join(kept.values()).encode("utf-8")))
+    return start - 1 in kept
