@@ -46,8 +46,9 @@ class Findings:
         name: Callable[[dict], Any] = lambda entry: entry["id"],
     ) -> list[dict]:
         """The good entries; the others are refused, each called by its ``name``."""
-        self.refuse(line, (name(entry) for entry in entries if not good(entry)))
-        return list(filter(good, entries))
+        bad = [entry for entry in entries if not good(entry)]
+        self.refuse(line, map(name, bad))
+        return list(filter(good, entries)) if bad else entries
 
 
 def _with_ids(line: str, ids: Iterable | None) -> list[str]:
