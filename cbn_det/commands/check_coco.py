@@ -34,8 +34,8 @@ from ..config_files import CONFIGS
 from ..data import default_root
 from ..data.coco_folder import COCO_2017, check_disk, check_folder
 from ..data.findings import Finding
-from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
+from ..data.sets import check_own_sets
 from .lines import tell
 
 
