@@ -233,7 +233,7 @@ def test_values_of_another_kind_or_number(key: str, value: str) -> None:
     ],
 )
 def test_bad_norms_name_their_key_and_what_is_known(key: str, norm: str, expected: str) -> None:
-    message = error_of(BASE, [f"MODEL.{key}.NORM", norm])
+    message = error_of(BASE, ["MODEL.MASK_ON", "True", f"MODEL.{key}.NORM", norm])
     assert message.startswith(f"MODEL.{key}.NORM: ") and expected in message
 
 

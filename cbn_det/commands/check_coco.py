@@ -2,7 +2,7 @@
 
 Your own sets are checked as training would check them, and whether images are in both.
 
-COCO 2017: layout, annotations, images and how many they are, free disk space and pretrained weights.
+COCO 2017: layout, annotations, images and their number, free disk space and pretrained weights.
 
 ROOT is the folder that the environment variable DETECTRON2_DATASETS names, or coco/ in it:
 
