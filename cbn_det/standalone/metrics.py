@@ -67,12 +67,9 @@ class Metrics:
         for name, value in {**losses, "total_loss": sum(losses.values())}.items():
             self._losses.setdefault(name, deque(maxlen=_WINDOW)).append(value)
 
-    def put(self, values: Mapping[str, float]) -> None:
-        self._latest.update(values)
-
-    def put_results(self, results: Mapping[str, Any]) -> None:
-        """AP tables, as ``bbox/AP``; with several test sets as ``<set>/bbox/AP``."""
-        self._latest.update(_flat(results))
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Of a table within, the AP of a task or of a test set, as ``bbox/AP``."""
+        self._latest.update(_flat(values))
 
     def write(self, iteration: int) -> dict[str, float]:
         """Writes a line for an iteration and returns it."""
@@ -101,10 +98,8 @@ class Metrics:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}/"))
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
     return flat
 
 
