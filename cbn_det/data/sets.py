@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fvcore.common.config import CfgNode
+
 from .coco_check import CocoReport, check_coco, naming
 from .findings import NOTE, OK, PROBLEM, DataError, Finding
 from .progress import shown
@@ -48,38 +50,40 @@ def names_in_use(
 
 
 def check_set(
+    cfg: CfgNode,
     name: str,
     annotations: str | os.PathLike,
     images: str | os.PathLike,
     *,
-    masks: bool,
-    mask_format: str,
-    for_training: bool,
-    for_evaluation: bool,
-    reader: str | None = None,
+    eval_only: bool,
+    reader: str | None,
 ) -> CocoReport:
     """
-    :func:`check_coco` of a named set, and whether its masks fit ``INPUT.MASK_FORMAT``.
+    :func:`check_coco` of a named set as a run uses it, and whether its masks fit
+    ``INPUT.MASK_FORMAT``.
 
     Args:
-        masks: ``MODEL.MASK_ON``.
-        mask_format: ``INPUT.MASK_FORMAT``.
+        cfg: of the run.
+        eval_only: no training follows.
+        reader: of :func:`check_coco`.
 
     Raises:
         DataError: the message names the set.
     """
+    for_training = not eval_only and name in cfg.DATASETS.TRAIN
+    masks = cfg.MODEL.MASK_ON
     try:
         report = check_coco(
             annotations,
             images,
             masks=masks,
             for_training=for_training,
-            for_evaluation=for_evaluation,
+            for_evaluation=name in cfg.DATASETS.TEST,
             reader=reader,
         )
     except DataError as e:
         raise DataError(f"data set '{name}': {e}") from e
-    if for_training and masks and report.has_rle_masks and mask_format == "polygon":
+    if for_training and masks and report.has_rle_masks and cfg.INPUT.MASK_FORMAT == "polygon":
         raise DataError(
             f"data set '{name}': its masks are run-length encoded, but INPUT.MASK_FORMAT is "
             "'polygon': add `INPUT.MASK_FORMAT bitmask` to the command line or the config"

@@ -67,15 +67,7 @@ def prepare_datasets(
     if not set(names).isdisjoint(DIGITS_NAMES):
         write_digits()
     reports = {
-        name: check_set(
-            name,
-            *known[name],
-            masks=cfg.MODEL.MASK_ON,
-            mask_format=cfg.INPUT.MASK_FORMAT,
-            for_training=not eval_only and name in train,
-            for_evaluation=name in test,
-            reader=PILLOW,
-        )
+        name: check_set(cfg, name, *known[name], eval_only=eval_only, reader=PILLOW)
         for name in names
     }
     log_reports(reports, () if eval_only else train)
