@@ -17,8 +17,8 @@ from PIL import Image
 
 from cbn_det.data import coco_folder
 from cbn_det.data.coco_folder import check_disk, check_folder
-from cbn_det.data.own_sets import same_files
 from cbn_det.data.pretrained import pretrained_files
+from cbn_det.data.sets import same_files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COUNTS = {"train2017": 4, "val2017": 2}

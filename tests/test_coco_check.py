@@ -87,10 +87,8 @@ def test_entries_without_a_key_are_counted(tiny):
     message = tiny.refused(
         "entries of 'annotations' without 'bbox', which",
         "(4 in all, first: entry 2 (id 20), entry 3",
-    )
-    assert (
-        "without 'category_id' and without 'bbox'" in message
-        and "(1 in all, first: entry 4" in message
+        "entries of 'annotations' without 'category_id', which",
+        "(1 in all, first: entry 4 (id 22))",
     )
     assert len(message.splitlines()) == 2
 

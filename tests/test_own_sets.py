@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_set import TinySet
 
-from cbn_det.data.own_sets import check_own_sets
+from cbn_det.data.sets import check_own_sets
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "check_coco.py"
 

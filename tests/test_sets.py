@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from fvcore.common.config import CfgNode
 from PIL import Image
 from tiny_set import TinySet, tiny_set
 
@@ -84,23 +85,26 @@ def test_sets_of_an_unknown_kind_say_nothing_about_classes(tmp_path, caplog):
     assert not caplog.records
 
 
+def check_of(tiny: TinySet) -> None:
+    cfg = CfgNode({"DATASETS": {"TRAIN": ("mine",), "TEST": ("mine",)}})
+    cfg.MODEL = CfgNode({"MASK_ON": False})
+    tiny.write()
+    check_set(cfg, "mine", tiny.path, tiny.images, eval_only=False, reader=None)
+
+
 def test_a_long_check_is_not_silent(tiny, capsys, monkeypatch):
     """61 seconds for 136 large images would look like a run that hangs; a short one has nothing to
     say but what it found."""
-    tiny.write()
-    options = {"masks": False, "mask_format": "polygon", "for_training": True}
-    check_set("mine", tiny.path, tiny.images, for_evaluation=True, **options)
+    check_of(tiny)
     assert capsys.readouterr().err == ""
     clock = (100.0 * look for look in range(10_000))
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
-    check_set("mine", tiny.path, tiny.images, for_evaluation=True, **options)
+    check_of(tiny)
     told = capsys.readouterr().err
     assert f"decoding images of {tiny.images}" in told and "/3 [" in told
 
 
 def test_what_is_wrong_names_the_set(tiny):
     Image.new("I;16", (64, 48)).save(tiny.images / "3.png")
-    tiny.write()
-    options = {"masks": False, "mask_format": "polygon", "for_training": True}
     with pytest.raises(DataError, match="^data set 'mine': .*set.json: images whose values"):
-        check_set("mine", tiny.path, tiny.images, for_evaluation=True, **options)
+        check_of(tiny)

@@ -224,16 +224,16 @@ def test_values_of_another_kind_or_number(key: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("norm", "expected"),
     [
-        ("Nope", "(cbn_det), BN, SyncBN, FrozenBN, GN, '' for none"),
+        ("Nope", "without options BN, SyncBN, FrozenBN, GN, or '' for none"),
         ("LN", "--engine detectron2 takes more"),
         ("CBN(windw=3)", "window=4"),
         ("CBN(window=0)", "window"),
-        ("GN(groups=2)", "GN takes no options"),
+        ("GN(groups=2)", "without options BN, SyncBN, FrozenBN, GN"),
         ("CBN(", "cannot read the norm"),
     ],
 )
 def test_bad_norms_name_their_key_and_what_is_known(key: str, norm: str, expected: str) -> None:
-    message = error_of(BASE, [f"MODEL.{key}.NORM", norm])
+    message = error_of(BASE, ["MODEL.MASK_ON", "True", f"MODEL.{key}.NORM", norm])
     assert message.startswith(f"MODEL.{key}.NORM: ") and expected in message
 
 

@@ -17,8 +17,7 @@ from cbn_det.norms import CBN2d, kn_chain, norm_rows
 from cbn_det.run.errors import ConfigError
 from cbn_det.standalone import read_config
 from cbn_det.standalone.config import _defaults
-from cbn_det.standalone.heads import BoxPredictor, MaskPredictor
-from cbn_det.standalone.model import build_model
+from cbn_det.standalone.model import BoxPredictor, MaskPredictor, build_model
 from cbn_det.standalone.norm_layers import freeze
 
 BASE = Path(__file__).resolve().parents[1] / "configs/quickstart/Base-RCNN-R18-FPN-digits.yaml"

@@ -35,8 +35,8 @@ from ..cli import reader_left
 from ..config_files import find_config
 from ..data import CocoReport
 from ..data.findings import NOTE, OK, PROBLEM, Finding
-from ..data.own_sets import check_overlap
 from ..data.pretrained import pretrained_file
+from ..data.sets import check_overlap
 from ..engines import resolve_engine
 from ..run.arguments import argument_parser
 from ..run.errors import one_line

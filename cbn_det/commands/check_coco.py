@@ -2,7 +2,7 @@
 
 Your own sets are checked as training would check them, and whether images are in both.
 
-COCO 2017: layout, number of files, annotations, images, free disk space and pretrained weights.
+COCO 2017: layout, annotations, images and their number, free disk space and pretrained weights.
 
 ROOT is the folder that the environment variable DETECTRON2_DATASETS names, or coco/ in it:
 
@@ -34,8 +34,8 @@ from ..config_files import CONFIGS
 from ..data import default_root
 from ..data.coco_folder import COCO_2017, check_disk, check_folder
 from ..data.findings import Finding
-from ..data.own_sets import check_own_sets
 from ..data.pretrained import pretrained_files
+from ..data.sets import check_own_sets
 from .check import tell
 
 

@@ -40,11 +40,7 @@ def read_coco(path: Path, findings: Findings, *, for_training: bool) -> CocoFile
         DataError: it is no JSON, or lacks one of the lists (a test set may lack annotations).
     """
     data = _read_json(path)
-    if not isinstance(data, dict):
-        raise DataError(
-            f"{path}: not in COCO format, its top level must be an object with the lists 'images', "
-            "'annotations' and 'categories'"
-        )
+    data = data if isinstance(data, dict) else {}
     has_annotations = "annotations" in data
     if not has_annotations and not for_training:
         findings.warn("it has no 'annotations': predictions are written, but no AP is computed")
@@ -99,19 +95,13 @@ def _is_id(value: object) -> bool:
 
 def _with_keys_and_ids(table: str, entries: list[dict], findings: Findings) -> list[dict]:
     """The entries that have all the keys of their table and an id of the right kind."""
-    lacking: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    whole = []
-    for i, entry in enumerate(entries):
-        missing = tuple(key for key in _NEEDED[table] if key not in entry)
-        if missing:
-            lacking[missing].append(f"entry {i} (id {entry.get('id')!r})")
-        else:
-            whole.append(entry)
-    for missing, which in lacking.items():
-        findings.refuse(
-            f"entries of '{table}' without {' and without '.join(map(repr, missing))}, which "
-            "COCO's format requires: add it",
-            which,
+    whole = entries
+    for key in _NEEDED[table]:
+        whole = findings.keep(
+            whole,
+            lambda e, key=key: key in e,
+            f"entries of '{table}' without '{key}', which COCO's format requires: add it",
+            lambda e: f"entry {entries.index(e)} (id {e.get('id')!r})",
         )
     of_images = table == "images"
     whole = findings.keep(

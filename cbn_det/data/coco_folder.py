@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .findings import NOTE, OK, PROBLEM, Finding
-from .own_sets import check_own_sets
+from .sets import check_own_sets
 
 #: images of each split, https://cocodataset.org/#download
 COCO_2017 = {"train2017": 118287, "val2017": 5000}

@@ -80,9 +80,9 @@ def write_digits(
         "seed": SEED,
         "images": {"train": train_images, "val": val_images},
     }
-    if _is_complete(folder, stamp):
-        return folder
     try:
+        if _is_complete(folder, stamp):
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(folder)):
             # Another process may have written it while this one waited for the lock.
@@ -97,20 +97,12 @@ def write_digits(
 
 
 def _is_complete(folder: Path, stamp: dict) -> bool:
-    if _read_stamp(folder) != stamp:
-        return False
-    return all(
-        (folder / "annotations" / f"{split}.json").is_file()
-        and len(list((folder / split).glob("*.png"))) == n
-        for split, n in stamp["images"].items()
+    path = folder / "stamp.json"
+    return (
+        path.is_file()
+        and json.loads(path.read_text(encoding="utf-8")) == stamp
+        and all(len(list((folder / s).glob("*.png"))) == n for s, n in stamp["images"].items())
     )
-
-
-def _read_stamp(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / "stamp.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _replace(folder: Path, stamp: dict) -> None:
@@ -213,7 +205,8 @@ def _compose(
             alpha = _place(rng, digits[chosen])
             mask = alpha >= 0.5
             left = [m & ~mask for m in masks]
-            if all(_readable(m, full) for m, full in zip(left, full_areas, strict=True)):
+            least = [max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_FRACTION * area) for area in full_areas]
+            if all(m.sum() >= area for m, area in zip(left, least, strict=True)):
                 break
         else:
             continue  # no room is left in this image for one more digit
@@ -222,10 +215,6 @@ def _compose(
         placed.append(int(labels[chosen]))
         full_areas.append(int(mask.sum()))
     return _camera(rng, image), list(zip(placed, masks, strict=True))
-
-
-def _readable(visible: np.ndarray, full_area: int) -> bool:
-    return visible.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_FRACTION * full_area)
 
 
 def _place(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:

@@ -32,8 +32,8 @@ class Findings:
     refused: list[str] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
 
-    def refuse(self, line: str, ids: Iterable | None = None) -> None:
-        self.refused += _with_ids(line, ids)
+    def refuse(self, line: str, ids: Iterable | None = None, name: Callable = str) -> None:
+        self.refused += _with_ids(line, ids, name)
 
     def warn(self, line: str, ids: Iterable | None = None) -> None:
         self.warned += _with_ids(line, ids)
@@ -46,15 +46,16 @@ class Findings:
         name: Callable[[dict], Any] = lambda entry: entry["id"],
     ) -> list[dict]:
         """The good entries; the others are refused, each called by its ``name``."""
-        self.refuse(line, (name(entry) for entry in entries if not good(entry)))
-        return list(filter(good, entries))
+        bad = [entry for entry in entries if not good(entry)]
+        self.refuse(line, bad, name)
+        return list(filter(good, entries)) if bad else entries
 
 
-def _with_ids(line: str, ids: Iterable | None) -> list[str]:
+def _with_ids(line: str, ids: Iterable | None, name: Callable = str) -> list[str]:
     if ids is None:
         return [line]
     ids = list(ids)
-    first = ", ".join(map(str, ids[:_SHOWN]))
+    first = ", ".join(str(name(one)) for one in ids[:_SHOWN])
     return [f"{line} ({len(ids)} in all, first: {first})"] if ids else []
 
 

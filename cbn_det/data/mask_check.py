@@ -205,15 +205,22 @@ def checked_rle(segmentation: dict) -> dict | None:
         relies on it.
     """
     counts, (height, width) = segmentation["counts"], segmentation["size"]
-    runs = _decompressed(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or height * width >= 2**31:  # more than pycocotools counts
+    if height * width >= 2**31:  # more than pycocotools counts
         return None
-    if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != height * width:
+    if isinstance(counts, list):
+        if (
+            not all(type(run) is int and run >= 0 for run in counts)
+            or sum(counts) != height * width
+        ):
+            return None
+        return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    runs = _decompressed(counts) if isinstance(counts, str) else None
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
         return None
-    return mask_util.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return {"size": [height, width], "counts": counts.encode("ascii")}
 
 
-def _decompressed(text: str) -> list[int] | None:
+def _decompressed(text: str) -> np.ndarray | None:
     """Each number is a row of digits of 5 bits, the lowest first, the last one with the sign; from
     the fourth on, numbers are differences to the last but one."""
     if not text.isascii():
@@ -231,7 +238,7 @@ def _decompressed(text: str) -> list[int] | None:
     numbers -= np.where(digits[ends] & 16, 1 << 5 * lengths, 0)
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
-    return numbers.tolist()
+    return numbers
 
 
 def num_pixels_within(mask: dict, box: tuple[int, int, int, int]) -> int:

@@ -116,7 +116,7 @@ def prepare_datasets(
                 ensure_digits()
             for name in names:
                 if is_coco(name):
-                    reports[name] = _check_files(cfg, name, not eval_only and name in train)
+                    reports[name] = _check_files(cfg, name, eval_only)
         except DataError as e:
             problem = str(e)
     # Also the barrier behind which the other processes may read the files.
@@ -136,18 +136,11 @@ def is_coco(name: str) -> bool:
     )
 
 
-def _check_files(cfg: CfgNode, name: str, for_training: bool) -> CocoReport:
+def _check_files(cfg: CfgNode, name: str, eval_only: bool) -> CocoReport:
     meta = MetadataCatalog.get(name)
     try:
         return check_set(
-            name,
-            meta.json_file,
-            meta.image_root,
-            masks=cfg.MODEL.MASK_ON,
-            mask_format=cfg.INPUT.MASK_FORMAT,
-            for_training=for_training,
-            for_evaluation=name in cfg.DATASETS.TEST,
-            reader=DETECTRON2,
+            cfg, name, meta.json_file, meta.image_root, eval_only=eval_only, reader=DETECTRON2
         )
     except DataError as e:
         raise DataError(f"{e}{_layout_hint(name)}") from e

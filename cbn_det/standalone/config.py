@@ -21,8 +21,8 @@ from ..run.command_line import merge
 from ..run.errors import ConfigError
 from .norm_layers import check_norm
 
-RES_FEATURES = ["res2", "res3", "res4", "res5"]
-ROI_FEATURES = ["p2", "p3", "p4", "p5"]
+_RES_FEATURES = ["res2", "res3", "res4", "res5"]
+_ROI_FEATURES = ["p2", "p3", "p4", "p5"]
 
 #: the values that a key may have, of those that detectron2 knows
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -31,11 +31,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
     "MODEL.BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
-    "MODEL.RESNETS.OUT_FEATURES": (RES_FEATURES,),
-    "MODEL.FPN.IN_FEATURES": (RES_FEATURES,),
-    "MODEL.RPN.IN_FEATURES": ([*ROI_FEATURES, "p6"],),
+    "MODEL.RESNETS.OUT_FEATURES": (_RES_FEATURES,),
+    "MODEL.FPN.IN_FEATURES": (_RES_FEATURES,),
+    "MODEL.RPN.IN_FEATURES": ([*_ROI_FEATURES, "p6"],),
     "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
-    "MODEL.ROI_HEADS.IN_FEATURES": (ROI_FEATURES,),
+    "MODEL.ROI_HEADS.IN_FEATURES": (_ROI_FEATURES,),
     "MODEL.ROI_BOX_HEAD.NAME": ("FastRCNNConvFCHead",),
     "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
     "INPUT.FORMAT": ("BGR", "RGB"),
@@ -88,8 +88,10 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNo
 
 def norms_in_use(cfg: CfgNode) -> dict[str, str]:
     """The ``*NORM`` keys that the configured model reads, with their values."""
-    unread = () if cfg.MODEL.MASK_ON else ("MODEL.ROI_MASK_HEAD.NORM",)
-    return {key: norm for key, norm in _norms(cfg).items() if key not in unread}
+    sections = {row.key: row.key.split(".")[1] for row in NORM_KEYS if row.prefix}
+    if not cfg.MODEL.MASK_ON:
+        del sections["MODEL.ROI_MASK_HEAD.NORM"]
+    return {key: cfg.MODEL[section].NORM for key, section in sections.items()}
 
 
 @cache
@@ -181,15 +183,11 @@ def _check_anchors(cfg: CfgNode) -> None:
             )
 
 
-def _norms(cfg: CfgNode) -> dict[str, str]:
-    return {row.key: cfg.MODEL[row.key.split(".")[1]].NORM for row in NORM_KEYS if row.prefix}
-
-
 def _check_norms(cfg: CfgNode) -> None:
-    for key, norm in _norms(cfg).items():
+    for key, norm in norms_in_use(cfg).items():
         check_norm(key, norm)
         section = key.split(".")[1]
-        if norm and key in norms_in_use(cfg) and cfg.MODEL[section].get("NUM_CONV") == 0:
+        if norm and cfg.MODEL[section].get("NUM_CONV") == 0:
             raise ConfigError(
                 f"{key} is {norm!r}, but with MODEL.{section}.NUM_CONV 0 there is no layer for it"
             )

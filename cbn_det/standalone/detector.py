@@ -24,8 +24,7 @@ from ..run.export import OUTPUTS, check_same
 from ..run.files import replace_file
 from ..run.folder import CONFIG
 from .config import read_config
-from .heads import MASK_THRESHOLD
-from .model import build_model
+from .model import MASK_THRESHOLD, build_model
 from .weights import load_weights
 
 

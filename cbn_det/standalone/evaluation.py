@@ -23,8 +23,8 @@ from ..run.coco_evaluation import detections_counted
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
 from .datasets import DetectionDataset
-from .heads import MASK_THRESHOLD
 from .loading import in_order
+from .model import MASK_THRESHOLD
 
 logger = logging.getLogger(__name__)
 

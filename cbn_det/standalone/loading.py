@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -36,8 +39,7 @@ def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sam
     Raises:
         DataError: an image cannot be read.
     """
-    keys = _training_keys(len(dataset), cfg.SEED, cfg.SOLVER.IMS_PER_BATCH, start)
-    return _load(dataset, keys, cfg.DATALOADER.NUM_WORKERS)
+    return _load(dataset, _training_keys(len(dataset), cfg, start), cfg)
 
 
 def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
@@ -47,32 +49,31 @@ def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
         DataError: an image cannot be read.
     """
     keys = [[(index, 0)] for index in range(len(dataset))]
-    for (sample,) in _load(dataset, keys, cfg.DATALOADER.NUM_WORKERS):
+    for (sample,) in _load(dataset, keys, cfg):
         yield sample
 
 
-def _training_keys(
-    size: int, seed: int, images_per_batch: int, start: int
-) -> Iterator[list[tuple[int, int]]]:
-    """For each iteration from ``start`` on: index and augmentation seed of each of its images."""
-    position, epoch, order = start * images_per_batch, -1, np.empty(0, dtype=int)
-    while True:
-        keys = []
-        for _ in range(images_per_batch):
-            if position // size != epoch:
-                epoch = position // size
-                order = np.random.default_rng([seed, _ORDER, epoch]).permutation(size)
-            state = np.random.SeedSequence([seed, _AUGMENTATION, position]).generate_state(1)
-            keys.append((int(order[position % size]), int(state[0])))
-            position += 1
-        yield keys
+def _training_keys(size: int, cfg: CfgNode, start: int) -> Iterator[list[tuple[int, int]]]:
+    """For each batch from ``start`` on: index and augmentation seed of each of its images."""
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([cfg.SEED, _ORDER, epoch]).permutation(size)
+
+    def key(position: int) -> tuple[int, int]:
+        state = np.random.SeedSequence([cfg.SEED, _AUGMENTATION, position]).generate_state(1)
+        return int(order(position // size)[position % size]), int(state[0])
+
+    images = cfg.SOLVER.IMS_PER_BATCH
+    for first in count(start * images, images):
+        yield [key(position) for position in range(first, first + images)]
 
 
+@dataclass
 class _Seeded(Dataset):
     """A data set whose keys are pairs of index and random seed."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    dataset: Dataset
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
         index, seed = key
@@ -86,13 +87,13 @@ class _Seeded(Dataset):
 
 
 def _load(
-    dataset: Dataset, keys: Iterable[list[tuple[int, int]]], workers: int
+    dataset: Dataset, keys: Iterable[list[tuple[int, int]]], cfg: CfgNode
 ) -> Iterator[list[Sample]]:
     loader = DataLoader(
         _Seeded(dataset),
         batch_sampler=keys,
         collate_fn=list,
-        num_workers=workers,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one
     )

@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,17 @@ class Metrics:
         """
         path = self._folder / _FILE
         written = _cut(path, start)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            logger.warning(f"no TensorBoard events are written: {error}")
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
             self._events = None
-        else:
-            self._events = SummaryWriter(str(self._folder), purge_step=start)
-        try:
-            with open(path, "a", encoding="utf-8") as self._file:
-                yield written
-        finally:
-            if self._events:
-                self._events.close()
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                logger.warning(f"no TensorBoard events are written: {error}")
+            else:
+                writer = SummaryWriter(str(self._folder), purge_step=start)
+                self._events = stack.enter_context(writer)
+            yield written
 
     def begin_line(self) -> None:
         """What was put for the line before is on file."""
@@ -69,12 +67,9 @@ class Metrics:
         for name, value in {**losses, "total_loss": sum(losses.values())}.items():
             self._losses.setdefault(name, deque(maxlen=_WINDOW)).append(value)
 
-    def put(self, values: Mapping[str, float]) -> None:
-        self._latest.update(values)
-
-    def put_results(self, results: Mapping[str, Any]) -> None:
-        """AP tables, as ``bbox/AP``; with several test sets as ``<set>/bbox/AP``."""
-        self._latest.update(_flat(results))
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Of a table within, the AP of a task or of a test set, as ``bbox/AP``."""
+        self._latest.update(_flat(values))
 
     def write(self, iteration: int) -> dict[str, float]:
         """Writes a line for an iteration and returns it."""
@@ -103,26 +98,19 @@ class Metrics:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}/"))
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
     return flat
 
 
 def _cut(path: Path, start: int) -> bool:
     """Drops the lines of iterations that will be done again, and a half-written last line; returns
     whether iteration ``start - 1`` has a line."""
-    if not path.exists():
-        return False
-    kept, last = [], None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    kept: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             iteration = json.loads(line)["iteration"]
-        except json.JSONDecodeError:
-            continue
-        if iteration < start:
-            kept.append(line + "\n")
-            last = iteration
-    replace_file(path, lambda file: file.write("".join(kept).encode("utf-8")))
-    return last is not None and last == start - 1
+            if iteration < start:
+                kept[iteration] = f"{line}\n"
+    replace_file(path, lambda file: file.write("".join(kept.values()).encode("utf-8")))
+    return start - 1 in kept

@@ -13,16 +13,22 @@ from the same config. What torchvision's parts do otherwise than detectron2's:
 - the targets of masks are averages of the ground truth over a cell, not 0 or 1;
 - proposals thinner than 0.001 pixels and detections thinner than 0.01 are dropped (detectron2: 0);
 - proposals that are not finite are dropped in training too, where detectron2 raises.
+
+torchvision counts the background as class 0 and gives it four box deltas and a mask of its own,
+which nothing ever reads; detectron2 doesn't. The predictors here have detectron2's outputs and put
+zeros where torchvision's code expects the background's.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -34,8 +40,10 @@ from torchvision.transforms import v2
 
 from ..norms import check_bindings, find_chain_at_call
 from ..run.errors import ConfigError
-from .heads import BoxPredictor, MaskPredictor, box_head
 from .norm_layers import NormLayer, freeze, norm_builder
+
+#: probability from which a pixel is of the object, in evaluation and in prediction
+MASK_THRESHOLD = 0.5
 
 # torchvision's names of what FREEZE_AT counts, and of what detectron2 calls res2 to res5
 _STEM = ("conv1", "bn1")
@@ -83,6 +91,52 @@ class _Transform(GeneralizedRCNNTransform):
         if self.training:  # the data loader has done it
             return image, target
         return v2.RandomShortestSize(self.min_size[-1], self.max_size)(image), target
+
+
+class BoxPredictor(nn.Module):
+    """Class scores and box deltas of RoIs.
+
+    Args:
+        in_channels: length of an RoI's feature vector.
+        num_classes: K, without background.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(in_channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(in_channels, num_classes * 4)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, in_channels] to class logits [n, 1 + K], background first, and deltas
+        [n, (1 + K) * 4], the background's zero."""
+        return self.cls_score(features), F.pad(self.bbox_pred(features), (4, 0))
+
+
+class MaskPredictor(nn.Sequential):
+    """Mask logits of RoIs, at twice the resolution of their features.
+
+    Args:
+        in_channels: channels of an RoI's features.
+        hidden_channels: channels after the upsampling.
+        num_classes: K, without background.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int, num_classes: int) -> None:
+        deconv = nn.ConvTranspose2d(in_channels, hidden_channels, kernel_size=2, stride=2)
+        logits = nn.Conv2d(hidden_channels, num_classes, kernel_size=1)
+        super().__init__(deconv, nn.ReLU(inplace=True), logits)
+        nn.init.kaiming_normal_(deconv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(logits.weight, std=0.001)
+        nn.init.zeros_(deconv.bias)
+        nn.init.zeros_(logits.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, in_channels, s, s] to [n, 1 + K, 2s, 2s]; channel 0, the background's, is zero."""
+        return F.pad(super().forward(features), (0, 0, 0, 0, 1, 0))
 
 
 def _norm(cfg: CfgNode, section: str) -> NormLayer:
@@ -142,12 +196,18 @@ def _rpn(cfg: CfgNode) -> RegionProposalNetwork:
 
 def _roi_heads(cfg: CfgNode) -> RoIHeads:
     node, box, channels = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.FPN.OUT_CHANNELS
-    head, features = box_head(
+    head = FastRCNNConvFCHead(
         (channels, box.POOLER_RESOLUTION, box.POOLER_RESOLUTION),
-        conv_layers=[box.CONV_DIM] * box.NUM_CONV,
-        fc_layers=[box.FC_DIM] * box.NUM_FC,
-        norm_layer=_norm(cfg, "ROI_BOX_HEAD"),
+        [box.CONV_DIM] * box.NUM_CONV,
+        [box.FC_DIM] * box.NUM_FC,
+        _norm(cfg, "ROI_BOX_HEAD"),
     )
+    features = (box.CONV_DIM if box.NUM_CONV else channels) * box.POOLER_RESOLUTION**2
+    for layer in head:
+        if isinstance(layer, nn.Linear):  # detectron2's initial weights
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+            features = layer.out_features
     (threshold,) = node.IOU_THRESHOLDS
     return RoIHeads(
         _pooler(cfg, "ROI_BOX_HEAD"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..norms import build_norm, known_norms, parse_spec, try_norm
+from ..norms import build_norm, try_norm
 from ..run.errors import ConfigError
 
 NormLayer = Callable[[int], nn.Module] | None
@@ -31,34 +32,17 @@ def norm_builder(key: str, norm: str) -> NormLayer:
 
     Returns:
         A function from the number of channels to a layer, None for no norm. It raises a
-        ConfigError that names the key where the layer cannot have so many channels; without a
-        number it builds a layer of some width that its options allow.
+        ConfigError that names the key where the layer cannot have so many channels.
     """
-    if not norm:
-        return None
 
-    def build(channels: int | None = None) -> nn.Module:
+    def build(channels: int) -> nn.Module:
         try:
-            if norm in _TORCH_NORMS:
-                return _TORCH_NORMS[norm](channels or 32)
-            if parse_spec(norm)[0] in known_norms():
-                return build_norm(norm, channels) if channels else try_norm(norm)
+            make = _TORCH_NORMS.get(norm) or partial(build_norm, norm)
+            return make(channels)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
-        raise ConfigError(f"{key}: {_unknown(norm)}")
 
-    return build
-
-
-def _unknown(norm: str) -> str:
-    name = parse_spec(norm)[0]
-    if name in _TORCH_NORMS:
-        return f"norm {norm!r}: {name} takes no options"
-    ours, torchs = ", ".join(sorted(known_norms())), ", ".join(_TORCH_NORMS)
-    return (
-        f"unknown norm {norm!r}. Known: {ours} (cbn_det), {torchs}, '' for none; --engine"
-        " detectron2 takes more"
-    )
+    return build if norm else None
 
 
 def check_norm(key: str, norm: str) -> None:
@@ -67,8 +51,15 @@ def check_norm(key: str, norm: str) -> None:
     Raises:
         ConfigError: an unknown name or option; names the config key and the known values.
     """
-    build = norm_builder(key, norm)
-    layer = build() if build is not None else None
+    if not norm or norm in _TORCH_NORMS:
+        return
+    try:
+        layer = try_norm(norm)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}: {error}; without options {', '.join(_TORCH_NORMS)}, or '' for none;"
+            " --engine detectron2 takes more"
+        ) from error
     if key == "MODEL.RESNETS.NORM" and getattr(layer, "affine", True) is False:
         raise ConfigError(f"{key}: {norm}: torchvision's ResNet sets the weights of its norms")
 

@@ -53,10 +53,8 @@ def clip_gradients(cfg: CfgNode, model: nn.Module) -> None:
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED:
         return
+    if clip.CLIP_TYPE == "value":
+        nn.utils.clip_grad_value_(model.parameters(), clip.CLIP_VALUE)
+        return
     for parameter in model.parameters():
-        if parameter.grad is None:
-            continue
-        if clip.CLIP_TYPE == "value":
-            nn.utils.clip_grad_value_(parameter, clip.CLIP_VALUE)
-        else:
-            nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
+        nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)

@@ -182,7 +182,7 @@ class Trainer:
                 self.clock.stop()
             self.iter = last + 1
             results = self.evaluate()
-            self.metrics.put_results(results)
+            self.metrics.put(results)
             self._write_line(last)
         return results
 
@@ -256,7 +256,7 @@ class Trainer:
         if done >= end or not self._line_due(done):
             return
         if self._evaluation_due(done):
-            self.metrics.put_results(self.evaluate())
+            self.metrics.put(self.evaluate())
             self.bare_model.train()
         self._write_line(iteration)
 
