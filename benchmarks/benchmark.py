@@ -37,14 +37,6 @@ examples:
   # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
   python benchmarks/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
 
-  # the papers' setting: frozen norms in the backbone, norm in FPN and heads
-  python benchmarks/benchmark.py iteration --recipe finetune --norms BN CBN MBN
-
-  # Mask R-CNN R50-FPN at 320 px; KEY VALUE pairs go to every norm's config
-  python benchmarks/benchmark.py iteration --norms BN CBN MBN --opts MODEL.MASK_ON True \\
-      MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 256 \\
-      INPUT.MIN_SIZE_TRAIN "(320,)" INPUT.MAX_SIZE_TRAIN 320
-
   # your own config and data, the norm in the FPN only, on a GPU
   python benchmarks/benchmark.py iteration --norms BN CBN --config-file my.yaml \\
       --norm-keys MODEL.FPN.NORM --device cuda \\

@@ -192,17 +192,13 @@ def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
 
     Each norm and split is shown by its first run that left pictures.
     """
-    strips: dict[tuple, tuple[Run, list[tuple[str, str]]]] = {}
-    for run, _ in comparison.results:
-        if (run.norm, run.split) not in strips:
-            pictures = picture_strip(run.folder)
-            if pictures:
-                strips[run.norm, run.split] = (run, pictures)
     scenes: dict[str, list[tuple[Run, str]]] = {}
-    for row in comparison.rows:
-        run, pictures = strips.get((row.norm, row.split), (None, []))
-        for name, uri in pictures:
-            scenes.setdefault(name, []).append((run, uri))
+    shown = set()
+    for run, _ in comparison.results:
+        if (run.norm, run.split) not in shown:
+            for name, uri in picture_strip(run.folder):
+                shown.add((run.norm, run.split))
+                scenes.setdefault(name, []).append((run, uri))
     return list(scenes.items())
 
 
