@@ -30,7 +30,7 @@ class Outcome:
 
 
 class Active(Protocol):
-    """A run under way."""
+    """A run under way, such as a :class:`~cbn_det.study.processes.Process`."""
 
     def ended(self) -> bool:
         """Whether it is over; cheap enough for a polling loop."""
