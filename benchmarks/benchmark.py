@@ -57,11 +57,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import timing  # noqa: E402
-from publishing import Row, publish  # noqa: E402
-from workloads import (  # noqa: E402
+import clone  # noqa: F401
+import timing
+from publishing import Row, publish
+from workloads import (
     COPY,
     STAGES,
     inference_workload,
@@ -70,10 +69,10 @@ from workloads import (  # noqa: E402
     norm_workload,
 )
 
-from cbn_det.commands.flags import add_detector, positive  # noqa: E402
-from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.engines import ENGINES, resolve_engine  # noqa: E402
-from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
+from cbn_det.commands.flags import add_detector, positive
+from cbn_det.config_files import find_config
+from cbn_det.engines import ENGINES, resolve_engine
+from cbn_det.study.recipes import RECIPES, setting
 
 #: load average per core from which on others are in the way
 BUSY = 0.3

@@ -42,21 +42,20 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import clone  # noqa: F401
+import counting
+import timing
+import torch
+from cuda_branch import cuda_branch
+from detector import PLACES, detector_step
+from publishing import Row, publish
+from tabulate import tabulate
+from workloads import stack_workload
 
-import counting  # noqa: E402
-import timing  # noqa: E402
-import torch  # noqa: E402
-from cuda_branch import cuda_branch  # noqa: E402
-from detector import PLACES, detector_step  # noqa: E402
-from publishing import Row, publish  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-from workloads import stack_workload  # noqa: E402
-
-from cbn_det import __version__  # noqa: E402
-from cbn_det.commands.flags import positive  # noqa: E402
-from cbn_det.run.errors import one_line  # noqa: E402
-from cbn_det.run.measure import machine  # noqa: E402
+from cbn_det import __version__
+from cbn_det.commands.flags import positive
+from cbn_det.run.errors import one_line
+from cbn_det.run.measure import machine
 
 REFERENCE = "BN"
 NORMS = (
