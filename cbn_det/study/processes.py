@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cbn_det.study.plan import Run
-from cbn_det.study.results import read_result
+from .plan import Run
+from .results import read_result
 
 CHILD = (sys.executable, "-m", "cbn_det.study.child")
 EXIT_USAGE = 2  # of the launcher, where it left no result.json

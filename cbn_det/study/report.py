@@ -18,12 +18,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cbn_det.run.files import write_text
-from cbn_det.shell import join
-from cbn_det.study import figures, tables
-from cbn_det.study.plan import Plan, Run
-from cbn_det.study.results import make_rows
-from cbn_det.study.runner import Outcome
+from ..run.files import write_text
+from ..shell import join
+from . import figures, tables
+from .plan import Plan, Run
+from .results import make_rows
+from .runner import Outcome
 
 TEMPLATE = "report.html.jinja"
 # Of each run; and in pixels, so that an enlarged one shows the names of classes.

@@ -15,11 +15,11 @@ from typing import Any
 
 import submitit
 
-from cbn_det.study.plan import Run
-from cbn_det.study.processes import Process, locked, prepare_folder, result_of, source_environment
-from cbn_det.study.progress import say
-from cbn_det.study.results import read_result
-from cbn_det.study.runner import Active
+from .plan import Run
+from .processes import Process, locked, prepare_folder, result_of, source_environment
+from .progress import say
+from .results import read_result
+from .runner import Active
 
 
 @dataclass
