@@ -37,14 +37,6 @@ examples:
   # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
   python benchmarks/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
 
-  # the papers' setting: frozen norms in the backbone, norm in FPN and heads
-  python benchmarks/benchmark.py iteration --recipe finetune --norms BN CBN MBN
-
-  # Mask R-CNN R50-FPN at 320 px; KEY VALUE pairs go to every norm's config
-  python benchmarks/benchmark.py iteration --norms BN CBN MBN --opts MODEL.MASK_ON True \\
-      MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.RES2_OUT_CHANNELS 256 \\
-      INPUT.MIN_SIZE_TRAIN "(320,)" INPUT.MAX_SIZE_TRAIN 320
-
   # your own config and data, the norm in the FPN only, on a GPU
   python benchmarks/benchmark.py iteration --norms BN CBN --config-file my.yaml \\
       --norm-keys MODEL.FPN.NORM --device cuda \\
@@ -65,21 +57,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from publishing import Row, publish  # noqa: E402
-from timing import (  # noqa: E402
-    CONFIDENCE,
-    FEWEST,
-    Workload,
-    paired_ratio,
-    peak_mb,
-    run,
-    say,
-    started,
-    take_turns,
-)
-from workloads import (  # noqa: E402
+import clone  # noqa: F401
+import timing
+from publishing import Row, publish
+from workloads import (
     COPY,
     STAGES,
     inference_workload,
@@ -88,10 +69,10 @@ from workloads import (  # noqa: E402
     norm_workload,
 )
 
-from cbn_det.commands.flags import add_detector, positive  # noqa: E402
-from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.engines import ENGINES, resolve_engine  # noqa: E402
-from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
+from cbn_det.commands.flags import add_detector, positive
+from cbn_det.config_files import find_config
+from cbn_det.engines import ENGINES, resolve_engine
+from cbn_det.study.recipes import RECIPES, setting
 
 #: load average per core from which on others are in the way
 BUSY = 0.3
@@ -100,7 +81,7 @@ MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
 #: an FPN output and lateral convolution, a RoI head's, and the last of a bottleneck
 SHAPES = ["2,256,100,100,256,3", "2,256,100,100,256,1", "128,256,7,7,256,3", "2,64,200,200,256,1"]
 #: by norm, what makes its workload
-Builds = dict[str, Callable[[], Workload]]
+Builds = dict[str, Callable[[], timing.Workload]]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -246,8 +227,8 @@ def cases(args: argparse.Namespace) -> dict[str, Builds]:
     """
     if len(args.norms) < 2 or len(set(args.norms)) < len(args.norms):
         raise ValueError("--norms: name two or more, each once; the first is the reference")
-    if args.repetitions < FEWEST:
-        raise ValueError(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
+    if args.repetitions < timing.FEWEST:
+        raise ValueError(f"--repetitions {args.repetitions}: an interval needs {timing.FEWEST}")
     if args.kind == "layer":
         return dict(layer_case(args.norms, text, args.device) for text in args.shapes)
     if args.kind == "norm":
@@ -263,15 +244,15 @@ def measure(args: argparse.Namespace, name: str, builds: Builds) -> tuple[list[R
     Raises:
         WorkerFailed: a norm that cannot be built or run.
     """
-    say(f"{name}: building {', '.join(builds)}")
-    with started(builds, args.threads) as workers:
+    timing.say(f"{name}: building {', '.join(builds)}")
+    with timing.started(builds, args.threads) as workers:
         facts = [worker.facts() for worker in workers]
         for worker, fact in zip(workers, facts, strict=True):
-            worker.ask(run, max(args.warm_up, fact["warm_up"] + 2))
-        first = workers[0].ask(run, 1)["wall"]
+            worker.ask(timing.run, max(args.warm_up, fact["warm_up"] + 2))
+        first = workers[0].ask(timing.run, 1)["wall"]
         steps = max(1, math.ceil(args.turn_seconds / first))
-        taken = take_turns(workers, steps, args.repetitions, args.seconds)
-        peaks = {worker.norm: worker.ask(peak_mb) for worker in workers}
+        taken = timing.take_turns(workers, steps, args.repetitions, args.seconds)
+        peaks = {worker.norm: worker.ask(timing.peak_mb) for worker in workers}
     times = {norm: [answer[args.clock] for answer in answers] for norm, answers in taken.items()}
     machine, versions = facts[0]["machine"], facts[0]["versions"]
     made_on = {
@@ -296,7 +277,7 @@ def rows_of(
     """
     reference, rows = next(iter(times)), []
     for norm, seconds in times.items():
-        ratio, (low, high) = paired_ratio(seconds, times[reference])
+        ratio, (low, high) = timing.paired_ratio(seconds, times[reference])
         row = {"case": name, "norm": norm, "ms": 1e3 * statistics.median(seconds)}
         head = f"ratio to {reference}"
         row |= {head: ratio, f"{head} low": low, f"{head} high": high}
@@ -316,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY * cores:
-        say(
+        timing.say(
             f"WARNING: the machine is busy (load average {load:.1f} on {cores} cores): ratios are"
             " still paired, but intervals get wide and seconds too long; --clock cpu is disturbed"
             " less"
@@ -327,13 +308,13 @@ def main(arguments: list[str] | None = None) -> int:
             found, made_on = measure(args, name, builds)
             rows += found
     except KeyboardInterrupt:
-        say("Stopped; nothing was written.")
+        timing.say("Stopped; nothing was written.")
         return 130
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     publish(rows, made_on, args.out)
     print(
-        f"Medians of paired repetitions with {CONFIDENCE:.0%} intervals; norms past burn-in,"
+        f"Medians of paired repetitions with {timing.CONFIDENCE:.0%} intervals; norms past burn-in,"
         f" windows full. Load average {load:.1f} before, {os.getloadavg()[0]:.1f} after."
     )
     return 0

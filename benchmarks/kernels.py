@@ -16,7 +16,7 @@ maps, where launches are free, do not show it. Three tables:
 Operations are those that torch dispatches, views left out. They are counted, not measured: the
 numbers are exact, the same on every machine, and hardly depend on the size of images (--image-size
 shows it). A norm takes another branch on CUDA than on a CPU: the counts are of the one on CUDA,
-whose kernels are stood in for on a CPU, or with --branch cpu of the CPU's.
+whose kernels are stood in for on a CPU.
 
 examples:
   python benchmarks/kernels.py layer
@@ -42,35 +42,20 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import clone  # noqa: F401
+import counting
+import timing
+import torch
+from cuda_branch import cuda_branch
+from detector import PLACES, detector_step
+from publishing import Row, publish
+from tabulate import tabulate
+from workloads import stack_workload
 
-import torch  # noqa: E402
-from counting import (  # noqa: E402
-    ITERATIONS,
-    count_steps,
-    layer_counts,
-    layer_step,
-    over_batchnorm,
-    set_schedule,
-)
-from cuda_branch import cuda_branch  # noqa: E402
-from detector import PLACES, detector_step  # noqa: E402
-from publishing import Row, publish  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-from timing import (  # noqa: E402
-    FEWEST,
-    WorkerFailed,
-    paired_ratio,
-    run,
-    say,
-    started,
-    take_turns,
-)
-from workloads import stack_workload  # noqa: E402
-
-from cbn_det import __version__  # noqa: E402
-from cbn_det.run.errors import one_line  # noqa: E402
-from cbn_det.run.measure import machine  # noqa: E402
+from cbn_det import __version__
+from cbn_det.commands.flags import positive
+from cbn_det.run.errors import one_line
+from cbn_det.run.measure import machine
 
 REFERENCE = "BN"
 NORMS = (
@@ -82,18 +67,18 @@ _TIMED_STEPS = 50
 
 def layer_table(norms: Sequence[str], device: str, show_operations: bool) -> list[Row]:
     """A row a norm: operations of a layer and iteration over BatchNorm's."""
-    reference = layer_counts(REFERENCE, device=device)
+    reference = counting.layer_counts(REFERENCE, device=device)
     rows = []
     for norm in norms:
-        counts = layer_counts(norm, device=device)
-        early = layer_counts(norm, in_burn_in=True, device=device)
+        counts = counting.layer_counts(norm, device=device)
+        early = counting.layer_counts(norm, in_burn_in=True, device=device)
         row = {
             "norm": norm,
-            "a layer over BN": over_batchnorm(counts, reference),
-            "in burn-in": over_batchnorm(early, reference),
+            "a layer over BN": counting.over_batchnorm(counts, reference),
+            "in burn-in": counting.over_batchnorm(early, reference),
         }
         if device == "cuda":
-            row["ms"] = milliseconds(layer_step(norm, device=device))
+            row["ms"] = milliseconds(counting.layer_step(norm, device=device))
         rows.append(row)
         if show_operations:
             print(f"\n{norm}: of a layer and iteration over BN\n{_operations(counts, reference)}")
@@ -102,7 +87,7 @@ def layer_table(norms: Sequence[str], device: str, show_operations: bool) -> lis
 
 def _operations(counts: Counter[str], reference: Counter[str]) -> str:
     names = {name: counts[name] - reference[name] for name in counts | reference}
-    rows = [(name, n / (2 * ITERATIONS)) for name, n in names.items() if n]
+    rows = [(name, n / (2 * counting.ITERATIONS)) for name, n in names.items() if n]
     return tabulate(sorted(rows, key=lambda row: -row[1]))
 
 
@@ -113,11 +98,11 @@ def iteration_table(
     for place in places:
         reference = None
         for norm in (REFERENCE, *norms):
-            say(f"{place}: {norm}")
+            timing.say(f"{place}: {norm}")
             model, step = detector_step(norm, place, device=device, size=size)
-            for _ in range(set_schedule(model)):
+            for _ in range(counting.set_schedule(model)):
                 step()
-            count = count_steps(step, ITERATIONS).total() / ITERATIONS
+            count = counting.count_steps(step, counting.ITERATIONS).total() / counting.ITERATIONS
             reference = reference or count
             row = {"place": place, "norm": norm, "operations": count, "ratio": count / reference}
             if device == "cuda":
@@ -129,20 +114,23 @@ def iteration_table(
 def dispatch_table(norms: Sequence[str], device: str, repetitions: int, steps: int) -> list[Row]:
     """
     Raises:
+        ValueError: too few repetitions for an interval.
         WorkerFailed: a norm that cannot be built or run.
     """
     shape = (1, 64, 4, 4)
     builds = {n: partial(stack_workload, n, 8, shape, device) for n in (REFERENCE, *norms)}
-    with started(builds, threads=1) as workers:
+    if repetitions < timing.FEWEST:
+        raise ValueError(f"--repetitions {repetitions}: an interval needs {timing.FEWEST}")
+    with timing.started(builds, threads=1) as workers:
         for worker in workers:
-            worker.ask(run, worker.facts()["warm_up"] + 10)
-        taken = take_turns(workers, steps, repetitions, seconds=600.0)
+            worker.ask(timing.run, worker.facts()["warm_up"] + 10)
+        taken = timing.take_turns(workers, steps, repetitions, seconds=600.0)
     # a busy machine disturbs the time of the process less; a GPU's it does not hold
     clock = "cpu" if device == "cpu" else "wall"
     times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
     rows = []
     for norm, seconds in times.items():
-        ratio, (low, high) = paired_ratio(seconds, times[REFERENCE])
+        ratio, (low, high) = timing.paired_ratio(seconds, times[REFERENCE])
         middle = sorted(seconds)[len(seconds) // 2]
         rows.append({"norm": norm, "ms": middle * 1e3, "ratio": ratio, "low": low, "high": high})
     return rows
@@ -177,38 +165,33 @@ def make_parser() -> argparse.ArgumentParser:
     iteration.add_argument(
         "--image-size", type=int, default=64, metavar="PIXELS", help="default 64"
     )
-    for table in (layer, iteration):
-        table.add_argument(
-            "--branch", choices=("cuda", "cpu"), default="cuda", help="of the norms; default cuda"
-        )
     dispatch = tables.add_parser("dispatch", parents=[common], help="time where launching is all")
     dispatch.add_argument(
-        "--repetitions", type=int, default=30, metavar="N", help="turns of each norm (default 30)"
+        "--repetitions",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="turns of each norm (default 30)",
     )
-    dispatch.add_argument("--steps", type=int, default=20, help="in a turn (default 20)")
+    dispatch.add_argument("--steps", type=positive, default=20, help="in a turn (default 20)")
     return parser
-
-
-def make_table(args: argparse.Namespace, norms: list[str]) -> list[Row]:
-    if args.table == "layer":
-        return layer_table(norms, args.device, args.operations)
-    if args.table == "iteration":
-        return iteration_table(norms, args.places, args.device, args.image_size)
-    return dispatch_table(norms, args.device, args.repetitions, args.steps)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     norms = [norm for norm in args.norms if norm != REFERENCE]
-    if args.table == "dispatch" and args.repetitions < FEWEST:
-        parser.error(f"--repetitions {args.repetitions}: an interval needs {FEWEST}")
     torch.set_num_threads(1)
-    stand_in = args.device == "cpu" and getattr(args, "branch", "cpu") == "cuda"
+    stand_in = args.device == "cpu" and args.table != "dispatch"
     try:
         with cuda_branch() if stand_in else nullcontext():
-            rows = make_table(args, norms)
-    except (ImportError, ValueError, WorkerFailed) as error:
+            if args.table == "layer":
+                rows = layer_table(norms, args.device, args.operations)
+            elif args.table == "iteration":
+                rows = iteration_table(norms, args.places, args.device, args.image_size)
+            else:
+                rows = dispatch_table(norms, args.device, args.repetitions, args.steps)
+    except (ImportError, ValueError, timing.WorkerFailed) as error:
         parser.error(one_line(error))
     where = machine(on_gpu=args.device == "cuda")
     facts = {

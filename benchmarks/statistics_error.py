@@ -42,19 +42,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import clone  # noqa: F401
+from matplotlib.figure import Figure
+from publishing import Row, publish
 
-from matplotlib.figure import Figure  # noqa: E402
-from publishing import Row, publish  # noqa: E402
-
-from cbn_det.commands.flags import add_detector, positive  # noqa: E402
-from cbn_det.config_files import find_config  # noqa: E402
-from cbn_det.study.compare import exit_code, guarded, train  # noqa: E402
-from cbn_det.study.figures import colours, save_png  # noqa: E402
-from cbn_det.study.plan import Plan, Split  # noqa: E402
-from cbn_det.study.recipes import RECIPES, setting  # noqa: E402
-from cbn_det.study.results import read_lines  # noqa: E402
-from cbn_det.study.runner import visible_gpus  # noqa: E402
+from cbn_det.commands.flags import add_detector, positive
+from cbn_det.config_files import find_config
+from cbn_det.study.compare import exit_code, guarded, train
+from cbn_det.study.figures import colours, save_png
+from cbn_det.study.plan import Plan, Split
+from cbn_det.study.recipes import RECIPES, setting
+from cbn_det.study.results import read_lines
+from cbn_det.study.runner import visible_gpus
 
 LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
 FILE = "statistics_error.jsonl"

@@ -13,19 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import clone  # noqa: F401
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from shadow_errors import FILE, Request, StatisticsError
 
-import torch  # noqa: E402
-from detectron2.engine import HookBase  # noqa: E402
-from detectron2.utils import comm  # noqa: E402
-from detectron2.utils.events import EventStorage  # noqa: E402
-from shadow_errors import FILE, Request, StatisticsError  # noqa: E402
-
-from cbn_det.launch import main as launch  # noqa: E402
-from cbn_det.plugin import job  # noqa: E402
-from cbn_det.plugin.loading import place  # noqa: E402
-from cbn_det.plugin.trainer import Trainer  # noqa: E402
-from cbn_det.run.errors import ConfigError  # noqa: E402
+from cbn_det.launch import main as launch
+from cbn_det.plugin import job
+from cbn_det.plugin.loading import place
+from cbn_det.plugin.trainer import Trainer
+from cbn_det.run.errors import ConfigError
 
 
 class StatisticsHook(HookBase):

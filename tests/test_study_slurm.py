@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -13,11 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from cbn_det.study import runner, slurm
+from cbn_det.commands.flags import add_places, submitter
+from cbn_det.study import runner
 from cbn_det.study.compare import compare
 from cbn_det.study.plan import Plan, Split
 from cbn_det.study.processes import locked
-from cbn_det.study.slurm import Cluster
+
+try:
+    from cbn_det.study.slurm import Cluster
+except ModuleNotFoundError:  # the tests that need it are skipped
+    Cluster = None
 
 HERE = Path(__file__).parent
 LAUNCHER = (sys.executable, str(HERE / "fake_launcher.py"))
@@ -56,33 +63,40 @@ def cluster(tmp_path, monkeypatch) -> Path:
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     monkeypatch.setenv("FAKE_SLURM", str(home))
-    if slurm.submitit:  # it knows jobs by their numbers, of any cluster, and asks every ten minutes
-        slurm.submitit.SlurmJob.watcher.clear()
-        monkeypatch.setattr(slurm.submitit.SlurmJob.watcher, "_delay_s", 1.0)
+    from submitit import SlurmJob
+
+    SlurmJob.watcher.clear()  # it knows jobs by their numbers, of any cluster,
+    monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 1.0)  # and asks every ten minutes
     return home
 
 
 # --- what is said and refused ------------------------------------------------------------------
 
 
+def submitter_of(*words: str):
+    parser = argparse.ArgumentParser()
+    add_places(parser)
+    return submitter(parser.parse_args(words), on_gpu=True)
+
+
 def test_without_submitit_a_line_says_how_to_get_it(monkeypatch) -> None:
-    monkeypatch.setattr(slurm, "submitit", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install submitit"):
-        Cluster("local")
+        submitter_of("--submit", "local")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "machines", "expected"),
+    ("words", "expected"),
     [
-        ("slurm", {"partition": "gpu"}, 1, "time=: expected minutes, time=1440 for a day"),
-        ("slurm", {"time": "24:00:00"}, 1, "time=24:00:00: expected minutes"),
-        ("slurm", {"time": "60", "job_name": "x"}, 1, "job-name: is set by the tool"),
-        ("local", {}, 2, "one machine only"),
+        ("slurm --sbatch partition=gpu", "time=: expected minutes, time=1440 for a day"),
+        ("slurm --sbatch time=24:00:00", "time=24:00:00: expected minutes"),
+        ("slurm --sbatch time=60 job_name=x", "job-name: is set by the tool"),
+        ("local --num-machines 2", "--num-machines needs --submit slurm"),
     ],
 )
-def test_options_that_cannot_be_followed(name, options, machines, expected) -> None:
+def test_options_that_cannot_be_followed(words, expected) -> None:
     with pytest.raises(ValueError, match=expected):
-        Cluster(name, machines, options=options)
+        submitter_of("--submit", *words.split())
 
 
 # --- on this machine ---------------------------------------------------------------------------
@@ -90,7 +104,7 @@ def test_options_that_cannot_be_followed(name, options, machines, expected) -> N
 
 def test_local_jobs_end_like_processes(submitit, tmp_path, capsys) -> None:
     plan = make_plan(tmp_path, ["GN", "DIVERGE", "CRASH"])
-    assert compare(plan, jobs=3, submit=Cluster("local").submit) == 1
+    assert compare(plan, jobs=3, submit=Cluster("local", 60).submit) == 1
     printed = capsys.readouterr().out
     assert "GN 1x2 seed 1: finished AP 41.0" in printed
     assert "diverged: loss is nan at fpn_output2" in printed
@@ -104,7 +118,7 @@ def test_a_job_that_has_to_go_saves_and_goes_on(submitit, tmp_path) -> None:
     """The signal goes to the training as well, as SLURM sends it to all of a job."""
     plan = make_plan(tmp_path, ["SLOW"])
     run = plan.runs()[0]
-    job = Cluster("local").submit(run)
+    job = Cluster("local", 60).submit(run)
     try:
         pid = run.folder / "pid"
         wait_for(pid.exists)
@@ -130,7 +144,7 @@ def signal_job(launcher: int, number: int = signal.SIGUSR2) -> None:
 
 def test_a_local_job_that_outlived_its_comparison_is_not_started_twice(submitit, tmp_path) -> None:
     run = make_plan(tmp_path, ["SLOW"]).runs()[0]
-    submit = Cluster("local").submit
+    submit = Cluster("local", 60).submit
     job = submit(run)
     wait_for((run.folder / "pid").exists)
     with pytest.raises(RuntimeError, match=f"{run.folder}: another comparison"):
@@ -144,7 +158,7 @@ def test_a_local_job_that_outlived_its_comparison_is_not_started_twice(submitit,
 def test_a_local_job_is_ended_by_ctrl_c(submitit, tmp_path) -> None:
     plan = make_plan(tmp_path, ["SLOW"])
     run = plan.runs()[0]
-    job = Cluster("local").submit(run)
+    job = Cluster("local", 60).submit(run)
     wait_for((run.folder / "pid").exists)
     runner._end_all([job])
     wait_for((run.folder / "last_checkpoint").exists)
@@ -157,8 +171,8 @@ def test_a_local_job_is_ended_by_ctrl_c(submitit, tmp_path) -> None:
 
 def test_a_job_asks_for_what_its_run_needs(submitit, cluster, tmp_path) -> None:
     plan = make_plan(tmp_path, ["GN"], splits=[Split(16, 1)], machines=2)
-    options = {"time": "1440", "partition": "gpu", "account": "vision", "cpus_per_task": "40"}
-    submit = Cluster("slurm", machines=2, on_gpu=True, options=options).submit
+    options = "time=1440 partition=gpu account=vision cpus_per_task=40".split()
+    submit = submitter_of("--submit", "slurm", "--num-machines", "2", "--sbatch", *options)
     assert compare(plan, jobs=16, submit=submit) == 0
     script = (cluster / "1000" / "script").read_text()
     asked = {line.split("--", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH")}
@@ -170,7 +184,7 @@ def test_a_job_asks_for_what_its_run_needs(submitit, cluster, tmp_path) -> None:
     assert result_of(plan)["machines"][:2] == [2, 0]
     assert result_of(plan)["machines"][2].startswith("tcp://localhost:")
     assert result_of(plan)["world_size"] == 16
-    other = Cluster("slurm", options={"time": "60", "gres": "gpu:a100:1"}, on_gpu=True)
+    other = Cluster("slurm", 60, on_gpu=True, options={"gres": "gpu:a100:1"})
     other.submit(make_plan(tmp_path / "other", ["BN"]).runs()[0])
     script = (cluster / "1001" / "script").read_text()
     assert "--gres=gpu:a100:1" in script and "gpus-per-node" not in script
@@ -179,7 +193,7 @@ def test_a_job_asks_for_what_its_run_needs(submitit, cluster, tmp_path) -> None:
 def test_a_job_outlives_the_comparison_and_is_found_again(submitit, cluster, tmp_path) -> None:
     """Found while it runs, it is watched through a preemption too, when nothing of it runs."""
     plan = make_plan(tmp_path, ["SLOW"])
-    run, submit = plan.runs()[0], Cluster("slurm", options={"time": "60"}).submit
+    run, submit = plan.runs()[0], Cluster("slurm", 60).submit
     pid = run.folder / "pid"
     code = (
         f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
@@ -187,7 +201,7 @@ def test_a_job_outlives_the_comparison_and_is_found_again(submitit, cluster, tmp
         "import test_study_slurm as tests\n"
         "from cbn_det.study.compare import guarded\n"
         f"plan = tests.make_plan(Path({str(tmp_path)!r}), ['SLOW'])\n"
-        "submit = tests.Cluster('slurm', options={'time': '60'}).submit\n"
+        "submit = tests.Cluster('slurm', 60).submit\n"
         "sys.exit(guarded('test', lambda: tests.compare(plan, 1, submit=submit)))\n"
     )
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
@@ -210,7 +224,7 @@ def test_a_job_outlives_the_comparison_and_is_found_again(submitit, cluster, tmp
 
 def test_a_preempted_job_goes_on_in_the_queue(submitit, cluster, tmp_path) -> None:
     run = make_plan(tmp_path, ["SLOW"]).runs()[0]
-    job = Cluster("slurm", options={"time": "60"}).submit(run)
+    job = Cluster("slurm", 60).submit(run)
     pid = run.folder / "pid"
     wait_for(pid.exists)
     first = int(pid.read_text())
@@ -226,7 +240,7 @@ def test_a_preempted_job_goes_on_in_the_queue(submitit, cluster, tmp_path) -> No
 
 def test_a_job_that_is_cancelled_is_a_row_with_its_reason(submitit, cluster, tmp_path) -> None:
     run = make_plan(tmp_path, ["SLOW"]).runs()[0]
-    job = Cluster("slurm", options={"time": "60"}).submit(run)
+    job = Cluster("slurm", 60).submit(run)
     wait_for((run.folder / "pid").exists)
     (cluster / "1000" / "state").write_text("CANCELLED")
     signal_job(int((run.folder / "pid").read_text()), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from ..run.arguments import add_datasets
 from ..study.plan import Run
 from ..study.recipes import RECIPES
 from ..study.runner import Active
-from ..study.slurm import CLUSTERS, Cluster
+
+SET_BY_THE_TOOL = {"nodes", "ntasks-per-node", "signal", "output", "error", "requeue", "job-name"}
 
 
 def positive(text: str) -> int:
@@ -92,7 +94,7 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--submit",
-        choices=CLUSTERS,
+        choices=("slurm", "local"),
         help="submit each run as a job through submitit: to SLURM, or to this machine to try it",
     )
     add(
@@ -113,8 +115,21 @@ def submitter(args: argparse.Namespace, on_gpu: bool) -> Callable[[Run], Active]
         RuntimeError: submitit is not installed.
         ValueError: an option that cannot be followed.
     """
-    if args.submit:
-        return Cluster(args.submit, args.num_machines, on_gpu, dict(args.sbatch)).submit
-    if args.num_machines > 1:
+    if args.num_machines > 1 and args.submit != "slurm":
         raise ValueError("--num-machines needs --submit slurm, which knows the machines")
-    return None
+    if not args.submit:
+        return None
+    options = {key.replace("_", "-"): value for key, value in args.sbatch}
+    if taken := options.keys() & SET_BY_THE_TOOL:
+        raise ValueError(f"--sbatch {min(taken)}: is set by the tool")
+    minutes = options.pop("time", "1440" if args.submit == "local" else "")
+    if not minutes.isdecimal():
+        raise ValueError(
+            f"--sbatch time={minutes}: expected minutes, time=1440 for a day. It is what "
+            "a job takes at a time; one that needs longer is queued again and resumes"
+        )
+    if importlib.util.find_spec("submitit") is None:
+        raise RuntimeError("--submit needs submitit: pip install submitit")
+    from ..study.slurm import Cluster
+
+    return Cluster(args.submit, int(minutes), args.num_machines, on_gpu, options).submit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cbn_det.run.files import replace_file
+from ..run.files import replace_file
 
 # Where detectron2's and the standalone engine's FPN keep the network below it.
 PREFIXES = ("backbone.bottom_up.", "backbone.body.")

@@ -7,15 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from cbn_det.cli import typed_words
-from cbn_det.shell import join
-from cbn_det.study.backbone import extract_backbone
-from cbn_det.study.plan import Plan, Run, backbone_file
-from cbn_det.study.processes import interruptible, locked
-from cbn_det.study.progress import say
-from cbn_det.study.report import Comparison
-from cbn_det.study.results import reason_of
-from cbn_det.study.runner import Active, Outcome, run_all
+from ..cli import typed_words
+from ..shell import join
+from .backbone import extract_backbone
+from .plan import Plan, Run, backbone_file
+from .processes import interruptible, locked
+from .progress import say
+from .report import Comparison
+from .results import reason_of
+from .runner import Active, Outcome, run_all
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2

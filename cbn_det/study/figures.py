@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cbn_det.study.plan import Run
-from cbn_det.study.results import Row, read_lines
-from cbn_det.study.tables import by_split, in_words
+from .plan import Run
+from .results import Row, read_lines
+from .tables import by_split, in_words
 
 # Okabe and Ito's palette, without black: told apart by colour-blind readers, in print, and on dark
 # ground. The last four, of Tol's muted one, are for a matrix of all norms.

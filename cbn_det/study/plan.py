@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cbn_det
-from cbn_det.coco_sets import check_coco_sets
-from cbn_det.engines import ENGINES
-from cbn_det.shell import join
-from cbn_det.study.recipes import (
+from .. import __version__
+from ..coco_sets import check_coco_sets
+from ..engines import ENGINES
+from ..shell import join
+from .recipes import (
     RECIPES,
     batch,
     config_texts,
@@ -248,7 +248,7 @@ class Plan:
         # The folder's place and how the processes are started are no part of what a run is; the
         # configs' contents and our version are.
         place = str(self.output)
-        identity = [*config_texts(config), cbn_det.__version__, self.engine, str(ranks)]
+        identity = [*config_texts(config), __version__, self.engine, str(ranks)]
         identity += [option.replace(place, "") for option in options]
         signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")

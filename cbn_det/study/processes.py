@@ -14,12 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cbn_det.study.plan import Run
-from cbn_det.study.results import read_result
+from .plan import Run
+from .results import read_result
 
 CHILD = (sys.executable, "-m", "cbn_det.study.child")
-# What the launcher's exit codes mean where it left no result.json.
-EXIT_USAGE = 2
+EXIT_USAGE = 2  # of the launcher, where it left no result.json
 # Where a run that failed says why: a traceback fits in.
 LAST_LINES = 60
 # The last is what torch.save says of it.
@@ -142,11 +141,8 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C, so that runs can save before they end."""
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    handler = signal.default_int_handler
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cbn_det.study.plan import Run
-from cbn_det.study.results import read_lines
+from .plan import Run
+from .results import read_lines
 
 PLAIN_SECONDS = 15.0
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from cbn_det.config_files import CONFIGS
-from cbn_det.norm_keys import NORM_KEYS
+from ..config_files import CONFIGS
+from ..norm_keys import NORM_KEYS
 
 QUICKSTART = CONFIGS / "quickstart"
 

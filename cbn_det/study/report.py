@@ -18,12 +18,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cbn_det.run.files import write_text
-from cbn_det.shell import join
-from cbn_det.study import figures, tables
-from cbn_det.study.plan import Plan, Run
-from cbn_det.study.results import make_rows
-from cbn_det.study.runner import Outcome
+from ..run.files import write_text
+from ..shell import join
+from . import figures, tables
+from .plan import Plan, Run
+from .results import make_rows
+from .runner import Outcome
 
 TEMPLATE = "report.html.jinja"
 # Of each run; and in pixels, so that an enlarged one shows the names of classes.
@@ -192,17 +192,13 @@ def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
 
     Each norm and split is shown by its first run that left pictures.
     """
-    strips: dict[tuple, tuple[Run, list[tuple[str, str]]]] = {}
-    for run, _ in comparison.results:
-        if (run.norm, run.split) not in strips:
-            pictures = picture_strip(run.folder)
-            if pictures:
-                strips[run.norm, run.split] = (run, pictures)
     scenes: dict[str, list[tuple[Run, str]]] = {}
-    for row in comparison.rows:
-        run, pictures = strips.get((row.norm, row.split), (None, []))
-        for name, uri in pictures:
-            scenes.setdefault(name, []).append((run, uri))
+    shown = set()
+    for run, _ in comparison.results:
+        if (run.norm, run.split) not in shown:
+            for name, uri in picture_strip(run.folder):
+                shown.add((run.norm, run.split))
+                scenes.setdefault(name, []).append((run, uri))
     return list(scenes.items())
 
 

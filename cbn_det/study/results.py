@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cbn_det.study.plan import Split
+from .plan import Split
 
 TASKS = ("bbox", "segm")
 # The evaluations of a run, as its result.json names them.

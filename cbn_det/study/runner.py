@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cbn_det.study.child import STOP_SECONDS
-from cbn_det.study.plan import Run
-from cbn_det.study.processes import Process
-from cbn_det.study.progress import Display, say
-from cbn_det.study.results import read_result
+from .child import STOP_SECONDS
+from .plan import Run
+from .processes import Process
+from .progress import Display, say
+from .results import read_result
 
 POLL_SECONDS = 0.5
 
@@ -30,7 +30,7 @@ class Outcome:
 
 
 class Active(Protocol):
-    """A run under way."""
+    """A run under way, such as a :class:`~cbn_det.study.processes.Process`."""
 
     def ended(self) -> bool:
         """Whether it is over; cheap enough for a polling loop."""

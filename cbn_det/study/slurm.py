@@ -13,19 +13,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-try:
-    import submitit
-except ImportError:  # only --submit needs it
-    submitit = None
+import submitit
 
-from cbn_det.study.plan import Run
-from cbn_det.study.processes import Process, locked, prepare_folder, result_of, source_environment
-from cbn_det.study.progress import say
-from cbn_det.study.results import read_result
-
-CLUSTERS = ("slurm", "local")
-SIGNAL_SECONDS = 180  # before the time limit: for the iteration at hand and a checkpoint
-SET_BY_THE_TOOL = {"nodes", "ntasks-per-node", "signal", "output", "error", "requeue", "job-name"}
+from .plan import Run
+from .processes import Process, locked, prepare_folder, result_of, source_environment
+from .progress import say
+from .results import read_result
+from .runner import Active
 
 
 @dataclass
@@ -33,34 +27,17 @@ class Cluster:
     """Where jobs go: "slurm", or "local" for processes of this machine, to try it out.
 
     Args:
+        minutes: that a job takes at a time.
         machines: nodes of a job.
         on_gpu: whether a job asks for a GPU for each of its processes.
-        options: of sbatch, without dashes: {"partition": "gpu", "time": "1440"}, time in minutes.
-
-    Raises:
-        RuntimeError: submitit is not installed.
-        ValueError: an option that cannot be read, or that is none of the user's.
+        options: of sbatch, without dashes: {"partition": "gpu"}.
     """
 
     name: str
+    minutes: int
     machines: int = 1
     on_gpu: bool = False
     options: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.options = {key.replace("_", "-"): value for key, value in self.options.items()}
-        if taken := self.options.keys() & SET_BY_THE_TOOL:
-            raise ValueError(f"--sbatch {min(taken)}: is set by the tool")
-        self.minutes = self.options.pop("time", "1440" if self.name == "local" else "")
-        if not self.minutes.isdecimal():
-            raise ValueError(
-                f"--sbatch time={self.minutes}: expected minutes, time=1440 for a day. It is what "
-                "a job takes at a time; one that needs longer is queued again and resumes"
-            )
-        if self.name == "local" and self.machines > 1:
-            raise ValueError("--submit local has one machine only")
-        if submitit is None:
-            raise RuntimeError("--submit needs submitit: pip install submitit")
 
     def submit(self, run: Run) -> Job:
         """Submit a run, or find the job that an earlier comparison has submitted for it.
@@ -82,18 +59,18 @@ class Cluster:
         os.environ.update(source_environment())  # jobs get it, and find this package as we do
         often = {f"{self.name}_max_num_timeout": 1000}  # each adds a checkpoint
         executor = submitit.AutoExecutor(folder, cluster=self.name, **often)
-        asked = {"nodes": nodes, "tasks_per_node": 1, "timeout_min": int(self.minutes)}
+        asked = {"nodes": nodes, "tasks_per_node": 1, "timeout_min": self.minutes}
         if self.on_gpu and not {"gres", "gpus", "gpus-per-node"} & self.options.keys():
             asked["gpus_per_node"] = run.ranks // nodes
-        more = {"requeue": True, **self.options}
-        asked |= {"slurm_additional_parameters": more, "slurm_signal_delay_s": SIGNAL_SECONDS}
+        asked["slurm_additional_parameters"] = {"requeue": True, **self.options}
+        asked["slurm_signal_delay_s"] = 180  # for the iteration at hand and a checkpoint
         executor.update_parameters(name=run.folder.name, stderr_to_stdout=True, **asked)
         return Job(run, executor.submit(Training(run)))
 
 
 @dataclass
-class Job:
-    """A submitted run; see :class:`~cbn_det.study.runner.Active`."""
+class Job(Active):
+    """A submitted run; a local one ends by itself where :meth:`kill` would end it."""
 
     run: Run
     job: Any
@@ -108,13 +85,9 @@ class Job:
         return result_of(self.run, f"job {self.job.job_id} ended ({state}) without a result")
 
     def stop(self) -> bool:
-        if isinstance(self.job, submitit.SlurmJob):
-            return False
-        self.job.cancel()
-        return True
-
-    def kill(self) -> None:
-        """A local job ends by itself; others go on."""
+        if is_here := isinstance(self.job, submitit.LocalJob):
+            self.job.cancel()
+        return is_here
 
 
 @dataclass
@@ -130,13 +103,11 @@ class Training:
         first = submitit.helpers.TorchDistributedEnvironment()
         words = f"--num-machines {here.num_nodes} --machine-rank {here.node}".split()
         words += ["--dist-url", f"tcp://{first.master_addr}:{first.master_port}"]
+        more = words if here.num_nodes > 1 else []
+        sharing = self.run.ranks // here.num_nodes
         with contextlib.nullcontext() if here.node else locked(self.run.folder):
-            self._process = Process(
-                self.run,
-                sharing=self.run.ranks // here.num_nodes,
-                more=words if here.num_nodes > 1 else (),
-                log=f"console{here.node or ''}.log",
-            )
+            log = f"console{here.node or ''}.log"
+            self._process = Process(self.run, sharing, more=more, log=log)
             code = self._process.wait()
         if code == 130:  # stopped, not by us: SLURM, which signals all, ends or requeues this job
             time.sleep(120)

@@ -12,8 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from cbn_det.study.plan import Run, Split
-from cbn_det.study.results import TASKS, Row, Spread
+from .plan import Run, Split
+from .results import TASKS, Row, Spread
 
 TASK_NAMES = {"bbox": "", "segm": "mask "}
 # What :func:`~cbn_det.study.results.fill_gains` sets -> its unit and how it is written.
