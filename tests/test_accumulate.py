@@ -303,3 +303,63 @@ def test_one_mini_batch_at_a_time_is_detectron2s_own_step() -> None:
     (theirs, their_values), (ours, our_values) = found
     assert torch.equal(ours, theirs)
     assert our_values == their_values and len(our_values) == 3
+
+
+class Troubled(Losses):
+    """Something happens in its second forward pass."""
+
+    forwards, trouble = 0, ""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.forwards += 1
+        losses = super().forward(x)
+        if self.forwards == 2 and self.trouble == "fails":
+            raise RuntimeError("out of memory")
+        if self.forwards == 2 and self.trouble == "refuses":
+            raise FloatingPointError("proposals are not finite")
+        if self.forwards == 2 and self.trouble == "diverges":
+            losses["loss_b"] = losses["loss_b"] * float("nan")
+        return losses
+
+
+def _one_of_two(rank: int, world: int, trouble: str) -> tuple[int, str, str, bool]:
+    """How three steps of a rank end where the other one, 1, is in trouble in the second."""
+    from detectron2.utils.events import EventStorage
+
+    from cbn_det.plugin.step import CheckedStep
+    from cbn_det.run.signals import StopRequest
+
+    model = Troubled()
+    model.trouble = trouble if rank else ""
+    step = CheckedStep(model, numbers(), torch.optim.SGD(model.parameters(), 0.1))
+    step.stop_request = StopRequest()
+    with EventStorage():
+        for step.iter in range(3):
+            step.stop_request.requested = bool(rank) and trouble == "stops" and step.iter == 1
+            try:
+                step.run_step()
+            except Exception as error:
+                return step.iter, type(error).__name__, str(error), step.stop_agreed
+            if step.stop_agreed:
+                break
+    return step.iter, "", "", step.stop_agreed
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(
+    ("trouble", "there", "here"),
+    [
+        ("fails", ("RuntimeError", "out of memory"), ("PeerFailed", "another rank failed")),
+        ("refuses", ("Diverged", "proposals are not finite"), ("Diverged", "")),
+        ("diverges", ("Diverged", "losses not finite: loss_b"), ("Diverged", "")),
+        ("stops", ("", ""), ("", "")),
+    ],
+)
+def test_all_ranks_learn_of_one_in_the_same_step(
+    tmp_path: Path, trouble: str, there: tuple[str, str], here: tuple[str, str]
+) -> None:
+    for found, (error, message) in zip(
+        run_ranks(_one_of_two, 2, tmp_path, trouble), (here, there), strict=True
+    ):
+        assert found[:2] == (1, error) and found[3] == (trouble == "stops")
+        assert found[2].endswith(message) and bool(found[2]) == bool(message)

@@ -236,7 +236,7 @@ def test_the_launcher_refuses_in_one_line_and_resumes_without_looking(
     with run_loggers_removed():
         assert main(arguments(inputs, tmp_path, *words)) == 0
         checked = []
-        monkeypatch.setattr("cbn_det.plugin.trainer.check_weights", lambda *_: checked.append(1))
+        monkeypatch.setattr("cbn_det.plugin.resume.check_weights", lambda *_: checked.append(1))
         again = ("--resume", *words, "MODEL.WEIGHTS", files["folded"])
         assert main(arguments(inputs, tmp_path, *again)) == 0
         assert not checked

@@ -54,7 +54,8 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def trial(args: argparse.Namespace) -> Trial:
-    """
+    """The training that a command line asks for, to be tried.
+
     Raises:
         ConfigError: the command line or the config cannot be run.
     """

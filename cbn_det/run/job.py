@@ -51,6 +51,7 @@ class Job(ABC):
     Attributes:
         trainer: set by :meth:`train` as soon as it exists; has ``iter``, ``last_batch``, ``clock``
             (a :class:`~cbn_det.run.measure.RunClock`) and ``bare_model``.
+        sets: what :meth:`prepare` returned.
         output: where results go: the run's folder, or that of an evaluation within it.
     """
 
