@@ -195,7 +195,7 @@ def test_swapped_train_and_val(tiny, what: str) -> None:
     (tiny.root / "aside").rename(pair[1])
     problems = tiny.problems()
     for text, here, there in zip(problems, COUNTS, reversed(COUNTS), strict=True):
-        assert f"image files missing below '{tiny.folder / here}'" in text
+        assert f"image files that '{tiny.folder / here}' does not hold" in text
         assert f".jpg' is '../{there}/" in text
 
 
