@@ -149,7 +149,7 @@ def test_images_one_folder_too_deep(tiny) -> None:
     (problem,) = tiny.problems()
     name = tiny.image("val2017", 200).name
     assert f"image 200 '{name}' is 'val2017/{name}'" in problem
-    assert "or give the folder that it is relative to" in problem
+    assert "or give the folder it is relative to" in problem
 
 
 def test_bad_json(tiny) -> None:

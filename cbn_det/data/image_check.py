@@ -153,8 +153,8 @@ def _check_names(folder: Path, images: dict[Any, dict], findings: Findings) -> l
             for name in os.listdir(place):
                 elsewhere.setdefault(_plain(name), os.path.relpath(place / name, folder))
         findings.refuse(
-            f"image files that '{folder}' does not hold as they are listed: write 'file_name' as the "
-            "files are called, copy missing ones there, or give the folder that it is relative to",
+            f"image files that '{folder}' does not hold as they are listed: write 'file_name' as "
+            "the files are called, copy missing ones there, or give the folder it is relative to",
             absent,
             lambda r: f"image {r['id']} '{r['file_name']}'"
             + (f" is '{other}'" if (other := elsewhere.get(_plain(r["file_name"]))) else ""),
