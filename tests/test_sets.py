@@ -106,5 +106,5 @@ def test_a_long_check_is_not_silent(tiny, capsys, monkeypatch):
 
 def test_what_is_wrong_names_the_set(tiny):
     Image.new("I;16", (64, 48)).save(tiny.images / "3.png")
-    with pytest.raises(DataError, match="^data set 'mine': .*set.json: images whose values"):
+    with pytest.raises(DataError, match="^data set 'mine': .*set.json: image files below"):
         check_of(tiny)

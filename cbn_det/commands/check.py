@@ -101,7 +101,7 @@ def findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield Finding(NOTE, note)
     for phase in ("TRAIN", "TEST"):
         least, most = cfg.INPUT[f"MIN_SIZE_{phase}"], cfg.INPUT[f"MAX_SIZE_{phase}"]
-        if np.max(least) > most:
+        if np.max(least, initial=0) > most:
             text = f"INPUT.MIN_SIZE_{phase} {least} is above INPUT.MAX_SIZE_{phase} {most}"
             yield Finding(NOTE, f"{text}: no image gets that large, as its longer side is limited")
     with heard("cbn_det.data") as lines:

@@ -28,23 +28,25 @@ _MODES = {"F": "32-bit float", "I": "integers of 16 or 32 bits"}
 _MOST_FOLDERS = 20  # that are looked into for a file which is not where it should be
 
 
-def clipped_mode(image: Image.Image) -> str | None:
-    """What an opened image holds if reading it as RGB would cut its values off at 255, which makes
-    it all white or all black; None where it can be read."""
-    if image.mode[0] not in _MODES:
-        return None
-    return f"{_MODES.get(image.mode, '16-bit grey')}, mode {image.mode}"
+def refuse_clipped(image: Image.Image) -> None:
+    """
+    Raises:
+        ValueError: reading an opened image as RGB would cut its values off at 255, which makes it
+            all white or all black.
+    """
+    if image.mode[0] in _MODES:
+        kind = _MODES.get(image.mode, "16-bit grey")
+        raise ValueError(f"{kind}, mode {image.mode}: as RGB its values are cut off at 255")
 
 
 def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
     """An image as it is shown (EXIF's orientation applied), RGB, uint8 ``[H, W, 3]``.
 
     Raises:
-        one of :data:`BROKEN_IMAGE`: it cannot be read as it is meant.
+        one of :data:`BROKEN_IMAGE`: it cannot be read, or not as it is meant.
     """
     with Image.open(path) as image:
-        if mode := clipped_mode(image):
-            raise ValueError(f"{mode}: as RGB its values would be cut off at 255; convert it")
+        refuse_clipped(image)
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -72,18 +74,14 @@ def check_images(
     present = _check_names(folder, images, findings)
     if len(present) > decode:
         present = [present[i] for i in np.linspace(0, len(present) - 1, decode).astype(int)]
-    broken, clipped, turned, wrong_size = [], [], [], []
+    broken, turned, wrong_size = [], [], []
     for record in shown(present, f"decoding images of {folder}"):
         label = f"image {record['id']} '{record['file_name']}'"
         try:
-            width, height, orientation, mode, turned_by_pillow = _decode(
-                folder / record["file_name"]
-            )
+            width, height, orientation, turned_by_pillow = _decode(folder / record["file_name"])
         except BROKEN_IMAGE as e:
             broken.append(f"{label}: {e}")
             continue
-        if mode:
-            clipped.append(f"{label}: {mode}")
         if turned_by_pillow:
             turned.append(label)
         if (width, height) != (record["width"], record["height"]):
@@ -91,14 +89,9 @@ def check_images(
             how = " as its EXIF orientation turns it" if orientation > 1 else ""
             wrong_size.append(f"{label} is {width} x {height}{how}, {listed}")
     findings.refuse(
-        f"image files below '{folder}' that are cut off or that Pillow cannot decode: copy them "
-        "again, or convert them to RGB of 8 bits",
+        f"image files below '{folder}' that are cut off or cannot be read as RGB of 8 bits: copy "
+        "them again, or convert them to 8 bits",
         broken,
-    )
-    findings.refuse(
-        "images whose values would be cut off at 255 when read as RGB, to all white or black: "
-        "convert them to 8 bits",
-        clipped,
     )
     findings.refuse(
         "images of another size than listed: correct 'width' and 'height', and the boxes if the "
@@ -114,11 +107,11 @@ def check_images(
     return len(present)
 
 
-def _decode(path: Path) -> tuple[int, int, int, str | None, bool]:
+def _decode(path: Path) -> tuple[int, int, int, bool]:
     """Decodes all of a file. Returns its width and height as shown, EXIF's orientation (1 is
-    upright), :func:`clipped_mode`, and whether loading, not the reader, applied the orientation."""
+    upright), and whether loading, not the reader, applied it."""
     with Image.open(path) as image:
-        mode = clipped_mode(image)
+        refuse_clipped(image)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = image.size
         # JPEG: reads the whole stream but computes an eighth of the pixels only.
@@ -129,7 +122,7 @@ def _decode(path: Path) -> tuple[int, int, int, str | None, bool]:
             width, height = image.size  # Pillow 10 tells the size as stored until it has loaded it
         if remaining >= 5:
             width, height = height, width
-        return width, height, orientation, mode, remaining != orientation
+        return width, height, orientation, remaining != orientation
 
 
 def _check_names(folder: Path, images: dict[Any, dict], findings: Findings) -> list[dict]:
@@ -148,46 +141,29 @@ def _check_names(folder: Path, images: dict[Any, dict], findings: Findings) -> l
         """Listed once: a request for each file takes minutes on a network disk."""
         return frozenset(os.listdir(place) if os.path.isdir(place) else ())
 
-    present, elsewhere, missing = [], [], []
-    others = None
+    present, absent = [], []
     for record in images.values():
         parent, name = os.path.split(folder / record["file_name"])
-        if name in names_in(parent):
-            present.append(record)
-            continue
-        others = _files_below(folder) if others is None else others
-        label = f"image {record['id']} '{record['file_name']}'"
-        other = others.get(_plain(record["file_name"]))
-        if other is None:
-            missing.append(label)
-        else:
-            elsewhere.append(f"{label} is '{other}'")
-    hint = ""
-    if missing and not present:  # of the other split, most likely
-        name = next(iter(images.values()))["file_name"]
-        beside = [other for other in sorted(folder.parent.iterdir()) if (other / name).is_file()]
-        hint = f", though '{beside[0]}' has the first of them" if beside else ""
-    findings.refuse(
-        f"image files that lie below '{folder}' under another name than listed: write 'file_name' "
-        "as the files are called, or give the folder that it is relative to",
-        elsewhere,
-    )
-    findings.refuse(
-        f"image files missing below '{folder}'{hint}: copy them there, or give the folder that "
-        "'file_name' is relative to",
-        missing,
-    )
+        (present if name in names_in(parent) else absent).append(record)
+    if absent:
+        # of another split, where none is there
+        beside = [] if present else _folders_in(folder.parent)
+        elsewhere: dict[str, str] = {}
+        for place in (folder, *_folders_in(folder), *beside):
+            for name in os.listdir(place):
+                elsewhere.setdefault(_plain(name), os.path.relpath(place / name, folder))
+        findings.refuse(
+            f"image files that '{folder}' does not hold as they are listed: write 'file_name' as "
+            "the files are called, copy missing ones there, or give the folder it is relative to",
+            absent,
+            lambda r: f"image {r['id']} '{r['file_name']}'"
+            + (f" is '{other}'" if (other := elsewhere.get(_plain(r["file_name"]))) else ""),
+        )
     return present
 
 
-def _files_below(folder: Path) -> dict[str, str]:
-    """The files in a folder and in those in it, relative to it, by their plain names."""
-    inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    found: dict[str, str] = {}
-    for below in ("", *inside[:_MOST_FOLDERS]):
-        for name in os.listdir(folder / below):
-            found.setdefault(_plain(name), os.path.join(below, name))
-    return found
+def _folders_in(place: Path) -> list[Path]:
+    return sorted(Path(entry) for entry in os.scandir(place) if entry.is_dir())[:_MOST_FOLDERS]
 
 
 def _plain(name: str) -> str:

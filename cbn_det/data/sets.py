@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -260,4 +261,4 @@ def _size_and_middle(path: Path) -> tuple[int, bytes]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, (size - _PART) // 2))
-        return size, file.read(_PART)
+        return size, hashlib.sha256(file.read(_PART)).digest()

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from fvcore.common.config import CfgNode
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from ..data.image_check import BROKEN_IMAGE, clipped_mode
+from ..data import image_check
 from .errors import ConfigError, one_line
 from .folder import read_result
 
@@ -168,9 +168,6 @@ def read_rgb(image: ImageLike) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.array(image.convert("RGB"))
     try:
-        with Image.open(image) as file:
-            if clipped := clipped_mode(file):
-                raise ValueError(f"{clipped}: convert it to 8 bits")
-            return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except BROKEN_IMAGE as error:
+        return image_check.read_rgb(image)
+    except image_check.BROKEN_IMAGE as error:
         raise ConfigError(f"{image}: not an image that can be read ({one_line(error)})") from error

@@ -43,6 +43,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
 }
+#: numbers without which a run crashes late or does nothing
+_COUNTS = ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
 #: sections of MODEL that detectron2 does not read either where the above are as they must be
 _UNREAD = ("RETINANET", "PANOPTIC_FPN", "SEM_SEG_HEAD", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD")
 
@@ -126,9 +128,8 @@ def _check_values(cfg: CfgNode) -> None:
             raise _unsupported(key, value, " or ".join(map(repr, possible[key])))
         if not _fits(value, default):
             raise ConfigError(f"{key} is {value!r}, expected something like {default!r}")
-    for key in ("IMS_PER_BATCH", "MAX_ITER", "CHECKPOINT_PERIOD"):
-        if cfg.SOLVER[key] < 1:
-            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least 1")
+        if key in _COUNTS and value < 1:
+            raise ConfigError(f"{key} is {value}, expected at least 1")
     _check_resnet(cfg)
     _check_anchors(cfg)
     _check_norms(cfg)

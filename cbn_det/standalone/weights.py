@@ -94,7 +94,8 @@ def _key_for(tensor: str, other_shape: bool) -> str:
         return "MODEL.ROI_HEADS.NUM_CLASSES"
     rows = (row for row in NORM_KEYS if row.prefix and tensor.startswith(row.prefix))
     key = next((row.key for row in rows), "")
-    return key if "running" in tensor else key.removesuffix(".NORM")
+    # without a norm a convolution has a bias
+    return key.removesuffix(".NORM") if other_shape or tensor.endswith(".weight") else key
 
 
 def _read(path: str, where: str) -> dict[str, Tensor]:
