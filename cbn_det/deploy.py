@@ -3,7 +3,8 @@
 In evaluation all norms of :mod:`cbn_det.norms` but GKN and GN+WS are BatchNorm, so a trained model
 needs neither this package nor any time for them. :func:`to_batchnorm` makes them
 ``nn.BatchNorm2d``, :func:`fold` takes them into the weights of the convolutions before them. Both
-work on any torch model. :func:`main` writes the model of a training run as a file that loads without this package.
+work on any torch model. :func:`main` writes the model of a training run as a file that loads
+without this package.
 """
 
 from __future__ import annotations
