@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbn_det.commands.check_coco import findings, make_parser
 from cbn_det.data import DataError, coco_folder
 from cbn_det.data.coco_folder import check_disk, check_folder, check_weights, find_coco
 from cbn_det.data.overlap import same_files
@@ -306,6 +307,15 @@ def test_a_weights_file_that_nobody_can_download(tmp_path) -> None:
     (tmp_path / "own.yaml").write_text("MODEL:\n  WEIGHTS: output/pretrain/backbone.pth\n")
     (finding,) = check_weights(pretrained_files([tmp_path / "own.yaml"]))
     assert finding.level == "problem" and "MODEL.WEIGHTS names it" in finding.text
+    (finding,) = check_weights(pretrained_files([tmp_path / "own.yaml"]), all_needed=False)
+    assert finding.level == "note", "of the many configs there are, which need not be run"
+
+
+def test_no_table_needs_a_file_that_cannot_be_downloaded(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    args = make_parser().parse_args([str(tmp_path), "--output", str(tmp_path)])
+    told = [f for f in findings(args, StatusLine(sys.stderr)) if "://" in f.text or ".pkl" in f.text]
+    assert len(told) == 7 and {f.level for f in told} == {"note"}
 
 
 @pytest.mark.detectron2

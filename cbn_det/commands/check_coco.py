@@ -46,6 +46,8 @@ from ..data.pretrained import pretrained_files
 from ..data.progress import StatusLine
 from .lines import tell
 
+_TABLES = CONFIGS / "coco"
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -78,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--configs",
         type=Path,
-        default=CONFIGS / "coco",
+        default=_TABLES,
         metavar="DIR",
         help="configs whose pretrained weights are looked for (default configs/coco)",
     )
@@ -106,7 +108,8 @@ def findings(args: argparse.Namespace, status: StatusLine) -> Iterator[Finding]:
         yield from check_folder(coco, expected=expected, sample=args.sample, progress=status.show)
     yield check_disk(args.output, args.runs)
     configs = [p for p in args.configs.rglob("*.yaml") if p.parent != args.configs / "base"]
-    yield from check_weights(pretrained_files(sorted(configs)), offline=args.offline)
+    files, all_needed = pretrained_files(sorted(configs)), args.configs != _TABLES
+    yield from check_weights(files, offline=args.offline, all_needed=all_needed)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -131,12 +131,15 @@ def disk_of(output: Path) -> tuple[Path, int]:
     return place, shutil.disk_usage(place).free
 
 
-def check_weights(files: list[PretrainedFile], *, offline: bool = False) -> Iterator[Finding]:
+def check_weights(
+    files: list[PretrainedFile], *, offline: bool = False, all_needed: bool = True
+) -> Iterator[Finding]:
     """
     Whether pretrained weights are where training looks for them.
 
     Args:
         offline: nothing can be downloaded: a missing file is a problem.
+        all_needed: so is one that is nowhere to be downloaded, as every config is to be run.
     """
     for file in files:
         needed = file.spec + (f" (of {file.num_configs} configs)" if file.num_configs > 1 else "")
@@ -148,7 +151,8 @@ def check_weights(files: list[PretrainedFile], *, offline: bool = False) -> Iter
             )
         elif file.url is None:
             yield Finding(
-                PROBLEM, f"{needed}: there is no file '{file.path}': MODEL.WEIGHTS names it"
+                PROBLEM if all_needed else NOTE,
+                f"{needed}: there is no file '{file.path}': MODEL.WEIGHTS names it",
             )
         elif offline:
             yield Finding(

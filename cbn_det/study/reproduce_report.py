@@ -36,7 +36,7 @@ def checks_text(reproduction: Reproduction, tables: Sequence[Table]) -> str:
         for check in CHECKS
         if _detector(check.table) in detectors
     ]
-    return "\n".join([_CHECKS, *lines]) + "\n" if lines else ""
+    return "\n".join([_CHECKS, "", *lines]) + "\n" if lines else ""
 
 
 def _detector(table: str) -> str:
