@@ -314,7 +314,9 @@ def test_a_weights_file_that_nobody_can_download(tmp_path) -> None:
 def test_no_table_needs_a_file_that_cannot_be_downloaded(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     args = make_parser().parse_args([str(tmp_path), "--output", str(tmp_path)])
-    told = [f for f in findings(args, StatusLine(sys.stderr)) if "://" in f.text or ".pkl" in f.text]
+    told = [
+        f for f in findings(args, StatusLine(sys.stderr)) if "://" in f.text or ".pkl" in f.text
+    ]
     assert len(told) == 7 and {f.level for f in told} == {"note"}
 
 
