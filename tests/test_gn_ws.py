@@ -314,35 +314,38 @@ def test_graphs_hold_the_standardisation() -> None:
         torch.jit.script(model)
 
 
-@pytest.mark.detectron2
-def test_a_detectron2_model_has_it_behind_every_normed_convolution() -> None:
-    from detectron2 import model_zoo
-    from detectron2.modeling import build_model
+@pytest.fixture(scope="module")
+def zoo():
+    import zoo_models
 
     import cbn_det
-    from cbn_det.plugin.registry import check_config_norms, unused_norms
-
-    def built(norm: str) -> nn.Module:
-        cfg = model_zoo.get_config("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml")
-        cfg.MODEL.DEVICE = "cpu"
-        for key in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
-            cfg.merge_from_list([f"MODEL.{key}.NORM", norm])
-        check_config_norms(cfg)
-        model = build_model(cfg)
-        assert unused_norms(cfg, model) == []
-        return model
 
     cbn_det.register()
-    try:
-        ours, theirs = built("GN+WS"), built("GN")
-    finally:
-        cbn_det.unregister()
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    check_bindings(ours.train())
-    convs = {n: m for n, m in ours.named_modules() if isinstance(m, nn.Conv2d)}
-    normed = {name for name, conv in convs.items() if getattr(conv, "norm", None) is not None}
-    assert len(normed) == 53 + 8 + 4 + 4
-    for name, conv in convs.items():
-        assert bool(conv._forward_pre_hooks) == (name in normed), name
-        assert name not in normed or conv.norm.conv is conv
-    assert "proposal_generator.rpn_head.conv" in convs.keys() - normed
+    yield zoo_models
+    cbn_det.unregister()
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(
+    "name", ["mask_rcnn", "retinanet", "mask_rcnn_regnet", "panoptic_deeplab_depthwise"]
+)
+def test_detectors_are_those_of_groupnorm_with_standardised_weights(zoo, name, monkeypatch) -> None:
+    """Which convolutions those are is seen in the calls of ``F.conv2d`` in the other model."""
+    ours = zoo.build(name, "GN+WS(groups=4)")
+    theirs = zoo.build(name, "GKN(groups=4, gain=0)")
+    theirs.load_state_dict(ours.state_dict())  # with GroupNorm's keys
+    check_bindings(ours)
+    with zoo.convolutions_seen(theirs, monkeypatch) as fed:
+        zoo.losses(theirs, zoo.random_inputs())
+    zoo.losses(ours, zoo.random_inputs())  # RetinaNet averages the number of its targets
+    assert None not in fed.values() and len(fed) >= 30
+    with torch.no_grad():
+        for weight in {id(weight): weight for weight in fed.values()}.values():
+            weight.copy_(by_hand(weight))
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)  # of proposals and RoIs
+        losses.append(zoo.losses(model, zoo.random_inputs()))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    sum(losses[0].values()).backward()
+    assert all(m.weight.grad.any() for n, m in ours.named_modules() if n in fed)

@@ -21,7 +21,7 @@ from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from . import binding
-from .base import SmallBatchNorm2d, is_number
+from .base import SmallBatchNorm2d, check_groups
 from .binding import ConvBound
 from .conv_call import operation_of
 from .functional import statistics_dtype
@@ -70,16 +70,7 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
         affine: bool = True,
         **factory: Any,
     ) -> None:
-        if type(groups) is not int or groups < 1:
-            raise ValueError(f"groups={groups!r}: expected a positive int")
-        if num_channels % groups:
-            fitting = max(g for g in range(1, groups) if num_channels % g == 0)
-            raise ValueError(
-                f"groups={groups} does not divide the {num_channels} channels: use"
-                f" GN+WS(groups={fitting}) there"
-            )
-        if not (is_number(eps) and eps >= 0.0):
-            raise ValueError(f"eps={eps!r}: expected a number of at least 0")
+        check_groups("GN+WS", num_channels, groups, eps)
         super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
         binding.install()
 
