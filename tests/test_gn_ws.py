@@ -2,6 +2,8 @@
 
 import copy
 import io
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -249,11 +251,44 @@ def test_a_convolution_is_released_by_errors_and_by_another_norm() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         model(torch.ones(1, 5, 7, 7, dtype=torch.double))
     assert not overridden(model)
+    failing = model[0].register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+    with pytest.raises(ZeroDivisionError):  # before anything was standardised
+        model(images(0))
+    failing.remove()
+    stopping = model[0].register_forward_pre_hook(lambda *_: sys.exit())
+    with pytest.raises(SystemExit):  # after which torch calls no hooks: the next call clears up
+        model(images(0))
+    stopping.remove()
+    model(images(0))
+    assert not overridden(model)
     model[1] = nn.GroupNorm(2, 8).double()
     assert not (model[0]._forward_pre_hooks or model[0]._forward_hooks)
     y = model[:2](images(0))
     expected = F.group_norm(F.conv2d(images(0), model[0].weight, model[0].bias, 2, 1), 2)
     torch.testing.assert_close(y, expected)
+
+
+def test_threads_share_a_model() -> None:
+    """One is stopped between the standardisation and the convolution while another passes."""
+    model, x = network().eval(), images(4)
+    expected = Reference(model)(x)
+    there, go_on, found = threading.Event(), threading.Event(), []
+
+    def stop_once(conv: nn.Module, args: tuple) -> None:
+        if not there.is_set():
+            there.set()
+            assert go_on.wait(20)
+
+    model[0].register_forward_pre_hook(stop_once)
+    thread = threading.Thread(target=lambda: found.append(model(x)))
+    thread.start()
+    assert there.wait(20)
+    found.append(model(x))
+    go_on.set()
+    thread.join()
+    for output in found:
+        torch.testing.assert_close(output, expected)
+    assert len(found) == 2 and not overridden(model)
 
 
 def test_empty_input_and_single_values() -> None:

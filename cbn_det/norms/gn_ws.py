@@ -13,6 +13,8 @@ convolution without such a norm stays as it is.
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +31,15 @@ from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
 
 _WS_EPS = 1e-5
+_LOCK = threading.Lock()
+
+
+def _lock() -> AbstractContextManager[Any]:
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def standardized(weight: Tensor) -> Tensor:
@@ -72,6 +83,7 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
     ) -> None:
         check_groups("GN+WS", num_channels, groups, eps)
         super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
+        self._callers: set[int] = set()  # threads in which the convolution runs
         binding.install()
 
     @property
@@ -111,11 +123,17 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
     def _standardize(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
         if "weight" not in conv._parameters:  # which would hide what is put in its place
             raise self._binding_error(f"is bound to {conv}, which computes its weight itself")
-        # An instance's attribute is found before its parameter of that name.
-        conv.__dict__["weight"] = standardized(conv._parameters["weight"])
+        weight = standardized(conv._parameters["weight"])
+        with _lock():
+            self._callers.add(_thread())
+            # an instance's attribute is found before its parameter of that name
+            conv.__dict__["weight"] = weight
 
     def _restore(self, conv: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        conv.__dict__.pop("weight", None)
+        with _lock():
+            self._callers.discard(_thread())
+            if not self._callers:  # else another thread is about to compute with it
+                conv.__dict__.pop("weight", None)
 
     def _check_input(self, y: Tensor) -> None:
         """Raises a RuntimeError unless ``y`` comes from the convolution with its standardised
