@@ -13,6 +13,8 @@ import pytest
 import yaml
 from tiny_run import REPOSITORY, run_loggers_removed
 
+from cbn_det.norms import parse_spec
+
 pytestmark = pytest.mark.detectron2
 
 CONFIGS = REPOSITORY / "configs"
@@ -273,6 +275,9 @@ def test_the_authors_setting_is_what_their_configs_say() -> None:
         assert (solver["IMS_PER_BATCH"], solver["REFERENCE_WORLD_SIZE"]) == (16, 4)
         schedule = [*solver["STEPS"], solver["MAX_ITER"]]
         assert schedule == [math.ceil(epoch) * epochs for epochs in (8, 11, 12)]
+        if path.stem in ("cbn_4img", "cbn_naive_4img"):
+            burn_in = parse_spec(cfg["MODEL.FPN.NORM"])[1]["burn_in"]
+            assert round(burn_in * solver["MAX_ITER"]) == math.ceil(epoch) * 8
         assert (solver["BASE_LR"], solver["MOMENTUM"], solver["GAMMA"]) == (0.02, 0.9, 0.1)
         assert solver["WEIGHT_DECAY"] == solver["WEIGHT_DECAY_NORM"] == 1e-4
         assert solver["WARMUP_ITERS"] == 500
