@@ -141,21 +141,16 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
         conv = self.conv
         if conv is None:
             raise self._binding_error("is bound to no convolution")
-        if torch.compiler.is_compiling():
-            return
-        weight, node = conv._parameters.get("weight"), operation_of(y)
+        weight = conv._parameters.get("weight")
+        node = None if torch.compiler.is_compiling() else operation_of(y)
         if node is None or weight is None or not (weight.is_leaf and weight.requires_grad):
             return
-        if "Convolution" not in node.name():
-            raise self._binding_error(f"is bound to {conv}, but its input is from {node.name()}")
-        source = node.next_functions[1][0]
-        plain = hasattr(source, "variable")
+        first = source = node.next_functions[1][0] if "Convolution" in node.name() else None
         while source is not None and not hasattr(source, "variable"):
             source = source.next_functions[0][0]
         if source is None or source.variable is not weight:
-            raise self._binding_error(f"is bound to {conv}, but another convolution reaches it")
-        if plain:
+            raise self._binding_error(f"is bound to {conv}, which did not make its input")
+        if source is first:
             raise self._binding_error(
-                f"is bound to {conv}, which was called without its hooks: call conv(x), not"
-                " conv.forward(x)"
+                f"is bound to {conv}, called without its hooks: call conv(x), not conv.forward(x)"
             )
