@@ -11,7 +11,7 @@ from torch import nn
 import cbn_det
 from cbn_det.norms import DoubleForward
 
-BASE = Path(__file__).resolve().parents[1] / "configs/coco/base/faster_rcnn_R_50_FPN_1x.yaml"
+BASE = Path(__file__).resolve().parents[1] / "configs/coco/base/rcnn_R_50_FPN_1x.yaml"
 _FPN_AND_HEAD = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 #: places of the norm -> config keys that name it, and MODEL.BACKBONE.FREEZE_AT
 PLACES = {

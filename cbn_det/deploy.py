@@ -1,9 +1,10 @@
 """Models ready to be used: our norms as plain BatchNorm, or folded into their convolutions.
 
-In evaluation all norms of :mod:`cbn_det.norms` but GKN are BatchNorm, so a trained model needs
-neither this package nor any time for them. :func:`to_batchnorm` makes them ``nn.BatchNorm2d``,
-:func:`fold` takes them into the weights of the convolutions before them. Both work on any torch
-model. :func:`main` writes the model of a training run as a file that loads without this package.
+In evaluation all norms of :mod:`cbn_det.norms` but GKN and GN+WS are BatchNorm, so a trained model
+needs neither this package nor any time for them. :func:`to_batchnorm` makes them
+``nn.BatchNorm2d``, :func:`fold` takes them into the weights of the convolutions before them. Both
+work on any torch model. :func:`main` writes the model of a training run as a file that loads
+without this package.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def to_batchnorm(model: nn.Module) -> Deployment:
 
     Raises:
         ValueError: the model is itself a norm, or a norm of ours computes something else than
-            BatchNorm in evaluation (GKN); names the layers. The model is then as it was.
+            BatchNorm in evaluation (GKN, GN+WS); names the layers. The model is then as it was.
     """
     _refuse_a_norm(model)
     sites, left = survey(model)
@@ -115,8 +116,8 @@ def fold(model: nn.Module, *, partly: bool = False) -> Deployment:
 
     Raises:
         ValueError: the model is itself a norm or in training mode, or a norm cannot be folded in
-            principle because it takes its statistics from its own input (GKN; unless ``partly``,
-            GN and LN too); names the layers. The model is then as it was.
+            principle because it takes its statistics from its own input (GKN, GN+WS; unless
+            ``partly``, GN and LN too); names the layers. The model is then as it was.
     """
     _refuse_a_norm(model)
     _, left = survey(model)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.detectron2
 
-KINDS = ["CBN", "KN", "GKN", "MBN", "BGN", "BRN"]
+KINDS = ["CBN", "KN", "GKN", "MBN", "BGN", "BRN", "GN+WS"]
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 
 
@@ -37,7 +37,7 @@ def backbone(zoo: Any, kind: str, depth: int = 4) -> nn.Module:
     from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
     torch.manual_seed(0)
-    norm, widths = zoo.NORMS[kind], (8, 12, 16, 24, 32)
+    norm, widths = {**zoo.NORMS, "GN+WS": "GN+WS(groups=4)"}[kind], (8, 12, 16, 24, 32)
     stages = [
         ResNet.make_stage(
             BasicBlock,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cbn_det.commands.check_coco import findings, make_parser
 from cbn_det.data import coco_folder
 from cbn_det.data.coco_folder import check_disk, check_folder
 from cbn_det.data.pretrained import pretrained_files
@@ -311,6 +312,14 @@ def test_a_weights_file_that_nobody_can_download(tmp_path) -> None:
     (file,) = pretrained_files([tmp_path / "own.yaml"])
     finding = file.check()
     assert finding.level == "problem" and "MODEL.WEIGHTS names it" in finding.text
+    assert file.check(needed=False).level == "note", "of many configs, which need not be run"
+
+
+def test_no_table_needs_a_file_that_cannot_be_downloaded(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    args = make_parser().parse_args([str(tmp_path), "--output", str(tmp_path)])
+    told = [f for f in findings(args) if "://" in f.text or ".pkl" in f.text]
+    assert len(told) == 7 and {f.level for f in told} == {"note"}
 
 
 @pytest.mark.detectron2

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from tiny_run import REPOSITORY, run_loggers_removed
 
+from cbn_det.norms import parse_spec
+
 pytestmark = pytest.mark.detectron2
 
 CONFIGS = REPOSITORY / "configs"
@@ -33,29 +35,48 @@ NORMS = {
     "bgn": "BGN",
 }
 TRAINABLE = set(NORMS) - {"none"}
-AUTHORS = {"cbn": "CBN(window=4, ema='batch')"}
-AUTHORS["cbn_as_released"] = "CBN(window=4, ema='batch', burn_in=8)"
+AUTHORS = {  # 8 of 12 epochs
+    "cbn": "CBN(window=4, ema='batch', burn_in=0.66666667)",
+    "cbn_naive": "CBN(window=4, ema='batch', burn_in=0.66666667, compensation='none')",
+    "cbn_as_released": "CBN(window=4, ema='batch', burn_in=8)",
+}
+IN_THE_HEADS = {"none", "bn", "syncbn", "gn", "brn", *AUTHORS}
 
 # table -> (rows, images per GPU, value of MODEL.RESNETS.NORM where it is not the row's)
 TABLES = {
     "faster_rcnn_R_50_FPN_1x": (set(NORMS), (1, 2), "FrozenBN"),
     "mask_rcnn_R_50_FPN_1x": (set(NORMS), (1, 2), "FrozenBN"),
-    "faster_rcnn_R_50_FPN_1x_everywhere": (TRAINABLE, (1, 2), None),
-    "mask_rcnn_R_50_FPN_1x_everywhere": (TRAINABLE, (1, 2), None),
+    "faster_rcnn_R_50_FPN_1x_everywhere": (TRAINABLE | {"gn+ws"}, (1, 2), None),
+    "mask_rcnn_R_50_FPN_1x_everywhere": (TRAINABLE | {"gn+ws"}, (1, 2), None),
+    "faster_rcnn_R_101_FPN_1x_everywhere": ({"cbn", "gn+ws"}, (1,), None),
+    "mask_rcnn_R_101_FPN_2x_everywhere": ({"cbn", "gn+ws"}, (1,), None),
     "mask_rcnn_R_50_FPN_3x_everywhere": (TRAINABLE, (2,), None),
+    "mask_rcnn_R_50_FPN_1x_scratch": ({"syncbn"}, (2,), None),
+    "mask_rcnn_R_50_FPN_2x_scratch": ({"syncbn"}, (2,), None),
     "mask_rcnn_R_50_FPN_3x_scratch": (TRAINABLE, (2,), None),
+    "mask_rcnn_R_50_FPN_6x_scratch": ({"syncbn"}, (2,), None),
     "mask_rcnn_R_50_FPN_9x_scratch": ({"gn", "syncbn"}, (2,), None),
-    "faster_rcnn_R_50_FPN_1x_cbn_authors": (
-        {"none", "syncbn", "gn", "cbn", "cbn_as_released"},
-        (4,),
-        "FrozenBN",
-    ),
-    "mask_rcnn_R_50_FPN_1x_cbn_authors": (
-        {"none", "syncbn", "gn", "cbn", "cbn_as_released"},
-        (4,),
-        "FrozenBN",
-    ),
+    "faster_rcnn_R_50_FPN_1x_cbn_authors": (IN_THE_HEADS, (4,), "FrozenBN"),
+    "mask_rcnn_R_50_FPN_1x_cbn_authors": (IN_THE_HEADS, (4,), "FrozenBN"),
+    "faster_rcnn_R_101_FPN_1x_cbn_authors": ({"syncbn", "gn", "cbn"}, (4,), "FrozenBN"),
+    "mask_rcnn_R_101_FPN_1x_cbn_authors": ({"syncbn", "gn", "cbn"}, (4,), "FrozenBN"),
+    "faster_rcnn_R_50_FPN_1x_cbn_authors_everywhere": ({"bn", "syncbn", "gn", "cbn"}, (4,), None),
 }
+# what a pretrained backbone wants: its file, its strides, and the images that it was trained with
+BACKBONE = ("WEIGHTS", "RESNETS.STRIDE_IN_1X1", "PIXEL_MEAN", "PIXEL_STD")
+BGR, RGB = [103.53, 116.28, 123.675], [123.675, 116.28, 103.53]
+WANTS = {
+    "MSRA": ["detectron2://ImageNetPretrained/MSRA/R-{}.pkl", True, BGR, [1.0] * 3],
+    "GN": ["catalog://ImageNetPretrained/FAIR/R-{}-GN", False, BGR, [1.0] * 3],
+    "GN+WS": ["weights/R-{}-GN-WS.pkl", False, RGB, [58.395, 57.12, 57.375]],
+    "torchvision": [
+        "detectron2://ImageNetPretrained/torchvision/R-{}.pkl",
+        False,
+        RGB,
+        [58.395, 57.12, 57.375],
+    ],
+}
+SPECS = NORMS | {"gn+ws": "GN+WS"}
 HEADS = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 ROWS = [path for table in TABLES for path in sorted((COCO / table).glob("*.yaml"))]
 EXAMPLES = sorted((CONFIGS / "examples").glob("*.yaml"))
@@ -69,7 +90,7 @@ def short(path: Path) -> str:
 def norm_of(row: Path) -> str:
     """The row's norm as a config names it."""
     name = row.stem.rpartition("_")[0]
-    return AUTHORS[name] if "authors" in row.parent.name and name in AUTHORS else NORMS[name]
+    return AUTHORS[name] if "authors" in row.parent.name and name in AUTHORS else SPECS[name]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -120,14 +141,34 @@ def test_rows_of_a_table_differ_in_the_norm_alone(table: str) -> None:
         free = norm_keys | {"OUTPUT_DIR"}
         if len(TABLES[table][1]) > 1:
             free.add("SOLVER.REFERENCE_WORLD_SIZE")
-        if table.endswith("x_everywhere"):  # a group norm's backbone has weights of its own
-            weights = {"MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1"}
-            own = ["catalog://ImageNetPretrained/FAIR/R-50-GN", False]
-            shared = ["detectron2://ImageNetPretrained/MSRA/R-50.pkl", True]
-            found = [cfg[key] for key in sorted(weights, reverse=True)]
-            assert found == (own if spec in ("GN", "GKN") else shared), path
-            free |= weights
+        if frozen is None and "scratch" not in table:
+            free |= {f"MODEL.{key}" for key in BACKBONE} | {"INPUT.FORMAT"}
         assert not differences(cfg, first) - free, path
+
+
+@pytest.mark.parametrize("path", ROWS, ids=short)
+def test_a_pretrained_backbone_gets_its_own_images_and_strides(path: Path) -> None:
+    cfg = load(path)
+    found = [cfg[f"MODEL.{key}"] for key in BACKBONE]
+    if "scratch" in path.parent.name:
+        assert found[:2] == ["", False]
+        return
+    norm = cfg["MODEL.RESNETS.NORM"].replace("GKN", "GN")
+    of_batchnorm = "torchvision" if "authors" in path.parent.name else "MSRA"
+    spec, *expected = WANTS.get(norm, WANTS[of_batchnorm])
+    spec = spec.format(cfg["MODEL.RESNETS.DEPTH"])
+    if "torchvision/R-101" in spec:  # which is nowhere to be downloaded
+        spec = "weights/R-101-torchvision.pkl"
+    assert found == [spec, *expected]
+    assert cfg["INPUT.FORMAT"] == ("BGR" if found[2] == BGR else "RGB")
+
+
+@pytest.mark.parametrize("path", ROWS, ids=short)
+def test_a_row_is_read_in_three_files_and_says_norm_and_gpus_itself(path: Path) -> None:
+    assert len(list(_bases(path))) <= 3
+    own = yaml.safe_load(path.read_text())
+    assert own["MODEL"]["FPN"]["NORM"] == norm_of(path)
+    assert own["SOLVER"]["REFERENCE_WORLD_SIZE"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -227,13 +268,16 @@ def test_the_retinanet_example_is_detectron2s_with_a_norm() -> None:
 def test_the_authors_setting_is_what_their_configs_say() -> None:
     epoch = 117266 / 16  # images with objects, and 4 GPUs with 4
     for path in ROWS:
-        if not path.parent.name.endswith("authors"):
+        if "authors" not in path.parent.name:
             continue
         cfg = load(path)
         solver = {key.removeprefix("SOLVER."): value for key, value in cfg.items()}
         assert (solver["IMS_PER_BATCH"], solver["REFERENCE_WORLD_SIZE"]) == (16, 4)
         schedule = [*solver["STEPS"], solver["MAX_ITER"]]
         assert schedule == [math.ceil(epoch) * epochs for epochs in (8, 11, 12)]
+        if path.stem in ("cbn_4img", "cbn_naive_4img"):
+            burn_in = parse_spec(cfg["MODEL.FPN.NORM"])[1]["burn_in"]
+            assert round(burn_in * solver["MAX_ITER"]) == math.ceil(epoch) * 8
         assert (solver["BASE_LR"], solver["MOMENTUM"], solver["GAMMA"]) == (0.02, 0.9, 0.1)
         assert solver["WEIGHT_DECAY"] == solver["WEIGHT_DECAY_NORM"] == 1e-4
         assert solver["WARMUP_ITERS"] == 500
@@ -242,8 +286,15 @@ def test_the_authors_setting_is_what_their_configs_say() -> None:
         assert solver["CLIP_GRADIENTS.ENABLED"] and clip == ["full_model", 35.0, 2.0]
         assert cfg["MODEL.RPN.SMOOTH_L1_BETA"] == pytest.approx(1 / 9)
         assert cfg["INPUT.MIN_SIZE_TRAIN"] == [800] and cfg["INPUT.MAX_SIZE_TRAIN"] == 1333
-        assert cfg["INPUT.FORMAT"] == "RGB" and not cfg["MODEL.RESNETS.STRIDE_IN_1X1"]
-        assert cfg["MODEL.PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+
+
+def test_one_image_per_gpu_as_gn_ws_was_published() -> None:
+    """4 GPUs x 1 image, IMS_PER_BATCH 4, LR 0.005, 360k, which is 16 images, 0.02 and 90k."""
+    for table, epochs in (("faster_rcnn_R_101_FPN_1x", 1), ("mask_rcnn_R_101_FPN_2x", 2)):
+        cfg = load(COCO / f"{table}_everywhere" / "gn+ws_1img.yaml")
+        keys = ("IMS_PER_BATCH", "REFERENCE_WORLD_SIZE", "BASE_LR", "MAX_ITER", "STEPS")
+        found = [cfg[f"SOLVER.{key}"] for key in keys]
+        assert found == [4, 4, 0.005, 360000 * epochs, [240000 * epochs, 320000 * epochs]]
 
 
 # ---- every file is reached, and trains -----------------------------------------------------------
@@ -321,7 +372,7 @@ def test_it_trains_two_steps(
     monkeypatch.chdir(REPOSITORY)
     options, overrides = data
     overrides = [*overrides, "MODEL.WEIGHTS", "", "OUTPUT_DIR", str(folder), *SMALL]
-    if load(path)["MODEL.RESNETS.DEPTH"] == 50:
+    if load(path)["MODEL.RESNETS.DEPTH"] > 18:
         overrides += SMALL_RESNET_50
     words = ["--config-file", str(path), *options, *overrides]
     args = argument_parser().parse_args(words)
@@ -355,12 +406,12 @@ def check_layers(row: Path, model: Any) -> None:
     if row.parent.name.startswith("mask"):
         heads += [getattr(model.roi_heads.mask_head, f"mask_fcn{index}") for index in (1, 2, 3, 4)]
     name = norm_of(row).partition("(")[0]
-    layer = LAYERS.get(name, f"{name}2d") if name else "NoneType"
+    layer = LAYERS.get(name, f"{name.replace('+', '')}2d") if name else "NoneType"
     assert {type(conv.norm).__name__ for conv in heads} == {layer}
     backbone = model.backbone.bottom_up
     expected = layer if TABLES[row.parent.name][2] is None else "FrozenBatchNorm2d"
     assert type(backbone.res5[2].conv3.norm).__name__ == expected
-    group_norm = name in ("GN", "GKN") and expected == layer
+    group_norm = name in ("GN", "GKN", "GN+WS") and expected == layer
     frozen = expected if group_norm or "scratch" in row.parent.name else "FrozenBatchNorm2d"
     assert type(backbone.stem.conv1.norm).__name__ == frozen
     trained = any(parameter.requires_grad for parameter in backbone.stem.parameters())

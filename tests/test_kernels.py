@@ -37,6 +37,7 @@ MOST = {
     "CBN(positions=None)": (26, 3),
     "KN": (38, 38),
     "GKN": (55, 55),
+    "GN+WS": (22, 22),
 }
 
 

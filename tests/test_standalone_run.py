@@ -791,7 +791,14 @@ def empty_every_other_image(inputs: Path, folder: Path) -> Path:
     "norm",
     [
         *("", "BN", "GN", "FrozenBN", "SyncBN", "CBN(burn_in=1)", "CBN(compensation='none')"),
-        *("BGN(groups=4)", "MBN(burn_in=1)", "BRN(burn_in=0)", "KN", "GKN(groups=4)"),
+        *(
+            "BGN(groups=4)",
+            "MBN(burn_in=1)",
+            "BRN(burn_in=0)",
+            "KN",
+            "GKN(groups=4)",
+            "GN+WS(groups=4)",
+        ),
     ],
 )
 def test_images_without_objects_train_with_every_norm(

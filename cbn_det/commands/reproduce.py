@@ -2,6 +2,7 @@
 
 A table is a folder of configs/coco, a row a config in it. Without --run a table is printed: what is
 published and where, what has been measured so far, and the differences, between norms as well.
+First of all it says whether the rows come out that others have trained in the very same setting.
 With --run the rows are trained; started again, finished ones are kept and interrupted ones resume.
 
 examples:
@@ -32,17 +33,21 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli import typed_words
 from ..run.arguments import add_datasets
 from ..run.files import write_text
+from ..shell import join
 from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
+from ..study.processes import HOME
 from ..study.published import TABLES
-from ..study.reproduce import Reproduction
-from ..study.reproduce_report import LEGEND, document, overview, table_text
-from ..study.reproduce_run import as_typed, on_gpu, run_rows, runs_of
+from ..study.reproduce import Reproduction, table_named
+from ..study.reproduce_report import LEGEND, checks_text, document, overview, table_text
+from ..study.reproduce_run import run_rows
 from .flags import add_opts, add_places, positive, submitter
 
 
@@ -95,25 +100,27 @@ def reproduce(args: argparse.Namespace) -> int:
         datasets=args.coco_dataset,
         overrides=args.opts,
     )
-    if args.list:
-        print(overview(reproduction, list(TABLES.values())), end="")
-        return 0
-    names = list(TABLES) if args.table == "all" else [args.table]
-    tables = [reproduction.table(name) for name in names]
+    everything = args.list or args.table == "all"
+    tables = list(TABLES.values()) if everything else [table_named(args.table)]
     rows = {table.name: reproduction.rows(table, args.rows) for table in tables}
     chosen = [row for group in rows.values() for row in group]
+    if args.list:
+        print(checks_text(reproduction, tables), overview(reproduction, tables), sep="\n", end="")
+        return 0
     if args.dry_run or args.run:
-        for caveat in filter(None, map(reproduction.caveat, chosen)):
-            print(f"note: {caveat}", file=sys.stderr)
+        runs = reproduction.runs(chosen, args.seeds)
+        for text in (text for row in chosen for text in reproduction.departures(row)):
+            print(f"note: {text}: not the same row", file=sys.stderr)
     if args.dry_run:
-        for run in runs_of(reproduction, chosen, args.seeds):
+        for run in runs:
             print(as_typed(["python", *run.command[1:]]))
         return 0
+    print(checks_text(reproduction, tables))
     code = 0
     if args.run:
-        submit = submitter(args, on_gpu(chosen, args.opts))
-        code = run_rows(reproduction, chosen, args.seeds, args.jobs, args.gpus, submit)
-        print()
+        submit = submitter(args, reproduction.on_gpu(chosen))
+        code = run_rows(reproduction, chosen, runs, args.jobs, args.gpus, submit)
+        print(f"\n{checks_text(reproduction, tables)}")
     for table in tables:
         print(table_text(reproduction, table, rows[table.name]))
     print(LEGEND)
@@ -121,6 +128,12 @@ def reproduce(args: argparse.Namespace) -> int:
         text = document(reproduction, tables, as_typed(typed_words()))
         print(f"Written: {write_text(args.markdown, text)}")
     return code
+
+
+def as_typed(words: Sequence[str]) -> str:
+    """A command line as one would type it in the present folder."""
+    home = f"{HOME}{os.sep}" if Path.cwd() == HOME else ""
+    return join(word.removeprefix(home) for word in words)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -53,11 +53,12 @@ class PretrainedFile:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == _PICKLE_STOP
 
-    def check(self, *, offline: bool = False) -> Finding:
+    def check(self, *, offline: bool = False, needed: bool = True) -> Finding:
         """Whether it is where training looks for it.
 
         Args:
             offline: nothing can be downloaded: a missing file is a problem.
+            needed: so is one that is nowhere to be downloaded.
         """
         of = f" (of {self.num_configs} configs)" if self.num_configs > 1 else ""
         if self.is_whole():
@@ -65,7 +66,8 @@ class PretrainedFile:
         elif self.path.exists():
             level, text = PROBLEM, f"'{self.path}' is cut off: delete it, or copy it there again"
         elif not self.remote:
-            level, text = PROBLEM, f"there is no file '{self.path}': MODEL.WEIGHTS names it"
+            level = PROBLEM if needed else NOTE
+            text = f"there is no file '{self.path}': MODEL.WEIGHTS names it"
         else:
             level = PROBLEM if offline else NOTE
             text = (

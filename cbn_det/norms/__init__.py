@@ -14,6 +14,7 @@ from .double_forward import DoubleForward
 from .evaluation import image_share
 from .functional import Estimate, Moments
 from .gkn import GKN2d
+from .gn_ws import GNWS2d
 from .kn import KN2d
 from .mbn import MBN2d
 from .model import (
@@ -50,6 +51,7 @@ __all__ = [
     "DoubleForward",
     "Estimate",
     "GKN2d",
+    "GNWS2d",
     "KN2d",
     "LeftNorm",
     "MBN2d",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from .conv_call import (
     ConvCall,
@@ -66,19 +67,26 @@ class ConvBound:
         """Whether the method must know the convolution that feeds this layer."""
         return False
 
+    @property
+    def without_conv(self) -> str:
+        """The norm to use in a config where no convolution can be known."""
+        return f"{type(self).__name__.removesuffix('2d')}(compensation='none')"
+
     def bind(self, conv: nn.Conv2d) -> None:
         """Names the convolution whose output this layer normalises. Done by itself wherever the
         norm is registered in, or right after, an ``nn.Conv2d``."""
         self.unbind()
-        handle = conv.register_forward_pre_hook(self._keep_input)
-        self.__dict__.update(conv=conv, _conv_handle=handle)
+        self.__dict__.update(conv=conv, _conv_handles=self._hooks_on(conv))
 
     def unbind(self) -> None:
         """Forgets the convolution."""
-        handle = self.__dict__.pop("_conv_handle", None)
-        if handle is not None:
+        for handle in self.__dict__.pop("_conv_handles", ()):
             handle.remove()
         self.__dict__.update(NOTHING_SEEN, conv=None, _checked={})
+
+    def _hooks_on(self, conv: nn.Conv2d) -> list[RemovableHandle]:
+        """What is done at each call of the convolution."""
+        return [conv.register_forward_pre_hook(self._keep_input)]
 
     def _keep_input(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
         bound = self.conv
@@ -231,9 +239,8 @@ class ConvBound:
     def _binding_error(self, problem: str) -> RuntimeError:
         name = type(self).__name__
         return RuntimeError(
-            f"{name}({self.num_features}) {problem}. {name} carries remembered statistics over to"
-            " the present weight of the convolution before it. Use NORM:"
-            f" \"{name.removesuffix('2d')}(compensation='none')\" at this site, or call"
+            f"{name}({self.num_features}) {problem}. {name} works with the weight of the"
+            f' convolution before it. Use NORM: "{self.without_conv}" at this site, or call'
             " norm.bind(conv)."
         )
 

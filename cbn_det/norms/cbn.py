@@ -68,20 +68,24 @@ class CBN2d(FollowingNorm2d):
     Args:
         num_features: channels C.
         window: iterations averaged over, the current one included (k in the paper; 1 is BatchNorm).
+            The default is the paper's at 4 images per GPU; its rule is ``min(ceil(16 / images per
+            GPU), 8)``, 8 at 1 and 2 images.
         burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a
             number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned into
             steps by :func:`cbn_det.norms.resolve_burn_in` (the trainer calls it with
             ``SOLVER.MAX_ITER``). Where nobody does, the first forward warns and takes a schedule of
-            3000.
+            3000. The default, 2/3, is ours (and the authors' config files': 8 of 12 epochs); the
+            paper's is 1/4 (3 of 12), and its figure for COCO shows no difference between the two.
         compensation: how a remembered entry is carried over to the present weight.
-            ``'taylor'``: the paper's rule. ``'none'``: as it is ("naive CBN"; the only one that
-            needs no convolution).
+            ``'taylor'``, the default: the paper's rule. ``'none'``: as it is ("naive CBN"; the only
+            one that needs no convolution).
         positions: number of output positions an iteration, on average, that ``d var / dW`` is
             estimated on, taken as crops of the feature maps or as some of the RoIs; the estimates
             are averaged over iterations. None: all positions, and each entry keeps its own
-            derivative, as in the paper. ``d mu / dW`` is always of all positions and each entry's
-            own.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+            derivative, as in the paper; the default is ours. ``d mu / dW`` is always of all
+            positions and each entry's own.
+        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. ``ema='pooled'``,
+            the default, is ours; the authors' code has ``'batch'``, the paper does not say.
 
     Raises:
         ValueError: an option out of range.

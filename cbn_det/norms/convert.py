@@ -138,7 +138,7 @@ def _replacement(layer: nn.Module, spec: str, name: str) -> nn.BatchNorm2d:
     if not isinstance(new, nn.BatchNorm2d):
         raise ValueError(
             f"norm {spec!r}: {type(new).__name__} is no BatchNorm2d, so it cannot take over a"
-            " BatchNorm's statistics"
+            " BatchNorm's statistics: build the model with it"
         )
     return new.to(layer.running_mean.device, layer.running_mean.dtype)
 

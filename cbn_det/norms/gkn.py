@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .base import SmallBatchNorm2d, is_number
+from .base import SmallBatchNorm2d, check_groups
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
 from .kn import DEFAULT_GAIN, Posterior, Predicting, posterior
 from .propagation import Pair
@@ -61,16 +61,7 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         affine: bool = True,
         **factory: Any,
     ) -> None:
-        if type(groups) is not int or groups < 1:
-            raise ValueError(f"groups={groups!r}: expected a positive int")
-        if num_channels % groups:
-            fitting = max(g for g in range(1, groups) if num_channels % g == 0)
-            raise ValueError(
-                f"groups={groups} does not divide the {num_channels} channels: use"
-                f" GKN(groups={fitting}) there"
-            )
-        if not (is_number(eps) and eps >= 0.0):
-            raise ValueError(f"eps={eps!r}: expected a number of at least 0")
+        check_groups("GKN", num_channels, groups, eps)
         super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
         self._start_predicting(gain)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .base import SmallBatchNorm2d
 from .binding import ConvBound
 from .remembering import RememberingNorm2d
+from .sites import some
 from .spec import name_of
 
 
@@ -47,12 +48,11 @@ def check_bindings(model: nn.Module) -> None:
     bound = [(n, m) for n, m in model.named_modules() if isinstance(m, ConvBound) and m.training]
     unbound = [n for n, m in bound if m.needs_conv and m.conv is None]
     if unbound:
-        name = type(model.get_submodule(unbound[0])).__name__.removesuffix("2d")
+        layer = model.get_submodule(unbound[0])
         raise ValueError(
-            f"{len(unbound)} {name} layers are fed by no nn.Conv2d: {', '.join(unbound[:4])}"
-            f"{', ...' if len(unbound) > 4 else ''}. Deformable, transposed and Trident"
-            " convolutions give no access to the derivative of their statistics: use"
-            f" NORM: \"{name}(compensation='none')\" there, or another norm."
+            f"{len(unbound)} {name_of(type(layer))} layers are fed by no nn.Conv2d:"
+            f" {some(unbound)} (deformable, transposed and Trident convolutions are none). Use"
+            f' NORM: "{layer.without_conv}" there, or another norm.'
         )
 
 

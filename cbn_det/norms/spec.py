@@ -29,12 +29,14 @@ def register_norm(name: str) -> Callable[[T], T]:
         NORM: "MyNorm(strength=0.5)"
 
     Raises:
-        ValueError: the name is taken or is no identifier.
+        ValueError: the name is taken, or is not an identifier or several joined by +.
     """
 
     def decorator(cls: T) -> T:
-        if not name.isidentifier():
-            raise ValueError(f"{name!r} cannot name a norm: expected an identifier")
+        if not _is_name(name):
+            raise ValueError(
+                f"{name!r} cannot name a norm: expected an identifier, or several joined by +"
+            )
         if _NORMS.get(name, cls) is not cls:
             raise ValueError(f"a norm named {name!r} is registered already: {_NORMS[name]}")
         _NORMS[name] = cls
@@ -72,12 +74,14 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: not of that form; says what the form is.
     """
-    text = spec.strip()
-    if text.isidentifier():
-        return text, {}
+    name, bracket, options_text = spec.strip().partition("(")
+    name = name.rstrip()
+    if _is_name(name) and not bracket:
+        return name, {}
     try:
-        call = ast.parse(text, mode="eval").body
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+        call = ast.parse(f"norm({options_text}", mode="eval").body
+        is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if not (_is_name(name) and bracket and is_call) or call.args:
             raise ValueError("not a call with named options")
         options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         if None in options or len(options) != len(call.keywords):
@@ -88,7 +92,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             ' plain values, such as NORM: "CBN(window=8, burn_in=3000)"; as an override of a'
             " LazyConfig it needs inner quotes: 'model.backbone.norm=\"CBN(window=8)\"'"
         ) from None
-    return call.func.id, options
+    return name, options
+
+
+def _is_name(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("+"))
 
 
 def try_norm(spec: str) -> nn.Module:

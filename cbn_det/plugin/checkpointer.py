@@ -138,7 +138,7 @@ def check_weights(model: nn.Module, incompatible: Any, cfg: CfgNode) -> None:
         raise ConfigError(
             f"{where}: it holds BatchNorm statistics for {surplus}, but {norm} normalises groups"
             f" of channels. Use weights that were trained with GroupNorm, such as {_GN_WEIGHTS}"
-            " with MODEL.RESNETS.STRIDE_IN_1X1 False"
+            " with MODEL.RESNETS.STRIDE_IN_1X1 False (GN+WS: with weights of its own)"
         )
 
 

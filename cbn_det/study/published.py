@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-_DATA = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 #: {"bbox": {"AP": 36.8, "AP50": 57.9, ...}, "segm": {...}}
 Values = dict[str, dict[str, float]]
@@ -24,20 +22,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Published:
-    """The numbers of one row. ``place`` is the line or table of the source."""
+    """Numbers of a source.
+
+    Args:
+        place: the lines or the table that they stand in.
+        precise_bn: they are with PreciseBN, which is not a run's first evaluation.
+        what, remark: of those that no row of a table repeats: what they are, how to take them.
+    """
 
     values: Values
     source: Source
     place: str
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Published numbers that no row of a table repeats, and why they are worth knowing."""
-
-    what: str
-    published: Published
-    remark: str
+    precise_bn: bool = False
+    what: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,34 +52,45 @@ class Table:
 
     name: str
     title: str
-    published: dict[str, Published]
-    elsewhere: tuple[Elsewhere, ...] = ()
+    published: dict[str, Published] = field(default_factory=dict)
+    elsewhere: tuple[Published, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
-SOURCES = {key: Source(**source) for key, source in _DATA["sources"].items()}
+@dataclass(frozen=True)
+class Check:
+    """A published row that a reproduction must reach before any other is believed.
+
+    Args:
+        table, row: names.
+        expected: by task, AP with PreciseBN and how far from it a run may be.
+    """
+
+    table: str
+    row: str
+    expected: dict[str, tuple[float, float]]
 
 
 def _published(entry: dict[str, Any]) -> Published:
-    values = {
-        kind: dict(zip(("AP", "AP50", "AP75"), entry[kind], strict=False))
-        for kind in ("bbox", "segm")
-        if kind in entry
-    }
-    return Published(values, SOURCES[entry["source"]], entry["place"])
+    tasks = [task for task in ("bbox", "segm") if task in entry]
+    values = {task: dict(zip(("AP", "AP50", "AP75"), entry[task], strict=False)) for task in tasks}
+    others = {key: value for key, value in entry.items() if key not in (*tasks, "source")}
+    return Published(values, SOURCES[entry["source"]], **others)
 
 
-def _table(name: str, entry: dict[str, Any]) -> Table:
-    return Table(
+_DATA = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+SOURCES = {key: Source(**source) for key, source in _DATA["sources"].items()}
+TABLES = {
+    name: Table(
         name,
         entry["title"],
         {row: _published(numbers) for row, numbers in entry.get("published", {}).items()},
-        tuple(
-            Elsewhere(e["what"], _published(e["published"]), e["remark"])
-            for e in entry.get("elsewhere", ())
-        ),
+        tuple(_published(numbers) for numbers in entry.get("elsewhere", ())),
         tuple(entry.get("remarks", ())),
     )
-
-
-TABLES = {name: _table(name, entry) for name, entry in _DATA["tables"].items()}
+    for name, entry in _DATA["tables"].items()
+}
+CHECKS = [
+    Check(entry.pop("table"), entry.pop("row"), {task: tuple(ap) for task, ap in entry.items()})
+    for entry in _DATA["checks"]
+]

@@ -1,4 +1,4 @@
-"""Reproduces published tables: what each row runs, what has been measured, how far apart they are.
+"""The rows of published tables: what each runs, and what has been measured of it so far.
 
 A row always has the images per GPU and the total batch of its config. On fewer GPUs than the config
 is for, each accumulates gradients of several mini-batches; norms see the same mini-batches then. It
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from cbn_det.config_files import CONFIGS
 from cbn_det.study.plan import LAUNCHER, Run
-from cbn_det.study.published import TABLES, Published, Table, Values
-from cbn_det.study.recipes import read_yaml, schedule
+from cbn_det.study.published import TABLES, Published, Table
+from cbn_det.study.recipes import device, read_yaml, schedule
 from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
 
 COCO_TABLES = CONFIGS / "coco"
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 #: norms that differences are taken to, where a table has them
 BASELINES = ("none", "bn", "syncbn", "gn")
-_ORDER = (*BASELINES, "brn", "cbn", "cbn_as_released", "kn", "gkn", "mbn", "bgn")
+_CBN = ("cbn", "cbn_naive", "cbn_as_released")
+_ORDER = (*BASELINES, "gn+ws", "brn", *_CBN, "kn", "gkn", "mbn", "bgn")
 #: norms that train with what they remember of earlier steps
-REMEMBERING = ("brn", "cbn", "cbn_as_released", "mbn")
+_REMEMBERING = ("brn", *_CBN, "mbn")
 _SET_HERE = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SEED", "OUTPUT_DIR")
 
 
@@ -76,24 +76,47 @@ class Row:
     def published(self) -> Published | None:
         return self.table.published.get(self.name)
 
+    def published_ap(self, task: str, metric: str = "AP") -> float | None:
+        return self.published.values[task].get(metric) if self.published else None
+
+    def departures(self, gpus: int, accumulated: int) -> list[str]:
+        """In what a run on so many GPUs, with so many mini-batches of each a step, is not this
+        row."""
+        found, here = [], f"{self.name}: on {gpus} GPU{'s' * (gpus > 1)}"
+        if self.norm == "syncbn" and gpus != self.gpus:
+            ours, own = gpus * self.images, self.gpus * self.images
+            found.append(f"{here} SyncBN normalises over {ours} images, in the row over {own}")
+        if self.norm in _REMEMBERING and accumulated > 1:
+            found.append(f"{here} a remembered step is of {accumulated} mini-batches, in the row 1")
+        if gpus * accumulated != self.gpus:
+            ours, own = gpus * accumulated * self.images, self.gpus * self.images
+            found.append(f"{here} a step had {ours} images, in the row {own}")
+        return found
+
 
 @dataclass(frozen=True)
 class Measured:
     """What the runs of a row have left so far.
 
     Attributes:
-        ap: by task and metric, over the seeds that finished; None where there is no such number.
-        ap_precise: box and mask AP with PreciseBN statistics.
-        states: of the runs that are not finished: "not finished", "failed: ...", "diverged: ...".
-        splits: (GPUs, images per GPU, accumulated mini-batches) of the finished runs.
-        results: of the finished runs.
+        results: of the finished runs, one a seed, however many GPUs they ran on.
+        states: of the others: "not finished", "failed: ...", "diverged: ...".
+        asked: tasks and metrics that the table's data have objects for.
     """
 
-    ap: dict[str, dict[str, Spread | None]]
-    ap_precise: dict[str, Spread | None]
-    states: list[str]
-    splits: list[tuple[int, int, int]]
     results: list[dict]
+    states: list[str]
+    asked: set[tuple[str, str]]
+
+    def ap(self, task: str, metric: str = "AP", source: str = "results") -> Spread | None:
+        """Over the seeds that finished; None where there is no such number."""
+        return spread_of(self.results, source, task, metric, self.asked)
+
+    @property
+    def splits(self) -> list[tuple[int, int]]:
+        """(GPUs, accumulated mini-batches) of the finished runs."""
+        found = ((one["world_size"], one.get("accumulate") or 1) for one in self.results)
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -136,15 +159,6 @@ class Reproduction:
         """Whether what is run is something else than the table's rows."""
         return bool(self.iterations or self.datasets or self.overrides)
 
-    def table(self, name: str) -> Table:
-        """
-        Raises:
-            ValueError: there is no such table.
-        """
-        if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}; known are {', '.join(TABLES)}")
-        return TABLES[name]
-
     def rows(self, table: Table, names: Sequence[str] = ()) -> list[Row]:
         """The rows of a table, by images per GPU and norm.
 
@@ -155,11 +169,12 @@ class Reproduction:
             ValueError: there is no such row.
         """
         rows = [Row(table, path) for path in (self.configs / table.name).glob("*.yaml")]
-        rows.sort(key=lambda row: (row.images, _place(row.norm), row.name))
-        unknown = [name for name in names if name not in {r.name for r in rows} | _norms(rows)]
-        if unknown or not rows:
-            known = ", ".join(row.name for row in rows)
-            raise ValueError(f"{table.name} has no row {unknown[0]!r}; known are {known}")
+        rows.sort(key=lambda row: (row.images, (*_ORDER, row.norm).index(row.norm), row.name))
+        known = {name for row in rows for name in (row.name, row.norm)}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            listed = ", ".join(row.name for row in rows)
+            raise ValueError(f"{table.name} has no row {unknown[0]!r}; known are {listed}")
         return [row for row in rows if not names or {row.name, row.norm} & set(names)]
 
     def run(self, row: Row, seed: int) -> Run:
@@ -167,14 +182,8 @@ class Reproduction:
         Raises:
             ValueError: the row's mini-batches cannot be shared out among the GPUs.
         """
-        ranks = (self.gpus or max(1, row.gpus // self.machines)) * self.machines
-        if row.gpus % ranks:
-            raise ValueError(
-                f"{row.name}: {row.gpus} mini-batches of {row.images} make a step, which {ranks} "
-                f"GPUs cannot share: choose {_divisors(row.gpus)} in all"
-            )
-        accumulate = row.gpus // ranks
-        folder = self._folder(row, seed)
+        ranks, accumulate = self._split(row)
+        folder = self.output / row.table.name / f"{row.name}_seed{seed}-{self._hash(row)}"
         command = (
             *self.launcher,
             *("--config-file", str(row.config), "--engine", "detectron2"),
@@ -187,29 +196,27 @@ class Reproduction:
         label = f"{row.table.name} {row.name} seed {seed}"
         return Run(label, folder, command, ranks, row.norm, seed=seed)
 
-    def caveat(self, row: Row) -> str | None:
-        """What is not the row's own where its runs get the GPUs asked for."""
-        ranks = (self.gpus or max(1, row.gpus // self.machines)) * self.machines
-        if ranks == row.gpus or row.gpus % ranks:  # the latter is refused by `run`
-            return None
-        if row.norm in REMEMBERING:
-            return (
-                f"{row.name}: what the norm remembers of a step is of {row.gpus // ranks} "
-                "mini-batches there, on the row's GPUs of one: not the same row"
-            )
-        if row.norm != "syncbn":
-            return None
-        return (
-            f"{row.name}: on {ranks} GPUs SyncBN normalises over {ranks * row.images} images, on "
-            f"the {row.gpus} of the row over {row.gpus * row.images}: not the same row"
-        )
+    def runs(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
+        """In an order that gives every row its first seed early."""
+        return [self.run(row, seed) for seed in seeds for row in rows]
+
+    def on_gpu(self, rows: Sequence[Row]) -> bool:
+        """Whether any row asks for a GPU."""
+        return any(device(row.config, self.overrides) != "cpu" for row in rows)
+
+    def departures(self, row: Row) -> list[str]:
+        """In what the runs asked for are not the row.
+
+        Raises:
+            ValueError: as :meth:`run`.
+        """
+        return row.departures(*self._split(row))
 
     def measured(self, table: Table) -> dict[str, Measured]:
-        """By row name: of all seeds, however many GPUs they ran on."""
-        rows = self.rows(table)
-        left = {row.name: self._left(row) for row in rows}
+        """By row name."""
+        left = {row.name: self._left(row) for row in self.rows(table)}
         asked = metrics_with_truth(result for finished, _ in left.values() for result in finished)
-        return {row.name: _measured(row, *left[row.name], asked) for row in rows}
+        return {name: Measured(*both, asked) for name, both in left.items()}
 
     def _left(self, row: Row) -> tuple[list[dict], list[str]]:
         """The results of a row's finished runs, and the states of the others."""
@@ -227,8 +234,16 @@ class Reproduction:
                 finished.append(result)
         return finished, states
 
-    def _folder(self, row: Row, seed: int) -> Path:
-        return self.output / row.table.name / f"{row.name}_seed{seed}-{self._hash(row)}"
+    def _split(self, row: Row) -> tuple[int, int]:
+        """(GPUs, mini-batches that each accumulates) of a run."""
+        ranks = (self.gpus or max(1, row.gpus // self.machines)) * self.machines
+        if row.gpus % ranks:
+            fitting = [str(n) for n in range(1, row.gpus + 1) if row.gpus % n == 0]
+            raise ValueError(
+                f"{row.name}: {row.gpus} mini-batches of {row.images} make a step, which {ranks} "
+                f"GPUs cannot share: choose {', '.join(fitting)} in all"
+            )
+        return ranks, row.gpus // ranks
 
     def _changes(self, row: Row) -> list[str]:
         """The options of the launcher that make something else of a row."""
@@ -245,72 +260,11 @@ class Reproduction:
         return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
-def differences(
-    values: dict[str, Values | None], baseline: str, task: str, metric: str = "AP"
-) -> dict[str, float]:
+def table_named(name: str) -> Table:
     """
-    How far each row is from the row of the same images per GPU with another norm.
-
-    Args:
-        values: by row name; None for rows without numbers.
-        baseline: a norm, in small letters.
-
-    Returns:
-        by row name; rows for which one of the two numbers is missing are left out, and the baseline
-        itself.
+    Raises:
+        ValueError: there is no such table.
     """
-    found = {}
-    for name, own in values.items():
-        norm, _, images = name.rpartition("_")
-        other = values.get(f"{baseline}_{images}")
-        pair = [(v or {}).get(task, {}).get(metric) for v in (own, other)]
-        if norm != baseline and None not in pair:
-            found[name] = pair[0] - pair[1]
-    return found
-
-
-def means(measured: Measured) -> Values:
-    """The means over seeds, in the form of published numbers."""
-    return {
-        task: {metric: spread.mean for metric, spread in metrics.items() if spread is not None}
-        for task, metrics in measured.ap.items()
-    }
-
-
-def _measured(
-    row: Row, finished: list[dict], states: list[str], asked: set[tuple[str, str]]
-) -> Measured:
-    """
-    Args:
-        asked: tasks and metrics that the table's data have objects for.
-    """
-
-    def spread(source: str, task: str, metric: str) -> Spread | None:
-        return spread_of(finished, source, task, metric, asked)
-
-    return Measured(
-        {
-            task: {metric: spread("results", task, metric) for metric in METRICS}
-            for task in row.tasks
-        },
-        {task: spread("results_precise_bn", task, "AP") for task in row.tasks},
-        states,
-        list(dict.fromkeys(_split(result) for result in finished)),
-        finished,
-    )
-
-
-def _split(result: dict) -> tuple[int, int, int]:
-    return result["world_size"], result["images_per_gpu"], result.get("accumulate") or 1
-
-
-def _norms(rows: list[Row]) -> set[str]:
-    return {row.norm for row in rows}
-
-
-def _place(norm: str) -> int:
-    return _ORDER.index(norm) if norm in _ORDER else len(_ORDER)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    if name not in TABLES:
+        raise ValueError(f"there is no table {name!r}; known are {', '.join(TABLES)}")
+    return TABLES[name]

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tabulate import tabulate
 
 from cbn_det.shell import join
-from cbn_det.study.published import Elsewhere, Published, Source, Table, Values
-from cbn_det.study.reproduce import (
-    BASELINES,
-    REMEMBERING,
-    Measured,
-    Reproduction,
-    Row,
-    differences,
-    means,
-)
+from cbn_det.study.published import CHECKS, TABLES, Check, Published, Table
+from cbn_det.study.reproduce import BASELINES, Measured, Reproduction, Row
 from cbn_det.study.results import Spread
 from cbn_det.study.tables import machines, versions
 
@@ -30,6 +24,49 @@ LEGEND = (
     "there are several. PreciseBN: the same weights, BatchNorm statistics recomputed after "
     "training."
 )
+_CHECKS = "Checks, to pass before any other row is believed: AP with PreciseBN as published."
+
+
+def checks_text(reproduction: Reproduction, tables: Sequence[Table]) -> str:
+    """Which of the rows that others have published come out here, of the detectors of the tables;
+    "" where none is known."""
+    detectors = {_detector(table.name) for table in tables}
+    lines = [
+        f"- {_checked(reproduction, check)}"
+        for check in CHECKS
+        if _detector(check.table) in detectors
+    ]
+    return "\n".join([_CHECKS, "", *lines]) + "\n" if lines else ""
+
+
+def _detector(table: str) -> str:
+    return table.partition("_")[0]
+
+
+def _checked(reproduction: Reproduction, check: Check) -> str:
+    # of the row itself, whatever else is tried out
+    plain = replace(reproduction, iterations=None, datasets=[], overrides=[])
+    table = TABLES[check.table]
+    (row,) = plain.rows(table, [check.row])
+    measured = plain.measured(table)[check.row]
+    found = {task: measured.ap(task, source="results_precise_bn") for task in check.expected}
+    wanted = ", ".join(
+        f"{TASK_NAMES[task]} AP {ap} ± {within}" for task, (ap, within) in check.expected.items()
+    )
+    departures = [text for split in measured.splits for text in row.departures(*split)]
+    if not measured.results:
+        outcome = _state(None, measured)
+    elif None in found.values():
+        outcome = "NOT CHECKED, its runs were not evaluated with PreciseBN"
+    elif departures:
+        outcome = f"NOT CHECKED, {departures[0]}"
+    else:
+        missed = [
+            t for t, (ap, within) in check.expected.items() if abs(found[t].mean - ap) > within
+        ]
+        numbers = ", ".join(f"{TASK_NAMES[task]} AP {_spread(ap)}" for task, ap in found.items())
+        outcome = f"{'FAILED' if missed else 'passed'}, {numbers}"
+    return f"{check.table} {check.row}, {wanted}: {outcome}"
 
 
 def overview(reproduction: Reproduction, tables: Sequence[Table]) -> str:
@@ -56,18 +93,14 @@ def table_text(reproduction: Reproduction, table: Table, rows: Sequence[Row]) ->
     Args:
         rows: of :meth:`Reproduction.rows`.
     """
-    known = reproduction.measured(table)
-    measured = {row.name: known[row.name] for row in rows}
+    measured = reproduction.measured(table)
     parts = [table.title]
     if reproduction.is_changed:
-        words = [*(["--iters", str(reproduction.iterations)] if reproduction.iterations else [])]
-        words += [
-            word for triple in reproduction.datasets for word in ("--coco-dataset", triple[0])
-        ]
-        words += reproduction.overrides
+        words = ["--iters", str(reproduction.iterations)] if reproduction.iterations else []
+        words += [word for name, *_ in reproduction.datasets for word in ("--coco-dataset", name)]
         parts.append(
-            f"Changed by {join(words)}: these are not the table's rows, and no differences "
-            "to published numbers are given."
+            f"Changed by {join([*words, *reproduction.overrides])}: these are not the table's rows,"
+            " and no differences to published numbers are given."
         )
     for task in rows[0].tasks:
         lines = [_line(row, measured[row.name], task, reproduction.is_changed) for row in rows]
@@ -78,89 +111,75 @@ def table_text(reproduction: Reproduction, table: Table, rows: Sequence[Row]) ->
         gains = _gains(rows, measured, task)
         if gains:
             parts += [f"Differences between norms, {TASK_NAMES[task]} AP:", _text(gains)]
-    if table.elsewhere:
-        lines = [_elsewhere(entry, rows[0].tasks) for entry in table.elsewhere]
-        parts += ["Published elsewhere, for orientation:", _text(lines)]
-    remarks = [*table.remarks, *_remarks(rows, measured)]
-    if remarks:
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
-    sources = _sources(table, rows)
-    if sources:
-        names = (f"{source.name}, {source.url}" for source in sources)
-        parts.append("Sources: " + "; ".join(names) + ".")
+    parts += _elsewhere(table, rows[0].tasks)
+    parts += _remarks(table, rows, measured)
+    published = [*(row.published for row in rows if row.published), *table.elsewhere]
+    if published:
+        sources = dict.fromkeys(f"{one.source.name}, {one.source.url}" for one in published)
+        parts.append(f"Sources: {'; '.join(sources)}.")
     return "\n\n".join(parts) + "\n"
 
 
 def document(reproduction: Reproduction, tables: Sequence[Table], command: str) -> str:
     """Several tables as one page of Markdown: rows with a number, published or measured."""
-    measured = sum(
-        bool(one.results) for table in tables for one in reproduction.measured(table).values()
-    )
+    measured = {table.name: reproduction.measured(table) for table in tables}
+    done = sum(bool(one.results) for rows in measured.values() for one in rows.values())
     parts = [
         "# Model zoo",
         f"<!-- written by {command}; do not edit -->",
         "AP on COCO val2017, 0-100. A number in brackets is published, at the address beside it. "
         "One without brackets is measured here: mean ± sample standard deviation over seeds, where "
-        f"there are several. Rows measured here so far: {measured}.",
+        f"there are several. Rows measured here so far: {done}.",
         "A row is `configs/coco/TABLE/ROW.yaml`, which `python tools/reproduce.py TABLE --rows ROW "
         "--run` trains. Rows without a number are not listed; `python tools/reproduce.py TABLE` "
         "prints them, with AP50, AP75 and the differences between norms.",
+        checks_text(reproduction, tables),
     ]
     nothing = []
     for table in tables:
-        known = reproduction.measured(table)
-        rows = [row for row in reproduction.rows(table) if row.published or known[row.name].results]
+        known, everything = measured[table.name], reproduction.rows(table)
+        rows = [row for row in everything if row.published or known[row.name].results]
         if not (rows or table.elsewhere):
-            nothing.append(table)
+            nothing.append({"table": f"`{table.name}`", "what": table.title})
             continue
         parts += [f"## {table.title}", f"`{table.name}`"]
         if rows:
             parts.append(_text([_zoo_line(row, known[row.name]) for row in rows], "github"))
-        if table.elsewhere:
-            tasks = reproduction.rows(table)[0].tasks
-            lines = [_elsewhere(entry, tasks, markdown=True) for entry in table.elsewhere]
-            parts += ["Published elsewhere, for orientation:", _text(lines, "github")]
-        remarks = [*table.remarks, *_remarks(rows, known)]
-        parts.append("\n".join(f"- {remark}" for remark in remarks))
+        parts += _elsewhere(table, everything[0].tasks, "github")
+        parts += _remarks(table, rows, known)
     if nothing:
-        lines = [{"table": f"`{table.name}`", "what": table.title} for table in nothing]
-        parts += ["## Tables without a number", _text(lines, "github")]
-    return "\n\n".join(filter(None, parts)) + "\n"
+        parts += ["## Tables without a number", _text(nothing, "github")]
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
-def _zoo_line(row: Row, measured: Measured) -> dict[str, str]:
-    line = {"row": row.name, "GPUs x images": _splits(row, measured)}
-    for task in row.tasks:
-        own = _state(measured.ap[task]["AP"], measured) if measured.results else ""
-        published = row.published.values.get(task, {}).get("AP") if row.published else None
-        cells = [own, _number(published) if published is not None else ""]
-        line[f"{TASK_NAMES[task]} AP"] = " ".join(filter(None, cells))
-    return {**line, "published in": _place(row.published, markdown=True)}
+def differences(ap: dict[str, float | None], baseline: str) -> dict[str, float]:
+    """How far each row is from the row of the same images per GPU with another norm.
 
+    Args:
+        ap: by row name; None for rows without.
+        baseline: a norm, in small letters.
 
-def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, str]:
-    name = TASK_NAMES[task]
-    published = row.published.values.get(task, {}) if row.published else {}
-    own = measured.ap[task]
-    return {
-        "row": row.name,
-        "GPUs x images": _splits(row, measured),
-        f"published {name} AP": _number(published.get("AP")),
-        f"measured {name} AP": _state(own["AP"], measured),
-        "difference": "-" if changed else _gap(own["AP"], published.get("AP")),
-        "AP, PreciseBN": _spread(measured.ap_precise[task]),
-        "AP50": _both(own["AP50"], published.get("AP50")),
-        "AP75": _both(own["AP75"], published.get("AP75")),
-    }
+    Returns:
+        by row name; rows for which one of the two numbers is missing are left out, and the baseline
+        itself.
+    """
+    found = {}
+    for name, own in ap.items():
+        norm, _, images = name.rpartition("_")
+        other = ap.get(f"{baseline}_{images}")
+        if norm != baseline and own is not None and other is not None:
+            found[name] = own - other
+    return found
 
 
 def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> list[dict[str, str]]:
     """Lines with the differences to each baseline, measured and published."""
-    ours = {row.name: means(measured[row.name]) for row in rows}
-    theirs = {row.name: row.published.values if row.published else None for row in rows}
+    spreads = {row.name: measured[row.name].ap(task) for row in rows}
+    ours = {name: None if spread is None else spread.mean for name, spread in spreads.items()}
+    theirs = {row.name: row.published_ap(task) for row in rows}
     lines: dict[str, dict[str, str]] = {row.name: {"row": row.name} for row in rows}
     for baseline in BASELINES:
-        own, published = differences(ours, baseline, task), differences(theirs, baseline, task)
+        own, published = differences(ours, baseline), differences(theirs, baseline)
         if not own and not published:
             continue
         for name, line in lines.items():
@@ -170,60 +189,77 @@ def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> lis
     return [line for line in lines.values() if set(list(line.values())[1:]) - {"-"}]
 
 
-def _elsewhere(entry: Elsewhere, tasks: Sequence[str], markdown: bool = False) -> dict[str, str]:
-    values: Values = entry.published.values
-    line = {"what": entry.what}
-    for task in tasks:
-        line[f"{TASK_NAMES[task]} AP"] = _number(values.get(task, {}).get("AP"))
-    return {**line, "published in": _place(entry.published, markdown), "remark": entry.remark}
+def _zoo_line(row: Row, measured: Measured) -> dict[str, str]:
+    line = {"row": row.name, "GPUs x images": _splits(row, measured)}
+    for task in row.tasks:
+        own = _state(measured.ap(task), measured) if measured.results else ""
+        line[f"{TASK_NAMES[task]} AP"] = _both(own, row.published_ap(task))
+    return {**line, "published in": _place(row.published, "github")}
 
 
-def _remarks(rows: Sequence[Row], measured: dict[str, Measured]) -> list[str]:
-    """What the runs say about themselves."""
-    found = []
+def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, str]:
+    name, own, published = TASK_NAMES[task], measured.ap(task), row.published_ap(task)
+    precise = measured.ap(task, source="results_precise_bn")
+    like = precise if row.published and row.published.precise_bn else own
+    gap = None if changed or like is None or published is None else like.mean - published
+    line = {
+        "row": row.name,
+        "GPUs x images": _splits(row, measured),
+        f"published {name} AP": _number(published),
+        f"measured {name} AP": _state(own, measured),
+        "difference": "-" if gap is None else f"{gap:+.1f}",
+        "AP, PreciseBN": _spread(precise),
+    }
+    for metric in ("AP50", "AP75"):
+        own = measured.ap(task, metric)
+        mean = "" if own is None else f"{own.mean:.1f}"
+        line[metric] = _both(mean, row.published_ap(task, metric))
+    return line
+
+
+def _elsewhere(table: Table, tasks: Sequence[str], style: str = "simple") -> list[str]:
+    lines = [
+        {
+            "what": one.what,
+            **{f"{TASK_NAMES[t]} AP": _number(one.values.get(t, {}).get("AP")) for t in tasks},
+            "published in": _place(one, style),
+            "remark": one.remark,
+        }
+        for one in table.elsewhere
+    ]
+    return ["Published elsewhere, for orientation:", _text(lines, style)] if lines else []
+
+
+def _remarks(table: Table, rows: Sequence[Row], measured: dict[str, Measured]) -> list[str]:
+    """The table's, and what the runs say about themselves."""
+    found = list(table.remarks)
     for row in rows:
-        for gpus, images, accumulated in measured[row.name].splits:
-            if row.norm == "syncbn" and gpus * images != row.gpus * row.images:
-                found.append(
-                    f"{row.name}: run with SyncBN over {gpus * images} images, its mini-batch is "
-                    f"{row.gpus * row.images}"
-                )
-            if row.norm in REMEMBERING and accumulated > 1:
-                found.append(
-                    f"{row.name}: run with what the norm remembers of a step from {accumulated} "
-                    "mini-batches, in its config from one"
-                )
-            if gpus * accumulated != row.gpus:
-                found.append(
-                    f"{row.name}: run with {gpus * images * accumulated} images a step, its config "
-                    f"has {row.gpus * row.images}"
-                )
+        for split in measured[row.name].splits:
+            found += row.departures(*split)
         found += [f"{row.name}: {state}" for state in measured[row.name].states]
-    results = [(None, result) for one in measured.values() for result in one.results]
+    results = [(None, result) for row in rows for result in measured[row.name].results]
     made = [*machines(results), *versions(results)]
-    return [*found, f"Measured with: {'; '.join(made)}"] if made else found
+    found += [f"Measured with: {'; '.join(made)}"] if made else []
+    return ["\n".join(f"- {remark}" for remark in found)] if found else []
 
 
-def _sources(table: Table, rows: Sequence[Row]) -> list[Source]:
-    found = [row.published.source for row in rows if row.published]
-    return list(dict.fromkeys([*found, *(entry.published.source for entry in table.elsewhere)]))
-
-
-def _place(published: Published | None, markdown: bool = False) -> str:
+def _place(published: Published | None, style: str = "simple") -> str:
     if published is None:
         return "-"
     text = f"{published.source.name}, {published.place}"
-    line = published.place.removeprefix("line ")
-    anchor = f"?plain=1#L{line}" if line.isdigit() else ""
-    return f"[{text}]({published.source.url}{anchor})" if markdown else text
+    if style != "github":
+        return text
+    lines = re.fullmatch(r"lines? (\d+)(?:, (\d+))?", published.place)
+    anchor = "-".join(f"L{line}" for line in lines.groups() if line) if lines else ""
+    return f"[{text}]({published.source.url}{f'?plain=1#{anchor}' if anchor else ''})"
 
 
 def _splits(row: Row, measured: Measured) -> str:
     if not measured.splits:
         return f"({row.gpus}x{row.images})"
     return ", ".join(
-        f"{gpus}x{images}" + (f", {accumulated} accumulated" if accumulated > 1 else "")
-        for gpus, images, accumulated in measured.splits
+        f"{gpus}x{row.images}" + (f", {accumulated} accumulated" if accumulated > 1 else "")
+        for gpus, accumulated in measured.splits
     )
 
 
@@ -235,14 +271,9 @@ def _state(own: Spread | None, measured: Measured) -> str:
     return "no AP" if measured.results else NOT_RUN
 
 
-def _gap(own: Spread | None, published: float | None) -> str:
-    return "-" if own is None or published is None else f"{own.mean - published:+.1f}"
-
-
-def _both(own: Spread | None, published: float | None) -> str:
-    cells = [f"{own.mean:.1f}"] if own is not None else []
-    cells += [_number(published)] if published is not None else []
-    return " ".join(cells) or "-"
+def _both(own: str, published: float | None) -> str:
+    cells = [own, "" if published is None else _number(published)]
+    return " ".join(filter(None, cells)) or "-"
 
 
 def _number(value: float | None) -> str:

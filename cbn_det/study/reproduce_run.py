@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
-from cbn_det.shell import join
 from cbn_det.study.compare import EXIT_FAILED, announce
 from cbn_det.study.plan import Run
-from cbn_det.study.processes import HOME, interruptible, locked
-from cbn_det.study.recipes import device
+from cbn_det.study.processes import interruptible, locked
 from cbn_det.study.reproduce import Reproduction, Row
 from cbn_det.study.runner import Active, run_all, visible_gpus
-
-
-def on_gpu(rows: Sequence[Row], overrides: list[str]) -> bool:
-    """Whether any row asks for a GPU."""
-    return any(device(row.config, overrides) != "cpu" for row in rows)
 
 
 def run_rows(
     reproduction: Reproduction,
     rows: Sequence[Row],
-    seeds: Sequence[int],
+    runs: list[Run],
     jobs: int | None = None,
     gpus: Sequence[str] | None = None,
     submit: Callable[[Run], Active] | None = None,
@@ -32,6 +24,8 @@ def run_rows(
     """Trains what is not finished yet.
 
     Args:
+        rows: of which the runs are.
+        runs: of :meth:`Reproduction.runs`.
         jobs: processes side by side; None: one a GPU, on CPU one a core, submitted ones all.
         gpus: names for CUDA_VISIBLE_DEVICES; None: those of this machine.
         submit: starts a run elsewhere, in place of a process here.
@@ -42,10 +36,8 @@ def run_rows(
     Raises:
         KeyboardInterrupt: stopped; every run started here was ended.
         RuntimeError: another process runs rows of one of the tables.
-        ValueError: a row cannot be shared out among the GPUs.
     """
-    runs = runs_of(reproduction, rows, seeds)
-    here = submit is None and on_gpu(rows, reproduction.overrides)
+    here = submit is None and reproduction.on_gpu(rows)
     places = list(gpus or visible_gpus()) if here else []
     everything = sum(run.ranks for run in runs) if submit else 0
     with ExitStack() as stack:
@@ -55,14 +47,3 @@ def run_rows(
         jobs = jobs or everything or len(places) or os.cpu_count() or 1
         outcomes = run_all(runs, jobs, announce, gpus=places, submit=submit)
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
-
-
-def runs_of(reproduction: Reproduction, rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
-    """In an order that gives every row its first seed early."""
-    return [reproduction.run(row, seed) for seed in seeds for row in rows]
-
-
-def as_typed(words: Sequence[str]) -> str:
-    """A command line as one would type it in the present folder."""
-    home = f"{HOME}{os.sep}" if Path.cwd() == HOME else ""
-    return join(word.removeprefix(home) for word in words)
