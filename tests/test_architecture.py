@@ -29,11 +29,11 @@ ROOMS = {
 DOORS = {
     "data": "__init__ coco_folder digits image_check own_sets pictures pretrained progress"
     " worst_images",
-    "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
-    " sites spec trace",
+    "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
+    " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry trial",
     "run": "arguments checkpoint clock coco_evaluation command_line detector errors export files"
-    " fit folder job measure nonfinite precise_bn resume signals trial",
+    " fit folder freeze job measure nonfinite precise_bn resume signals trial",
     "standalone": "detector launch trial",
 }
 # files beside the rooms that everybody may import, and what of ours these may

@@ -44,7 +44,7 @@ class BGN2d(SmallBatchNorm2d):
         groups: G, the number of groups of channels; fewer groups pool more values. A layer whose C
             it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. None:
             ``DEFAULT_GROUPS``, or C in a layer of fewer channels.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range; more groups than channels.
@@ -55,6 +55,7 @@ class BGN2d(SmallBatchNorm2d):
         num_features: int,
         *,
         groups: int | None = None,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -62,7 +63,13 @@ class BGN2d(SmallBatchNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if groups is not None and (type(groups) is not int or groups < 1):
             raise ValueError(f"groups={groups!r}: expected an int, 1 or more, or None")

@@ -81,7 +81,7 @@ class CBN2d(FollowingNorm2d):
             are averaged over iterations. None: all positions, and each entry keeps its own
             derivative, as in the paper. ``d mu / dW`` is always of all positions and each entry's
             own.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range.
@@ -97,6 +97,7 @@ class CBN2d(FollowingNorm2d):
         burn_in: int | float = 2 / 3,
         compensation: str = "taylor",
         positions: int | None = DEFAULT_POSITIONS,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -104,7 +105,13 @@ class CBN2d(FollowingNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if compensation not in COMPENSATIONS:
             raise ValueError(f"compensation={compensation!r}: expected one of {COMPENSATIONS}")

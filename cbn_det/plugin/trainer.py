@@ -36,6 +36,7 @@ from .evaluation import Evaluator
 from .hooks import (
     ClockHook,
     EvalHook,
+    Freeze,
     NormDiagnostics,
     PeriodicCheckpointer,
     PreciseBN,
@@ -144,6 +145,12 @@ class Trainer(ResumableTrainer):
         if main:
             self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
         return [
+            Freeze(
+                self.bare_model,
+                cfg.SOLVER.MAX_ITER,
+                lambda: self.build_train_loader(_in_process_loading(cfg)),
+                precise.NUM_ITER,
+            ),
             ClockHook(self.clock),
             hooks.IterationTimer(),
             hooks.LRScheduler(),

@@ -27,6 +27,7 @@ from ..norms import (
 from ..run.checkpoint import AtomicSave, load_norm_state, norm_state
 from ..run.clock import RunClock
 from ..run.errors import ConfigError, one_line
+from ..run.freeze import FreezeStatistics
 from ..run.nonfinite import Diverged, check_state
 from ..run.resume import (
     fit_optimizer_state,
@@ -93,6 +94,13 @@ class Trainer:
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
         self.double_forward = DoubleForward(model, getattr(model, "rpn", None))
+        self._freeze = FreezeStatistics(
+            model,
+            cfg.SOLVER.MAX_ITER,
+            self._batches_of_freeze,
+            cfg.TEST.PRECISE_BN.NUM_ITER,
+            lambda batch: losses_of(model, batch),
+        )
         self.checkpointer = _Checkpointer(
             model, cfg.OUTPUT_DIR, optimizer=self.optimizer, training=self
         )
@@ -195,6 +203,7 @@ class Trainer:
         loader = batches(self.dataset, self.cfg, self.start_iter * self.accumulate)
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
+            self._freeze.before_step(iteration)
             self.clock.start_step()
             self._step(loader)
             self.clock.end_step()
@@ -233,6 +242,10 @@ class Trainer:
         seconds += time.perf_counter() - started
         self.metrics.put_losses(averages)
         self.metrics.put({"lr": rate, "time": seconds})
+
+    def _batches_of_freeze(self) -> Iterator[list[Sample]]:
+        torch.manual_seed(self.cfg.SEED)  # for RoI sampling; a resumed run takes the same
+        return batches(self.dataset, self.cfg)
 
     def _backward(self, batch: list[Sample]) -> dict[str, float]:
         """Adds the gradients of one mini-batch and returns its losses."""
