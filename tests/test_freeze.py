@@ -6,7 +6,6 @@ import copy
 import shutil
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +196,23 @@ def test_a_schedule_made_longer_thaws_and_one_made_shorter_freezes_anew() -> Non
 
 
 def _of_a_rank(rank: int, world: int) -> list[Tensor]:
-    model = network("BN(freeze=0.5)")
-    FreezeStatistics(model, 2, partial(others, rank), 3).before_step(1)
-    sync_running_stats(model)  # as before an evaluation
-    return [model[1].running_mean, model[1].running_var]
+    model = network("BN(freeze=0.5)").double()
+    freeze = FreezeStatistics(model, 2, lambda: (b.double() for b in others(rank)), 3)
+    model(images(rank).double())  # each rank has statistics of its own
+    freeze.before_step(1)
+    found = [model[1].running_mean.clone(), model[1].running_var.clone()]
+    sync_running_stats(model)  # as before an evaluation: it pools in single precision
+    assert all(map(torch.equal, found, (model[1].running_mean, model[1].running_var)))
+    return found
 
 
 def test_ranks_get_the_same_statistics_of_all_their_images(tmp_path: Path) -> None:
     found = run_ranks(_of_a_rank, 3, tmp_path)
     assert all(map(torch.equal, found[0] * 2, found[1] + found[2]))
     pictures = [b for rank in range(3) for b, _ in zip(others(rank), range(3), strict=False)]
-    x = network("BN")[0](torch.cat(pictures)).detach()
-    torch.testing.assert_close(found[0][0], x.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[0][1], x.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-5)
+    x = network("BN").double()[0](torch.cat(pictures).double()).detach()
+    torch.testing.assert_close(found[0][0], x.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1], x.var((0, 2, 3), correction=0), rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------ around it
@@ -261,6 +264,14 @@ def test_parts_that_are_not_trained_keep_their_statistics() -> None:
     FreezeStatistics(model, 10, others, 2).before_step(6)
     assert torch.equal(model[1].running_mean, torch.zeros(4))
     assert model[4].running_mean.abs().min() > 0
+
+
+def test_other_norms_keep_their_statistics() -> None:
+    model = network("BN(freeze=0.6)")
+    model[4] = nn.BatchNorm2d(6)
+    FreezeStatistics(model, 10, others, 2).before_step(6)
+    assert torch.equal(model[4].running_mean, torch.zeros(6)) and model[4].training
+    assert model[1].running_mean.abs().min() > 0
 
 
 # ------------------------------------------------------------------ the trainers
