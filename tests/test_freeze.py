@@ -24,6 +24,7 @@ from cbn_det.norms import (
     clock,
     convert_norm,
     format_norm_table,
+    image_share,
     memory_state_dict,
     norm_diagnostics,
     norm_rows,
@@ -249,6 +250,13 @@ def test_reset_statistics_are_computed_anew() -> None:
     torch.optim.swa_utils.update_bn([images(i) for i in range(3)], model)
     x = model[0](torch.cat([images(i) for i in range(3)])).detach()
     torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_test_image_has_no_share_in_frozen_statistics() -> None:
+    model = network("BN(freeze=0.6)")
+    model[4] = build_norm("BN", 6)
+    with image_share(model.eval(), images_per_gpu=2) as layers:
+        assert layers == ["4"]
 
 
 def test_converted_models_freeze() -> None:
