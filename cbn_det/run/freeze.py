@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..norms.freeze import with_freeze
+from ..norms.freeze import Freezable, with_freeze
 from .precise_bn import recompute_statistics
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class FreezeStatistics:
             ...
 
     Args:
-        model: the bare model.
+        model: the bare model, with its norms.
         max_iter: iterations of the schedule that ``freeze`` is a fraction of.
         batches: gives what yields training batches, each time from the same one on.
         iterations: how many of them statistics are computed over, on each rank.
@@ -40,14 +40,14 @@ class FreezeStatistics:
     ) -> None:
         self._model, self._batches = model, batches
         self._iterations, self._forward = iterations, forward
-        for layer in with_freeze(model).values():
+        self._layers = list(with_freeze(model).values())
+        for layer in self._layers:
             layer.freeze_steps = round(layer.freeze * max_iter)
 
-    def due(self, iteration: int) -> list[nn.Module]:
+    def due(self, iteration: int) -> list[Freezable]:
         """The layers to be frozen before an iteration. A resumed training may be past their
         time."""
-        layers = with_freeze(self._model).values()
-        return [m for m in layers if not m.frozen and m.freeze_steps <= iteration]
+        return [m for m in self._layers if not m.frozen and m.freeze_steps <= iteration]
 
     def before_step(self, iteration: int) -> int:
         """Freezes what is due before an iteration. Every rank must call it.
