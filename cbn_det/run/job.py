@@ -22,6 +22,7 @@ from torch import nn
 from ..data.pictures import class_names, write_pictures
 from ..data.worst_images import write_worst_images
 from ..norms import image_share
+from ..norms.freeze import with_freeze
 from . import folder as run_folder
 from .class_table import class_table
 from .clock import RunClock
@@ -209,6 +210,8 @@ class Job(ABC):
             facts = self._training_facts()  # refused before, not after, a long evaluation
             if self.args.eval_only:
                 model = built(self.build_trained)
+                for layer in with_freeze(model).values():
+                    layer.freeze_statistics()  # the weights were trained with these, no others
                 self.start()
                 results = self.evaluate(model)
             else:
