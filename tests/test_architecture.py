@@ -29,11 +29,11 @@ ROOMS = {
 DOORS = {
     "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained"
     " progress sets",
-    "norms": "__init__ binding chain convert functional graph numbers recalibration remembering"
-    " sites spec trace",
+    "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
+    " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
     "run": "arguments checkpoint coco_evaluation command_line detector errors export files"
-    " folder job measure nonfinite precise_bn signals trial",
+    " folder freeze job measure nonfinite precise_bn signals trial",
     "standalone": "detector launch",
 }
 # files beside the rooms that everybody may import, and what of ours these may

@@ -31,6 +31,8 @@ SPECS = {
     "CBN none": "CBN(window=3, burn_in=0, compensation='none')",
     "CBN window 1": "CBN(window=1, burn_in=0)",
     "CBN burn-in": "CBN(window=3, burn_in=2)",
+    "BN": "BN",
+    "BN pooled": "BN(ema='pooled')",
     "BGN": "BGN(groups=2)",
     "BGN one group batch": "BGN(groups=1, ema='batch')",
     "BRN": "BRN(burn_in=0, ramp=2)",
@@ -59,7 +61,7 @@ EXCEPTIONS = {
         )
     },
     **{
-        test: {"GKN": _A_GROUPNORM, "BGN": _FORGETS, "KN": _FORGETS}
+        test: {"GKN": _A_GROUPNORM, "BN": _FORGETS, "BGN": _FORGETS, "KN": _FORGETS}
         for test in (
             "test_an_iteration_with_empty_input_only_is_none",
             "test_checkpointed_forwards_whose_backward_comes_later_are_staged_once_each",

@@ -5,6 +5,7 @@
 
 from .base import SmallBatchNorm2d
 from .bgn import BGN2d
+from .bn import BN2d
 from .brn import BRN2d
 from .cbn import CBN2d
 from .chain import ChainRow, format_chain, kn_chain
@@ -43,6 +44,7 @@ from .trace import find_chain, find_chain_at_call
 
 __all__ = [
     "BGN2d",
+    "BN2d",
     "BRN2d",
     "CBN2d",
     "ChainRow",

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
 from . import clock
+from .freeze import Freezable
 from .functional import Estimate, Moments, moments, normalize, without_autocast
 from .recalibration import Recalibration, in_backward
 from .traced import Unscriptable, call_in_graph
@@ -63,7 +64,7 @@ def _exporting() -> bool:
 _is_exported = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
-class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
+class SmallBatchNorm2d(Unscriptable, Freezable):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
     A subclass of ``nn.BatchNorm2d`` with exactly its five state keys, because code around a norm
@@ -85,6 +86,8 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
 
     Args:
         num_features: channels C of the input [N, C, H, W].
+        freeze: fraction of the schedule, in (0, 1], from which on the layer normalises with fixed
+            statistics (:mod:`cbn_det.norms.freeze`) and remembers nothing; 1: never.
         ema: what running statistics average. ``'pooled'``: first and second moments, so that the
             variance *between* mini-batches counts, which one image's variance lacks; ``'batch'``:
             BatchNorm's rule.
@@ -107,6 +110,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
         self,
         num_features: int,
         *,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -123,6 +127,7 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
         if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
+        self._set_freeze(freeze)
         self.ema = ema
         self._recalibration = Recalibration(momentum)
         # a forward of a second pass or a measurement, which leaves the layer as it is
@@ -170,7 +175,13 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
         takes."""
-        return {"ema": self.ema, "momentum": self.momentum, "eps": self.eps, "affine": self.affine}
+        return {
+            "freeze": self.freeze,
+            "ema": self.ema,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "affine": self.affine,
+        }
 
     def shown_options(self) -> dict[str, Any]:
         """The options as the layer's repr shows them."""
@@ -217,7 +228,10 @@ class SmallBatchNorm2d(Unscriptable, nn.BatchNorm2d):
 
     def _begin(self, input: Tensor, how: Forward) -> None:
         """The start of a training forward."""
-        anew = False if self._unchanged else self._recalibration.see(self.momentum, how.repeated)
+        anew = False
+        if not self._unchanged:
+            anew = self._recalibration.see(self.momentum, how.repeated)
+            self._look_for_freezer()
         self.__dict__["recomputing_statistics"] = anew  # past Module.__setattr__, which takes long
 
     def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:

@@ -46,7 +46,7 @@ class BGN2d(SmallBatchNorm2d):
             it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. None:
             ``DEFAULT_GROUPS``, 32, or C in a layer of fewer channels; ours by measurement, and more
             groups than the paper's direction asks for at so few images.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range; more groups than channels.
@@ -57,6 +57,7 @@ class BGN2d(SmallBatchNorm2d):
         num_features: int,
         *,
         groups: int | None = None,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -64,7 +65,13 @@ class BGN2d(SmallBatchNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if groups is not None and (type(groups) is not int or groups < 1):
             raise ValueError(f"groups={groups!r}: expected an int, 1 or more, or None")

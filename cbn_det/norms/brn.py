@@ -51,7 +51,8 @@ class BRN2d(RememberingNorm2d):
         burn_in: how long to train as plain BatchNorm. An int is a number of optimiser steps, a
             float in (0, 1) a fraction of the schedule (:func:`cbn_det.norms.resolve_burn_in`).
         ramp: how long, after that, the limits grow from (1, 0) to (r_max, d_max); likewise.
-        ema: see :class:`SmallBatchNorm2d`. The paper's is nearer to ``'batch'``.
+        freeze: see :class:`SmallBatchNorm2d`.
+        ema: likewise. The paper's is nearer to ``'batch'``.
         momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The running statistics
             serve as the reference, so they should be smoother than BatchNorm's usual momentum makes
             them.
@@ -70,6 +71,7 @@ class BRN2d(RememberingNorm2d):
         d_max: float = 5.0,
         burn_in: int | float = 0.1,
         ramp: int | float = 0.3,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.01,
         eps: float = 1e-5,
@@ -77,7 +79,13 @@ class BRN2d(RememberingNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if not (is_number(r_max) and r_max >= 1.0):
             raise ValueError(f"r_max={r_max!r}: expected a number, 1 or more")

@@ -84,8 +84,9 @@ class CBN2d(FollowingNorm2d):
             are averaged over iterations. None: all positions, and each entry keeps its own
             derivative, as in the paper; the default is ours. ``d mu / dW`` is always of all
             positions and each entry's own.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. ``ema='pooled'``,
-            the default, is ours; the authors' code has ``'batch'``, the paper does not say.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+            ``ema='pooled'``, the default, is ours; the authors' code has ``'batch'``, the paper
+            does not say.
 
     Raises:
         ValueError: an option out of range.
@@ -101,6 +102,7 @@ class CBN2d(FollowingNorm2d):
         burn_in: int | float = 2 / 3,
         compensation: str = "taylor",
         positions: int | None = DEFAULT_POSITIONS,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -108,7 +110,13 @@ class CBN2d(FollowingNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if compensation not in COMPENSATIONS:
             raise ValueError(f"compensation={compensation!r}: expected one of {COMPENSATIONS}")

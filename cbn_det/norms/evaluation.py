@@ -95,7 +95,9 @@ def _takes_part(name: str, layer: nn.Module) -> bool:
 
 
 def _batch_share(layer: nn.Module) -> float:
-    return layer.batch_share if isinstance(layer, SmallBatchNorm2d) else 1.0
+    if not isinstance(layer, SmallBatchNorm2d):
+        return 1.0
+    return layer.batch_share if layer.freeze == 1 else 0.0  # it was trained as it is tested
 
 
 class _Weighing:

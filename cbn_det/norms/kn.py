@@ -173,6 +173,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
     Args:
         num_features: channels C.
         gain: weight of the prediction, in [0, 1), 0 being BatchNorm.
+        freeze: see :class:`SmallBatchNorm2d`.
         ema: what running statistics average. ``'pooled'``: first and second moments of the
             posterior; ``'batch'``: its mean and variance, which with a gain of 0 is BatchNorm's
             rule.
@@ -187,6 +188,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
         num_features: int,
         *,
         gain: float = DEFAULT_GAIN,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -194,7 +196,13 @@ class KN2d(Predicting, SmallBatchNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         self._start_predicting(gain)
         self._input: Tensor | None = None  # during a forward

@@ -62,7 +62,7 @@ class MBN2d(RememberingNorm2d):
             number of optimiser steps, a float in (0, 1) a fraction of the schedule
             (:func:`cbn_det.norms.resolve_burn_in`). While weights move fast, remembered statistics
             do more harm than good: windows of all kinds failed early in training from scratch.
-        ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
         ValueError: an option out of range.
@@ -76,6 +76,7 @@ class MBN2d(RememberingNorm2d):
         decay: float = 0.8,
         double_forward: bool = True,
         burn_in: int | float = 2 / 3,
+        freeze: float = 1.0,
         ema: str = "pooled",
         momentum: float | None = 0.1,
         eps: float = 1e-5,
@@ -83,7 +84,13 @@ class MBN2d(RememberingNorm2d):
         **factory: Any,
     ) -> None:
         super().__init__(
-            num_features, ema=ema, momentum=momentum, eps=eps, affine=affine, **factory
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
         )
         if not (is_number(decay) and 0.0 < decay <= 1.0):
             raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1")

@@ -65,7 +65,8 @@ def sync_running_stats(model: nn.Module) -> None:
     statistics drift apart until this runs: before every evaluation and checkpoint. Without it each
     rank would evaluate its share of the images as another model, and a checkpoint be rank 0's.
     Every rank must call it. Ranks whose layer has seen no data (a mask head without a RoI) do not
-    count, and BatchNorms in evaluation mode (frozen ones) are left as they are. Does nothing
+    count, and BatchNorms in evaluation mode (frozen ones) are left as they are, as are those that
+    ``freeze`` has fixed. Does nothing
     without an initialised process group.
 
     A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, puts rank 0's
@@ -100,7 +101,7 @@ def sync_running_stats(model: nn.Module) -> None:
 
 def _gathers_statistics(module: nn.Module) -> bool:
     if isinstance(module, SmallBatchNorm2d):
-        return True
+        return not module.frozen
     return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
 
 
@@ -167,7 +168,7 @@ def norm_diagnostics(model: nn.Module) -> dict[str, float]:
     """
     values: dict[str, list[torch.Tensor]] = {}
     for layer in model.modules():
-        ours = name_of(type(layer)) is not None
+        ours = name_of(type(layer)) is not None and not getattr(layer, "frozen", False)
         for key, value in (getattr(layer, "diagnostics", {}) if ours else {}).items():
             values.setdefault(f"norm/{key}", []).append(value)
     summary = {}

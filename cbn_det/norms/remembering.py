@@ -212,6 +212,10 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         pending = self.memory.forwards > 0 and self.memory.stepped  # counted when it is committed
         self.memory.steps, self.memory.placed = max(step - pending, 0), True
 
+    def freeze_statistics(self) -> None:
+        super().freeze_statistics()
+        self.forget()
+
     # ---- weights that come and go ----
 
     def forget(self) -> None:

@@ -20,6 +20,7 @@ from ..norms import (
     sync_running_stats,
 )
 from ..run.checkpoint import load_norm_state, norm_state
+from ..run.freeze import FreezeStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ class NormHook(HookBase):
         def build_hooks(self):
             return [cbn_det.NormHook(self.model), *super().build_hooks()]
 
-    It tells the layers how long training is, runs MBN's second forward pass after each step, and
-    pools running statistics over ranks before each evaluation and checkpoint. It takes their
+    It tells the layers how long training is, runs MBN's second forward pass after each step,
+    freezes norms with ``freeze`` at their time, and pools running statistics over ranks before each
+    evaluation and checkpoint. It takes their
     periods from the hooks behind it: from the attribute ``period`` or ``_period``, which those of
     detectron2 have and one of your own may have. The trainer's checkpoints hold what the norms
     remember, and a resumed training goes on with it (on several ranks, with that of rank 0).
@@ -59,6 +61,7 @@ class NormHook(HookBase):
         self._double_forward = DoubleForward(self._model, proposals)
         self._periods: set[int] = set()
         self._saved: dict[str, Any] | None = None
+        self._freeze: FreezeStatistics | None = None
 
     def before_train(self) -> None:
         trainer = self.trainer
@@ -72,12 +75,23 @@ class NormHook(HookBase):
         # rank 0 alone has the hook that saves
         self._periods = set().union(*comm.all_gather(_periods(trainer._hooks)))
         resolve_burn_in(self._model, trainer.max_iter, trainer.start_iter)
+        config = getattr(trainer, "cfg", None)  # a LazyConfig's trainer has none
+        self._freeze = FreezeStatistics(
+            self._model,
+            trainer.max_iter,
+            lambda: iter(trainer.data_loader),
+            config.TEST.PRECISE_BN.NUM_ITER if config else 200,
+        )
         if self._saved is not None:
             schedule = trainer.start_iter, trainer.max_iter
             change = load_norm_state(self._model, self._saved, *schedule)
             self._saved = None
             if change:
                 logger.warning(f"the norms cannot be resumed exactly: {change}")
+
+    def before_step(self) -> None:
+        with EventStorage():  # what heads log of these forwards is dropped
+            self._freeze.before_step(self.trainer.iter)
 
     def after_step(self) -> None:
         with EventStorage():  # what heads log of the second pass is dropped

@@ -35,7 +35,7 @@ from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
-from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
+from .hooks import EvalHook, Freeze, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
 from .registry import norms_in_use, told_apart, unused_norms
 from .resume import ResumableTrainer
@@ -111,7 +111,13 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[hooks.HookBase]:
         cfg, main = self.cfg, comm.is_main_process()
         period, precise = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN
-        found = [hooks.IterationTimer(), hooks.LRScheduler()]
+        freeze = Freeze(
+            self.bare_model,
+            cfg.SOLVER.MAX_ITER,
+            lambda: self.build_train_loader(in_process_loading(cfg)),
+            precise.NUM_ITER,
+        )
+        found = [freeze, hooks.IterationTimer(), hooks.LRScheduler()]
         if precise.ENABLED and get_bn_modules(self.bare_model):
             loader = self.build_train_loader(in_process_loading(cfg))
             found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))

@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..norms import load_memory_state_dict, memory_state_dict, norm_rows, resolve_burn_in
+from ..norms.freeze import freeze_layers, frozen_layers
 from .errors import ConfigError
 from .files import replace_file
 
@@ -53,7 +54,11 @@ class AtomicSave:
 
 def norm_state(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint holds of a model's norms besides their weights."""
-    return {"norm_memory": memory_state_dict(model), "norms": _norms(model)}
+    return {
+        "norm_memory": memory_state_dict(model),
+        "norms": _norms(model),
+        "frozen_norms": frozen_layers(model),
+    }
 
 
 def load_norm_state(
@@ -72,6 +77,7 @@ def load_norm_state(
         if state["norms"] != _norms(model):
             raise ValueError("the model has other norms")
         load_memory_state_dict(model, state["norm_memory"])
+        freeze_layers(model, state["frozen_norms"], start_iter)
     except ValueError as error:
         load_memory_state_dict(model, before)
         resolve_burn_in(model, max_iter, start_iter)

@@ -21,6 +21,7 @@ from torch import nn
 from ..data import CocoReport
 from ..data.pictures import class_names
 from ..norms import image_share
+from ..norms.freeze import with_freeze
 from . import folder as run_folder
 from .display import class_table, write_all_pictures
 from .errors import ConfigError, one_line
@@ -216,6 +217,8 @@ class Job(ABC):
                 )
             if self.args.eval_only:
                 model = built(self.build_trained)
+                for layer in with_freeze(model).values():
+                    layer.freeze_statistics()  # the weights were trained with these, no others
                 self.start()
                 results = self.evaluate(model)
             else:

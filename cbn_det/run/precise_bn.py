@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ def recompute_statistics(
     batches: Iterable[Any],
     iterations: int,
     forward: Callable[[Any], Any] | None = None,
+    layers: Sequence[nn.Module] | None = None,
 ) -> int:
     """Sets the running statistics of all BatchNorm layers in training mode to mean and variance
     of its inputs over ``iterations`` batches, exactly, of all ranks together.
@@ -64,6 +65,7 @@ def recompute_statistics(
         batches: what the training loader yields.
         iterations: how many batches, on each rank.
         forward: runs the model on a batch; the model itself by default.
+        layers: of the model's, those to recompute; by default all that are in training mode.
 
     Returns:
         The number of layers recomputed.
@@ -71,11 +73,12 @@ def recompute_statistics(
     Raises:
         ValueError: ``batches`` ended early.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
-    ]
+    if layers is None:
+        layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None
+        ]
     if not layers:
         return 0
     moments = [PooledMoments(m.num_features, m.running_mean.device) for m in layers]

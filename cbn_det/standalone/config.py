@@ -44,7 +44,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
 }
 #: numbers without which a run crashes late or does nothing
-_COUNTS = ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+_COUNTS = (
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.MAX_ITER",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.PRECISE_BN.NUM_ITER",
+)
 #: sections of MODEL that detectron2 does not read either where the above are as they must be
 _UNREAD = ("RETINANET", "PANOPTIC_FPN", "SEM_SEG_HEAD", "ROI_KEYPOINT_HEAD", "ROI_BOX_CASCADE_HEAD")
 

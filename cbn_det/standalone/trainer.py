@@ -34,6 +34,7 @@ from ..run.checkpoint import (
     settings_changes,
 )
 from ..run.errors import ConfigError, one_line
+from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
 from ..run.nonfinite import Diverged, check_state
 from ..run.signals import Interrupted, StopRequest, stop_requests
@@ -97,6 +98,13 @@ class Trainer:
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
         self.double_forward = DoubleForward(model, getattr(model, "rpn", None))
+        self._freeze = FreezeStatistics(
+            model,
+            cfg.SOLVER.MAX_ITER,
+            self._batches_of_freeze,
+            cfg.TEST.PRECISE_BN.NUM_ITER,
+            lambda batch: losses_of(model, batch),
+        )
         self.checkpointer = _Checkpointer(
             model, cfg.OUTPUT_DIR, optimizer=self.optimizer, training=self
         )
@@ -192,6 +200,7 @@ class Trainer:
         loader = self.batches()
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
+            self._freeze.before_step(iteration)
             self.clock.start_step()
             self._step(loader)
             self.clock.end_step()
@@ -239,6 +248,10 @@ class Trainer:
         seconds += time.perf_counter() - started
         self.metrics.put_losses(averages)
         self.metrics.put({"lr": rate, "time": seconds})
+
+    def _batches_of_freeze(self) -> Iterator[list[Sample]]:
+        torch.manual_seed(self.cfg.SEED)  # for RoI sampling; a resumed run takes the same
+        return batches(self.dataset, self.cfg)
 
     def _backward(self, batch: list[Sample]) -> dict[str, float]:
         """Adds the gradients of one mini-batch and returns its losses."""

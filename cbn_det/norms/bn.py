@@ -1,0 +1,54 @@
+"""BatchNorm, with what the layers of this package add to it.
+
+``"BN"`` alone is torch's in a config; ``"BN(freeze=0.8)"`` is this one. Until it is frozen it
+computes what ``nn.BatchNorm2d`` computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import SmallBatchNorm2d
+from .functional import Estimate, Moments
+from .spec import register_norm
+
+
+@register_norm("BN")
+class BN2d(SmallBatchNorm2d):
+    """Batch Normalization over [N, C, H, W].
+
+    Args:
+        num_features: channels C.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        freeze: float = 1.0,
+        ema: str = "batch",
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__(
+            num_features,
+            freeze=freeze,
+            ema=ema,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            **factory,
+        )
+
+    @property
+    def is_batchnorm(self) -> bool:
+        return True
+
+    def estimate(self, batch: Moments) -> Estimate:
+        return Estimate(batch.mean, batch.var, 1.0)

@@ -1,0 +1,90 @@
+"""BatchNorm first, fixed statistics for the last part of training.
+
+At one or two images a mini-batch's statistics are noise, and training ends with weights that fit
+this noise and not the running statistics that evaluation uses. From a fraction of the schedule on a
+layer with ``freeze`` normalises with statistics that were computed anew, over many mini-batches of
+all ranks, at that time ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576). They no longer move;
+weights and affine parameters go on training, as what will be evaluated.
+
+The layer cannot see other mini-batches than those of training, so a training loop brings them:
+:class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers of this package and ``NormHook``
+call.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import clock
+
+
+class Freezable(nn.BatchNorm2d):
+    """A BatchNorm2d that is in evaluation mode from a time of the schedule on, whatever
+    ``train()`` says: PreciseBN, and whatever else looks for layers in training mode, leaves it
+    alone.
+
+    ``reset_running_stats()`` ends this, as there is nothing left to normalise with; the layer is
+    then in training mode from the next ``train()`` on.
+
+    Attributes:
+        freeze: fraction of the schedule, in (0, 1]; 1 is never.
+        freeze_steps: the iteration that it comes to; None until a training loop that freezes is
+            there, and where it is never.
+        frozen: whether that time has come.
+    """
+
+    freeze: float = 1.0
+    freeze_steps: int | None = None
+    frozen = False
+
+    def _set_freeze(self, freeze: float) -> None:
+        if isinstance(freeze, bool) or not isinstance(freeze, (int, float)) or not 0 < freeze <= 1:
+            raise ValueError(
+                f"freeze={freeze!r}: expected a number in (0, 1], the fraction of the schedule"
+                " after which statistics are fixed (1: never)"
+            )
+        self.freeze = freeze
+
+    def train(self, mode: bool = True) -> Freezable:
+        return super().train(mode and not self.frozen)
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self.frozen = False
+
+    def freeze_statistics(self) -> None:
+        """Fixes the running statistics as they are."""
+        self.frozen = True
+        self.eval()
+
+    def _look_for_freezer(self) -> None:
+        """Warns once where nobody will ever freeze the layer; called in training forwards."""
+        if self.freeze < 1 and self.freeze_steps is None:
+            clock.warn_once(
+                f"freeze={self.freeze!r} of {type(self).__name__} layers has no effect: nobody"
+                " recomputes their statistics at that time. Call"
+                " cbn_det.run.freeze.FreezeStatistics(model, max_iter, batches).before_step(i)"
+                " before each iteration i."
+            )
+
+
+def with_freeze(model: nn.Module) -> dict[str, Freezable]:
+    """The layers that are, or will be, frozen."""
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, Freezable) and m.freeze < 1}
+
+
+def frozen_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose statistics are fixed, for a checkpoint."""
+    return [name for name, layer in with_freeze(model).items() if layer.frozen]
+
+
+def freeze_layers(model: nn.Module, names: list[str], start_iter: int) -> None:
+    """Restores what :func:`frozen_layers` returned, in a training that goes on at ``start_iter``
+    with the statistics of then. Where the schedule was made longer since, layers whose time has not
+    come train on until it has."""
+    layers = with_freeze(model)
+    for name in names:
+        layer = layers.get(name)
+        if layer is not None and (layer.freeze_steps or 0) <= start_iter:
+            layer.freeze_statistics()
