@@ -30,16 +30,10 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 class _Pairs(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        if len(values) % 2:
-            parser.error(f"{option} takes KEY VALUE pairs, got {len(values)} words")
-        setattr(namespace, self.dest, values)
+    def __call__(self, parser: Any, args: Any, words: Any, option: str | None = None) -> None:
+        if len(words) % 2:
+            parser.error(f"{option} takes KEY VALUE pairs, got {len(words)} words")
+        args.opts = words
 
 
 def add_opts(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -98,31 +97,18 @@ class Comparison:
         }
         drawn = {name: (caption, figure) for name, (caption, figure) in drawn.items() if figure}
         page = _page(self, list(drawn.values()))
-        return [
-            write_text(output / "table.md", self.text("github")),
-            write_text(output / "summary.json", json.dumps(self._summary(), indent=2) + "\n"),
-            *(figures.save_png(figure, output / name) for name, (_, figure) in drawn.items()),
-            write_text(output / "report.html", page),
-        ]
-
-    def _summary(self) -> dict[str, Any]:
-        return {
+        summary = {
             "engine": self.plan.engine,
             "command": self.command,
             "rows": [dataclasses.asdict(row) for row in self.rows],
-            "runs": [
-                {
-                    "label": run.label,
-                    "norm": run.norm,
-                    "ranks": run.split.ranks,
-                    "images_per_gpu": run.split.images,
-                    "seed": run.seed,
-                    "folder": str(run.folder.relative_to(self.plan.output)),
-                    "result": result,
-                }
-                for run, result in self.results
-            ],
+            "runs": [dataclasses.asdict(run) | {"result": result} for run, result in self.results],
         }
+        return [
+            write_text(output / "table.md", self.text("github")),
+            write_text(output / "summary.json", json.dumps(summary, indent=2, default=str) + "\n"),
+            *(figures.save_png(figure, output / name) for name, (_, figure) in drawn.items()),
+            write_text(output / "report.html", page),
+        ]
 
 
 def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
