@@ -36,7 +36,8 @@ def refuse_clipped(image: Image.Image) -> None:
     """
     if image.mode[0] in _MODES:
         kind = _MODES.get(image.mode, "16-bit grey")
-        raise ValueError(f"{kind}, mode {image.mode}: as RGB its values are cut off at 255")
+        cut = "as RGB its values are cut off at 255, convert it to 8 bits"
+        raise ValueError(f"{kind}, mode {image.mode}: {cut}")
 
 
 def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
