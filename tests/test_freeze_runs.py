@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from same_run import same, state_of
 from tiny_run import evaluation_of, parsed, result_of, tiny_inputs
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ FROZEN = (
 
 
 def detectron2_trainer(inputs: Path, output: Path) -> Any:
+    from detectron2.utils import comm
+
     from cbn_det.plugin.config import build_config
     from cbn_det.plugin.datasets import prepare_datasets
     from cbn_det.plugin.trainer import Trainer
 
     args = parsed(inputs, output, *FROZEN)
-    cfg, _ = build_config(args, 1)
+    cfg, _ = build_config(args, comm.get_world_size())
     prepare_datasets(cfg, args.coco_dataset)
     output.mkdir(exist_ok=True)
     torch.manual_seed(cfg.SEED)
@@ -81,6 +84,24 @@ def _checkpoint(folder: Path, iteration: int) -> Path:
 
 def _weights(folder: Path, iteration: int) -> dict[str, Tensor]:
     return torch.load(_checkpoint(folder, iteration), weights_only=True)["model"]
+
+
+def _statistics_of_a_rank(rank: int, world: int, inputs: Path, folder: Path) -> list[Tensor]:
+    from detectron2.utils import comm
+
+    comm.create_local_process_group(world)
+    trainer = detectron2_trainer(inputs, folder)
+    trainer.train()
+    norms = [m for m in trainer.bare_model.modules() if getattr(m, "frozen", False)]
+    assert len(norms) == 8 + 1
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+
+
+@pytest.mark.detectron2
+def test_ranks_of_a_run_end_with_the_same_statistics(inputs: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(_statistics_of_a_rank, 2, tmp_path, inputs, tmp_path / "run")
+    assert same(first, second)
+    assert same(second[0], _weights(tmp_path / "run", 3)["backbone.fpn_lateral2.norm.running_mean"])
 
 
 def test_precise_bn_leaves_a_trained_model_alone_that_was_frozen(

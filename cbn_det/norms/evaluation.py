@@ -45,8 +45,8 @@ def image_share(
     of its own moments and the running statistics.
 
     Ours and torch's BatchNorms take part, but not those of RoI heads (see this module's source for
-    the reason), nor frozen ones, nor, without a given ``share``, BRN: its training already looks
-    like its evaluation.
+    the reason), nor frozen ones, nor, without a given ``share``, BRN and layers with ``freeze``:
+    their training already looks like their evaluation.
 
     Args:
         model: any; nothing in it is changed.
