@@ -75,6 +75,19 @@ def dispatch_bound() -> Rows:
     ]
 
 
+def freeze() -> Rows:
+    """What ``benchmarks/emulated_ranks.py`` trained, beside BN of the batch-size comparison."""
+    of_bn = {r["ranks x images"]: r for r in read(RESULTS / "batch_size.csv") if r["norm"] == "BN"}
+    most = float(of_bn["1 x 8"]["AP"])
+    table = []
+    for row in read(RESULTS / "freeze.csv"):
+        least = float(of_bn[row["ranks x images"]]["AP"])
+        shown = {key: row[key] for key in ("norm", "ranks x images", "seed", "AP", "AP50")}
+        recovered = 100 * (float(row["AP"]) - least) / (most - least)
+        table.append(shown | {"recovered, %": f"{recovered:.0f}"})
+    return table
+
+
 SELECTIONS = {
     function.__name__: function
     for function in (
@@ -82,6 +95,7 @@ SELECTIONS = {
         operations_of_an_iteration,
         operations_of_a_layer,
         dispatch_bound,
+        freeze,
     )
 }
 
