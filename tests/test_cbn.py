@@ -911,6 +911,7 @@ def test_options_build_the_same_layer_again():
         "burn_in": 7,
         "compensation": "none",
         "positions": 99,
+        "freeze": 1.0,
         "ema": "batch",
         "momentum": 0.2,
         "eps": 1e-3,

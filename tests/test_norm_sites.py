@@ -527,6 +527,7 @@ def test_options_reach_every_level(zoo):
         "burn_in": 0.5,
         "compensation": "none",
         "positions": 9,
+        "freeze": 1.0,
         "ema": "pooled",
         "momentum": 0.1,
         "eps": 0.001,
