@@ -81,10 +81,10 @@ def freeze() -> Rows:
     most = float(of_bn["1 x 8"]["AP"])
     table = []
     for row in read(RESULTS / "freeze.csv"):
-        least = float(of_bn[row["ranks x images"]]["AP"])
+        lost = most - float(of_bn[row["ranks x images"]]["AP"])
         shown = {key: row[key] for key in ("norm", "ranks x images", "seed", "AP", "AP50")}
-        recovered = 100 * (float(row["AP"]) - least) / (most - least)
-        table.append(shown | {"recovered, %": f"{recovered:.0f}"})
+        recovered = f"{100 + 100 * (float(row['AP']) - most) / lost:.0f}" if lost else ""
+        table.append(shown | {"recovered, %": recovered})
     return table
 
 
