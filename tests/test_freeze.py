@@ -233,6 +233,16 @@ def test_where_nobody_freezes_a_warning_says_so(monkeypatch: pytest.MonkeyPatch)
         network("BN(freeze=1)")(images(0))
 
 
+def test_a_burn_in_that_outlasts_the_freeze_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_warned", set())
+    with pytest.warns(UserWarning, match=r"CBN\(burn_in=0.667, freeze=0.5\).*BatchNorm throughout"):
+        build_norm("CBN(freeze=0.5)", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for spec in ("CBN", "CBN(burn_in=0.3, freeze=0.5)", "MBN(burn_in=9, freeze=0.5)"):
+            build_norm(spec, 4)
+
+
 def test_the_table_says_when() -> None:
     model = network("BN(freeze=0.6)")
     assert "freeze=0.6" in format_norm_table(norm_rows(model))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from . import clock
+
 #: schedule, in optimiser steps, of a layer that nobody told the length of its schedule
 UNRESOLVED_SCHEDULE = 3000
 
@@ -18,6 +20,8 @@ class Scheduled:
     """
 
     timed: tuple[str, ...] = ("burn_in",)
+    burn_in: int | float
+    freeze: float
     steps: int
 
     def shown_options(self) -> dict[str, Any]:
@@ -53,6 +57,13 @@ class Scheduled:
                 )
             setattr(self, name, value)
             setattr(self, f"{name}_steps", value if steps else None)
+        if self.freeze < 1 and self.freeze <= self.burn_in < 1:
+            norm = type(self).__name__.removesuffix("2d")
+            clock.warn_once(
+                f"{norm}(burn_in={self.burn_in:.3g}, freeze={self.freeze:.3g}): burn-in is not over"
+                f" when statistics are fixed, so these layers are BatchNorm throughout. Give {norm}"
+                " a burn_in below freeze, or use BN with freeze."
+            )
 
     def resolve_burn_in(self, max_iter: int) -> None:
         """Turns the fractions into optimiser steps of a schedule of ``max_iter`` steps."""
