@@ -32,6 +32,7 @@ from detectron2.utils.env import seed_all_rng
 from publishing import Row, publish
 from torch import Tensor, nn
 
+from cbn_det.commands.flags import add_opts, positive
 from cbn_det.config_files import find_config
 from cbn_det.norm_keys import NORM_KEYS
 from cbn_det.plugin.config import read_config
@@ -76,7 +77,7 @@ class OfRanks:
         def forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
             if not layer.training:
                 return of_one(x)
-            sizes = [1] * len(x) if not of_rois else self._rois
+            sizes = self._rois if of_rois else [1] * len(x)
             each = len(sizes) // self._ranks
             parts = [sum(sizes[i : i + each]) for i in range(0, len(sizes), each)]
             weights = layer.weight, layer.bias
@@ -91,14 +92,13 @@ class OfRanks:
 
 
 def train(norm: str, split: Split, seed: int, args: argparse.Namespace, output: str) -> Row:
-    words: list[Any] = [word for key in NORM_KEYS if key.key for word in (key.key, norm)]
-    images = split.ranks * split.images
-    words += ["SEED", seed, "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", images]
+    words: list[Any] = [word for key in NORM_KEYS for word in (key.key, norm)]
+    words += ["SEED", seed, "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", split.total]
     words += ["SOLVER.MAX_ITER", args.iters, "SOLVER.STEPS", (int(args.iters * 0.8),)]
     words += ["SOLVER.BASE_LR", RATE, "SOLVER.WARMUP_ITERS", round(WARMUP * args.iters)]
     words += ["TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 10**6]
     words += ["TEST.PRECISE_BN.ENABLED", "freeze" not in norm]
-    words += ["TEST.PRECISE_BN.NUM_ITER", RECOMPUTED_OVER // images, *args.opts]
+    words += ["TEST.PRECISE_BN.NUM_ITER", RECOMPUTED_OVER // split.total, *args.opts]
     cfg = read_config(find_config(CONFIG), list(map(str, words)))
     cfg.freeze()
     prepare_datasets(cfg)
@@ -132,10 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--split", nargs="+", type=Split.parse, required=True, metavar="RANKSxIMAGES")
     add("--norms", nargs="+", default=["BN(freeze=0.5)"], metavar="NORM", help="BN, or with freeze")
     add("--seeds", nargs="+", type=int, default=[1], metavar="S", help="default 1")
-    add("--iters", type=int, default=ITERATIONS, metavar="N", help=f"default {ITERATIONS}")
+    add("--iters", type=positive, default=ITERATIONS, metavar="N", help=f"default {ITERATIONS}")
     add("--bfloat16", action="store_true", help="train with autocast, in half the time")
     add("--out", type=Path, metavar="FILE.csv", help="also write the table there")
-    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
+    add_opts(parser)
     args = parser.parse_args(arguments)
     other = [norm for norm in args.norms if norm.partition("(")[0] != "BN"]
     if other:

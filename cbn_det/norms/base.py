@@ -127,7 +127,12 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             raise ValueError(f"eps={eps!r}: expected a number of at least 0")
         if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
             raise ValueError(f"momentum={momentum!r}: expected a number in [0, 1] or None")
-        self._set_freeze(freeze)
+        if not (is_number(freeze) and 0.0 < freeze <= 1.0):
+            raise ValueError(
+                f"freeze={freeze!r}: expected a number in (0, 1], the fraction of the schedule"
+                " after which statistics are fixed (1: never)"
+            )
+        self.freeze = freeze
         self.ema = ema
         self._recalibration = Recalibration(momentum)
         # a forward of a second pass or a measurement, which leaves the layer as it is

@@ -37,14 +37,6 @@ class Freezable(nn.BatchNorm2d):
     freeze_steps: int | None = None
     frozen = False
 
-    def _set_freeze(self, freeze: float) -> None:
-        if isinstance(freeze, bool) or not isinstance(freeze, (int, float)) or not 0 < freeze <= 1:
-            raise ValueError(
-                f"freeze={freeze!r}: expected a number in (0, 1], the fraction of the schedule"
-                " after which statistics are fixed (1: never)"
-            )
-        self.freeze = freeze
-
     def train(self, mode: bool = True) -> Freezable:
         return super().train(mode and not self.frozen)
 
