@@ -1,127 +1,202 @@
-"""Trains BatchNorm, with or without freeze, as several ranks would, in one process.
+"""Compares norms at several ranks of one or two images, emulated in one process.
 
-Ranks of one or two images leave most of a CPU's time to their processes. Here the batch of all of
-them is one, and each BatchNorm layer takes the statistics of each rank's images apart. The images
-of an iteration are those that as many processes would take, and the gradient is the mean of
-theirs, as DistributedDataParallel makes it. Running statistics are not gathered: evaluation is with
-those that ``freeze`` fixed or, without it, with those of PreciseBN. Needs detectron2.
+Processes with one image each leave most of a CPU's time to their overhead. Here the batch of all
+ranks is one, and each rank's images have norms of their own (emulated.py). What is trained, and
+on which images, is what tools/compare_norms.py trains with as many processes.
+
+Norms that are BatchNorm up to some iteration (``burn_in``, ``freeze``, ``SyncBN(start=...)``) share
+that part of training: BatchNorm is trained once a split and seed, and each norm continues a copy of
+it. Runs are kept in ``--runs``; the same command after an interruption does what is left. Needs
+detectron2.
+
+"AP" is with the ranks' own running statistics, pooled; "AP, PreciseBN" with statistics that are
+computed anew over 200 images after training.
 
 examples:
-  # docs/results/freeze.csv
-  python benchmarks/emulated_ranks.py --split 8x1 4x2 --seeds 1 2 --bfloat16 --out freeze.csv
+  # BatchNorm, and its statistics fixed at three times
+  python benchmarks/emulated_ranks.py --split 8x1 --seeds 1 2 --runs runs --out freeze.csv \\
+      --norms BN "BN(freeze=0.5)" "BN(freeze=0.67)" "BN(freeze=0.8)"
 
-  # another time to freeze, and BatchNorm to the end
-  python benchmarks/emulated_ranks.py --split 8x1 --norms "BN(freeze=0.67)" BN
+  # BatchNorm over all images, which is SyncBN, throughout and for the last third
+  python benchmarks/emulated_ranks.py --split 4x2 --norms SyncBN "SyncBN(start=0.67)"
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shlex
 import sys
 import tempfile
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import clone  # noqa: F401
 import torch
-import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from emulated import emulate_ranks, of_one_rank, pool_statistics
 from publishing import Row, publish
-from torch import Tensor, nn
 
-from cbn_det.commands.flags import add_opts, positive
+from cbn_det.commands.flags import add_detector, positive
 from cbn_det.config_files import find_config
-from cbn_det.norm_keys import NORM_KEYS
+from cbn_det.norms import build_norm
+from cbn_det.norms.freeze import with_freeze
 from cbn_det.plugin.config import read_config
 from cbn_det.plugin.datasets import prepare_datasets
 from cbn_det.plugin.registry import register
 from cbn_det.plugin.trainer import Trainer
+from cbn_det.run.files import write_text
 from cbn_det.run.measure import machine
+from cbn_det.run.precise_bn import recompute_statistics
 from cbn_det.study.plan import Split
+from cbn_det.study.recipes import RECIPES, norm_keys, norm_words
 
-CONFIG = "quickstart/Base-RCNN-R18-FPN-digits"
 #: images, of all ranks, that statistics are computed over
 RECOMPUTED_OVER = 200
-#: of the 600 iterations of the batch-size comparison
-ITERATIONS, RATE, WARMUP = 600, 0.04, 1 / 12
+#: of the batch-size comparison
+ITERATIONS, RATE = 600, 0.04
+
+_SWITCHED = re.compile(r"SyncBN(?:\(start=([\d.]+)\))?")
 
 
-class OfRanks:
-    """Gives the BatchNorms of a detector, in training mode, the statistics of each rank's images.
-
-    Args:
-        model: detectron2's Faster R-CNN.
-        ranks: that the images of a batch are of, in order, as many of each.
-    """
-
-    def __init__(self, model: nn.Module, ranks: int) -> None:
-        self._ranks = ranks
-        self._rois: list[int] = []  # of each image
-        sample = model.roi_heads.label_and_sample_proposals
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            proposals = sample(*args, **kwargs)
-            self._rois = [len(of_image) for of_image in proposals]
-            return proposals
-
-        model.roi_heads.label_and_sample_proposals = counted
-        for name, layer in model.named_modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                of_rois = name.startswith("roi_heads")
-                layer.forward = types.MethodType(self._forward(layer.forward, of_rois), layer)
-
-    def _forward(self, of_one: Any, of_rois: bool) -> Any:
-        def forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-            if not layer.training:
-                return of_one(x)
-            sizes = self._rois if of_rois else [1] * len(x)
-            each = len(sizes) // self._ranks
-            parts = [sum(sizes[i : i + each]) for i in range(0, len(sizes), each)]
-            weights = layer.weight, layer.bias
-            return torch.cat(
-                [
-                    F.batch_norm(y, None, None, *weights, True, 0.0, layer.eps)
-                    for y in x.split(parts)
-                ]
-            )
-
-        return forward
+class Reached(Exception):
+    """The shared part of training is over."""
 
 
-def train(norm: str, split: Split, seed: int, args: argparse.Namespace, output: str) -> Row:
-    words: list[Any] = [word for key in NORM_KEYS for word in (key.key, norm)]
-    words += ["SEED", seed, "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", split.total]
-    words += ["SOLVER.MAX_ITER", args.iters, "SOLVER.STEPS", (int(args.iters * 0.8),)]
-    words += ["SOLVER.BASE_LR", RATE, "SOLVER.WARMUP_ITERS", round(WARMUP * args.iters)]
-    words += ["TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 10**6]
-    words += ["TEST.PRECISE_BN.ENABLED", "freeze" not in norm]
-    words += ["TEST.PRECISE_BN.NUM_ITER", RECOMPUTED_OVER // split.total, *args.opts]
-    cfg = read_config(find_config(CONFIG), list(map(str, words)))
-    cfg.freeze()
-    prepare_datasets(cfg)
-    seed_all_rng(seed)
-    trainer = Trainer(cfg)
-    model = trainer.bare_model
-    OfRanks(model, split.ranks)
-    if args.bfloat16:
+class EmulatedTrainer(Trainer):
+    """Trains with emulated ranks."""
+
+    ranks = 1
+    bfloat16 = False
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> Any:
+        model = super().build_model(cfg)
+        emulate_ranks(model, cls.ranks)
         plain = model.forward
 
         def forward(batch: list[dict[str, Any]]) -> Any:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.training):
+            with torch.autocast("cpu", torch.bfloat16, cls.bfloat16 and model.training):
                 return plain(batch)
 
         model.forward = forward
-    trainer.train()
-    found = trainer.results["bbox"]
-    numbers = {name: f"{found[name]:.1f}" for name in ("AP", "AP50")}
+        return model
+
+    def before_step(self) -> None:
+        super().before_step()
+        if any(layer.freeze_steps == self.iter for layer in with_freeze(self.bare_model).values()):
+            pool_statistics(self.bare_model)
+
+    def evaluate(self) -> dict[str, Any]:
+        pool_statistics(self.bare_model)
+        return super().evaluate()
+
+
+class SharedStart(EmulatedTrainer):
+    """Trains BatchNorm, without evaluating, and leaves checkpoints after some iterations."""
+
+    stops: Sequence[int]
+
+    def after_step(self) -> None:
+        done = self.iter + 1
+        if done in self.stops:
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        super().after_step()
+        if done == max(self.stops):
+            raise Reached
+
+    def evaluate(self) -> dict[str, Any]:
+        return {}
+
+
+def batchnorm_until(norm: str, iterations: int) -> int:
+    """The iteration up to which a norm is BatchNorm in training."""
+    switched = _SWITCHED.fullmatch(norm)
+    if switched:
+        return round(float(switched[1] or 0) * iterations)
+    if norm == "BN":
+        return iterations
+    if norm.startswith("G"):
+        return 0
+    layer = build_norm(norm, 64)
+    times = [getattr(layer, "freeze", 1.0)]
+    if not norm.startswith("BN"):
+        times.append(getattr(layer, "burn_in", 0))
+    return min(round(t * iterations) if isinstance(t, float) else t for t in times)
+
+
+def build(
+    kind: type[EmulatedTrainer], norm: str, split: Split, seed: int, output: Path, args: Any
+) -> Any:
+    recipe = RECIPES[args.recipe]
+    config = find_config(args.config_file or str(recipe.config))
+    keys = norm_keys(
+        Path(args.config_file) if args.config_file else None, args.recipe, "detectron2"
+    )
+    words: list[Any] = [*norm_words(keys, norm), "SEED", seed, "OUTPUT_DIR", output]
+    words += ["SOLVER.IMS_PER_BATCH", split.total, "SOLVER.BASE_LR", RATE]
+    words += ["SOLVER.MAX_ITER", args.iters, "SOLVER.STEPS", (int(args.iters * 0.8),)]
+    words += ["SOLVER.WARMUP_ITERS", round(args.iters / 12), "SOLVER.CHECKPOINT_PERIOD", 10**6]
+    words += ["TEST.EVAL_PERIOD", 0, "TEST.PRECISE_BN.ENABLED", False]
+    words += ["TEST.PRECISE_BN.NUM_ITER", RECOMPUTED_OVER // split.total, *args.opts]
+    cfg = read_config(config, list(map(str, words)))
+    cfg.freeze()
+    prepare_datasets(cfg, args.coco_dataset)
+    seed_all_rng(seed)
+    kind.ranks, kind.bfloat16 = split.ranks, args.bfloat16
+    return kind(cfg)
+
+
+def train_shared(stops: Sequence[int], split: Split, seed: int, folder: Path, args: Any) -> None:
+    """Leaves a checkpoint of BatchNorm in a folder after each of ``stops`` iterations."""
+    if all((folder / f"model_{stop - 1:07d}.pth").exists() for stop in stops):
+        return
+    trainer = build(SharedStart, "BN", split, seed, folder, args)
+    trainer.stops = stops
+    trainer.resume_or_load(resume=True)
+    try:
+        trainer.train()
+    except Reached:
+        pass
+
+
+def train(norm: str, start: int, split: Split, seed: int, shared: Path, args: Any) -> Row:
+    """Trains a norm from iteration ``start`` on, where BatchNorm's run in ``shared`` leaves off."""
+    switched = _SWITCHED.fullmatch(norm)
+    as_trained = ("BN", Split(1, split.total)) if switched else (norm, split)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(EmulatedTrainer, *as_trained, seed, Path(folder), args)
+        if start:
+            name = f"model_{start - 1:07d}.pth"
+            state = torch.load(shared / name, weights_only=True)
+            if switched:
+                state["model"] = of_one_rank(state["model"])
+            torch.save(state, Path(folder, name))
+            Path(folder, "last_checkpoint").write_text(name)
+        trainer.resume_or_load(resume=True)
+        found = trainer.train()["bbox"]
+        row = {"norm": norm, "split": str(split), "seed": seed, "start": start}
+        row |= {"AP": found["AP"], "AP50": found["AP50"], "precise": None}
+        with EventStorage():
+            batches = RECOMPUTED_OVER // split.total
+            if recompute_statistics(trainer.bare_model, trainer.batches(), batches):
+                row["precise"] = trainer.evaluate()["bbox"]["AP"]
+    return row
+
+
+def shown(row: Row) -> Row:
+    precise = row["precise"]
     return {
-        "norm": norm,
-        "ranks x images": f"{split.ranks} x {split.images}",
-        "seed": seed,
-        **numbers,
+        "norm": row["norm"],
+        "ranks x images": row["split"].replace("x", " x "),
+        "seed": row["seed"],
+        "AP": f"{row['AP']:.1f}",
+        "AP50": f"{row['AP50']:.1f}",
+        "AP, PreciseBN": "" if precise is None else f"{precise:.1f}",
     }
 
 
@@ -130,24 +205,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--split", nargs="+", type=Split.parse, required=True, metavar="RANKSxIMAGES")
-    add("--norms", nargs="+", default=["BN(freeze=0.5)"], metavar="NORM", help="BN, or with freeze")
+    add(
+        "--norms",
+        nargs="+",
+        default=["BN", "BN(freeze=0.5)"],
+        metavar="NORM",
+        help="any but KN and GKN; SyncBN is BatchNorm over the images of all ranks, from a "
+        "fraction of the schedule on with SyncBN(start=0.67)",
+    )
     add("--seeds", nargs="+", type=int, default=[1], metavar="S", help="default 1")
     add("--iters", type=positive, default=ITERATIONS, metavar="N", help=f"default {ITERATIONS}")
     add("--bfloat16", action="store_true", help="train with autocast, in half the time")
+    add("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="default runs")
     add("--out", type=Path, metavar="FILE.csv", help="also write the table there")
-    add_opts(parser)
+    add_detector(parser)
     args = parser.parse_args(arguments)
-    other = [norm for norm in args.norms if norm.partition("(")[0] != "BN"]
-    if other:
-        parser.error(f"--norms {other[0]}: what other norms remember is of one rank's images")
+    chained = [norm for norm in args.norms if norm.startswith(("KN", "GKN"))]
+    if chained:
+        parser.error(f"--norms {chained[0]}: what precedes a norm is not known of emulated ranks")
     register()
     rows = []
-    with tempfile.TemporaryDirectory() as output:
-        for seed in args.seeds:
-            for split in args.split:
-                for norm in args.norms:
-                    rows.append(train(norm, split, seed, args, output))
-                    print(rows[-1], flush=True)
+    for seed in args.seeds:
+        for split in args.split:
+            base = args.runs / f"{split}-s{seed}"
+            shared = Path(f"{base}-prefix")
+            left = [norm for norm in args.norms if not Path(f"{base}-{norm}.json").exists()]
+            starts = {norm: batchnorm_until(norm, args.iters) for norm in left}
+            stops = sorted({start for start in starts.values() if start})
+            if stops:
+                train_shared(stops, split, seed, shared, args)
+            for norm in left:
+                row = train(norm, starts[norm], split, seed, shared, args)
+                write_text(Path(f"{base}-{norm}.json"), json.dumps(row))
+            kept = [Path(f"{base}-{norm}.json").read_text() for norm in args.norms]
+            rows += [shown(json.loads(text)) for text in kept]
     where = machine(on_gpu=False)
     facts = {"machine": f"{where['cpu']}, {where['threads']} threads", "torch": torch.__version__}
     command = shlex.join(["python", "benchmarks/emulated_ranks.py", *(arguments or sys.argv[1:])])
