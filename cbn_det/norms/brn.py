@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .base import Forward, is_number
-from .functional import Estimate, Moments
+from .functional import Estimate, Moments, filled_like
 from .memory import instead_of
 from .remembering import RememberingNorm2d
 from .spec import register_norm
@@ -147,9 +147,10 @@ class BRN2d(RememberingNorm2d):
         dtype = batch.mean.dtype
         mean, reference = (self.memory.kept[key].to(dtype) for key in ("mean", "invstd"))
         r_max, d_max = self.limits()
-        invstd = (batch.var + self.eps).rsqrt_()
-        ratio = reference / invstd
-        distance = (batch.mean - mean).mul_(reference)
+        minus_eps = filled_like(mean, -self.eps)
+        invstd, distance = torch._foreach_sub([batch.var, batch.mean], [minus_eps, mean])
+        ratio = reference / invstd.rsqrt_()
+        distance.mul_(reference)
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift, invstd=invstd)

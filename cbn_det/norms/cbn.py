@@ -46,8 +46,8 @@ from .compensation import (
 )
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
-from .functional import Estimate, Moments, even_mixture, mixed_in
-from .memory import push, rows_of, share_out, zeros_like
+from .functional import Estimate, Moments, even_mixture, filled_like, mixed_in
+from .memory import push, rows_of, share_out
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -217,7 +217,7 @@ class CBN2d(FollowingNorm2d):
             if is_new and compensates:
                 entry = layer.memory.pending
                 layer.derivative.commit(layer.memory, entry)
-                entry["mean_change"] = entry["var_change"] = zeros_like(entry["var"])
+                entry["mean_change"] = entry["var_change"] = filled_like(entry["var"], 0.0)
         row = ROW if compensates else ROW[:2]
         rows = push(layers, row) if is_new else rows_of(layers)
         entries = rows[:, :2]
