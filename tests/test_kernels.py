@@ -30,7 +30,7 @@ from workloads import stack_workload, training_step  # noqa: E402
 MOST = {
     "GN": (-1, -1),
     "BGN": (10, 10),
-    "BRN": (18, 6.25),
+    "BRN": (15, 6.25),
     "MBN(double_forward=False)": (14, 3),
     "MBN": (26.5, 3),
     "CBN": (23, 3),

@@ -126,6 +126,21 @@ def test_a_norm_of_the_users_own(clean_table):
     assert register_norm("MyNorm")(MyNorm2d) is MyNorm2d  # the same class again does no harm
 
 
+def test_options_that_a_class_hands_on_to_its_base(clean_table):
+    @register_norm("Mine")
+    class Mine2d(CBN2d):
+        def __init__(self, num_features, *, strength=1.0, window=2, **shared):
+            super().__init__(num_features, window=window, **shared)
+            self.strength = strength
+
+    norm = build_norm("Mine(strength=0.5, burn_in=3)", 4)
+    assert (norm.window, norm.burn_in) == (2, 3)
+    own = {"strength": 0.5, "window": 2, "burn_in": 3}
+    assert norm.options() == build_norm("CBN", 4).options() | own
+    with pytest.raises(ValueError, match="no option 'device'.*strength=1.0, window=2, burn_in="):
+        build_norm("Mine(device='cpu')", 4)
+
+
 def test_a_value_that_the_users_class_cannot_take(clean_table):
     @register_norm("Scaled")
     class Scaled2d(nn.BatchNorm2d):

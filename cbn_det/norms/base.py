@@ -13,6 +13,7 @@ from . import clock
 from .freeze import Freezable
 from .functional import Estimate, Moments, moments, normalize, without_autocast
 from .recalibration import Recalibration, in_backward
+from .spec import options_of, shown_options
 from .traced import Unscriptable, call_in_graph
 
 
@@ -115,12 +116,9 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, momentum=momentum, affine=affine, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, **factory)
         if ema not in ("pooled", "batch"):
             raise ValueError(f"ema={ema!r}: expected 'pooled' or 'batch'")
         if not (is_number(eps) and eps >= 0.0):
@@ -180,17 +178,7 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
         takes."""
-        return {
-            "freeze": self.freeze,
-            "ema": self.ema,
-            "momentum": self.momentum,
-            "eps": self.eps,
-            "affine": self.affine,
-        }
-
-    def shown_options(self) -> dict[str, Any]:
-        """The options as the layer's repr shows them."""
-        return self.options()
+        return {name: getattr(self, name) for name in options_of(type(self))}
 
     # ---- forward ----
 
@@ -342,5 +330,4 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         clock.install()
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.shown_options().items())
-        return f"{self.num_features}, {options}"
+        return f"{self.num_features}, {shown_options(self)}"

@@ -57,22 +57,9 @@ class BGN2d(SmallBatchNorm2d):
         num_features: int,
         *,
         groups: int | None = None,
-        freeze: float = 1.0,
-        ema: str = "pooled",
-        momentum: float | None = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
+        super().__init__(num_features, **shared)
         if groups is not None and (type(groups) is not int or groups < 1):
             raise ValueError(f"groups={groups!r}: expected an int, 1 or more, or None")
         if groups is not None and groups > num_features:
@@ -82,9 +69,6 @@ class BGN2d(SmallBatchNorm2d):
             )
         self.groups = groups
         self.groups_used = math.gcd(groups or min(DEFAULT_GROUPS, num_features), num_features)
-
-    def options(self) -> dict[str, Any]:
-        return {"groups": self.groups, **super().options()}
 
     def batch_moments(self, y: Tensor) -> GroupMoments:
         return moments_of_groups(y, self.groups_used, self.eps)
@@ -100,7 +84,3 @@ class BGN2d(SmallBatchNorm2d):
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         pooled = group_mean(mean, self.groups_used)
         super().set_statistics(pooled, group_mean(var + (mean - pooled).square(), self.groups_used))
-
-    def extra_repr(self) -> str:
-        used = "" if self.groups_used == self.groups else f", groups_used={self.groups_used}"
-        return super().extra_repr() + used

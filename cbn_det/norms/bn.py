@@ -25,26 +25,8 @@ class BN2d(SmallBatchNorm2d):
         ValueError: an option out of range.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        freeze: float = 1.0,
-        ema: str = "batch",
-        momentum: float | None = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
-    ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
+    def __init__(self, num_features: int, *, ema: str = "batch", **shared: Any) -> None:
+        super().__init__(num_features, ema=ema, **shared)
 
     @property
     def is_batchnorm(self) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .base import Forward, is_number
-from .functional import Estimate, Moments
+from .functional import Estimate, Moments, filled_like
 from .memory import instead_of
 from .remembering import RememberingNorm2d
 from .spec import register_norm
@@ -71,22 +71,10 @@ class BRN2d(RememberingNorm2d):
         d_max: float = 5.0,
         burn_in: int | float = 0.1,
         ramp: int | float = 0.3,
-        freeze: float = 1.0,
-        ema: str = "pooled",
         momentum: float | None = 0.01,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
+        super().__init__(num_features, momentum=momentum, **shared)
         if not (is_number(r_max) and r_max >= 1.0):
             raise ValueError(f"r_max={r_max!r}: expected a number, 1 or more")
         if not (is_number(d_max) and d_max >= 0.0):
@@ -95,15 +83,6 @@ class BRN2d(RememberingNorm2d):
         self.d_max = d_max
         self._start_memory(1, burn_in=burn_in, ramp=ramp)
         self._compared: tuple[Tensor, ...] = ()  # r and d before and after, for diagnostics
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "r_max": self.r_max,
-            "d_max": self.d_max,
-            "burn_in": self.burn_in,
-            "ramp": self.ramp,
-            **super().options(),
-        }
 
     @property
     def batch_share(self) -> float:
@@ -147,9 +126,10 @@ class BRN2d(RememberingNorm2d):
         dtype = batch.mean.dtype
         mean, reference = (self.memory.kept[key].to(dtype) for key in ("mean", "invstd"))
         r_max, d_max = self.limits()
-        invstd = (batch.var + self.eps).rsqrt_()
-        ratio = reference / invstd
-        distance = (batch.mean - mean).mul_(reference)
+        minus_eps = filled_like(mean, -self.eps)
+        invstd, distance = torch._foreach_sub([batch.var, batch.mean], [minus_eps, mean])
+        ratio = reference / invstd.rsqrt_()
+        distance.mul_(reference)
         scale, shift = ratio.clamp(1.0 / r_max, r_max), distance.clamp(-d_max, d_max)
         self._compared = (ratio, scale, distance, shift)
         return Estimate(batch.mean, batch.var, 1.0, scale=scale, shift=shift, invstd=invstd)

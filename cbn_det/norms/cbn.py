@@ -46,8 +46,8 @@ from .compensation import (
 )
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
-from .functional import Estimate, Moments, even_mixture, mixed_in
-from .memory import push, rows_of, share_out, zeros_like
+from .functional import Estimate, Moments, even_mixture, filled_like, mixed_in
+from .memory import push, rows_of, share_out
 from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
@@ -102,22 +102,9 @@ class CBN2d(FollowingNorm2d):
         burn_in: int | float = 2 / 3,
         compensation: str = "taylor",
         positions: int | None = DEFAULT_POSITIONS,
-        freeze: float = 1.0,
-        ema: str = "pooled",
-        momentum: float | None = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
+        super().__init__(num_features, **shared)
         if compensation not in COMPENSATIONS:
             raise ValueError(f"compensation={compensation!r}: expected one of {COMPENSATIONS}")
         if positions is not None and (type(positions) is not int or positions < 1):
@@ -126,15 +113,6 @@ class CBN2d(FollowingNorm2d):
         self.positions = positions
         self.derivative = OwnDerivative() if positions is None else AveragedDerivative(positions)
         self._start_following(window, burn_in=burn_in)
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "window": self.window,
-            "burn_in": self.burn_in,
-            "compensation": self.compensation,
-            "positions": self.positions,
-            **super().options(),
-        }
 
     @property
     def batch_share(self) -> float:
@@ -217,7 +195,7 @@ class CBN2d(FollowingNorm2d):
             if is_new and compensates:
                 entry = layer.memory.pending
                 layer.derivative.commit(layer.memory, entry)
-                entry["mean_change"] = entry["var_change"] = zeros_like(entry["var"])
+                entry["mean_change"] = entry["var_change"] = filled_like(entry["var"], 0.0)
         row = ROW if compensates else ROW[:2]
         rows = push(layers, row) if is_new else rows_of(layers)
         entries = rows[:, :2]

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .binding import ConvBound
 from .model import resolve_burn_in
 from .sites import STATE, LeftNorm, reasons, some, survey
-from .spec import build_norm, known_norms, name_of, options_of, parse_spec
+from .spec import build_norm, known_norms, name_of, norm_class, options_of, parse_spec
 
 _CARRIED = ("eps", "momentum", "affine")  # attributes handed on beside the state
 
@@ -132,7 +132,7 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
 
 def _replacement(layer: nn.Module, spec: str, name: str) -> nn.BatchNorm2d:
     """A new norm of the layer's options and width, not yet with its state."""
-    known = options_of(name) if name in known_norms() else {}
+    known = options_of(norm_class(name)) if name in known_norms() else {}
     carried = {key: getattr(layer, key) for key in _CARRIED if key in known}
     new = build_norm(spec, layer.num_features, **carried)
     if not isinstance(new, nn.BatchNorm2d):
@@ -159,7 +159,7 @@ def _needs_conv(layer: nn.Module) -> bool:
 
 def _unbound(unbound: list[str], total: int, name: str, given: dict[str, Any]) -> str:
     remedy = "another norm"
-    if "compensation" in options_of(name):
+    if "compensation" in options_of(norm_class(name)):
         options = given | {"compensation": "none"}
         remedy = f'"{name}({", ".join(f"{key}={value!r}" for key, value in options.items())})"'
     return (

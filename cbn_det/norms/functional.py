@@ -55,7 +55,8 @@ class Estimate:
         groups: number of groups of neighbouring channels that have their statistics in common;
             None: every channel has its own.
         scale, shift: [C] each, or None: what the normalised values are multiplied by, and what is
-            then added, before the affine parameters; constants for the gradient.
+            then added, before the affine parameters; constants for the gradient, to which mean and
+            var then are constants as well.
         invstd: [C], ``1 / sqrt(var + eps)``, where it is known already.
         of_groups: mean and inverse standard deviation [groups] of each group, likewise.
     """
@@ -86,6 +87,17 @@ class GroupMoments(Moments):
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype statistics of ``x`` are kept in: float64 for float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def filled_like(values: Tensor, number: float) -> Tensor:
+    """[C], the same tensor at each call, to read only."""
+    return _filled(number, values.shape[0], values.dtype, values.device)
+
+
+@lru_cache(maxsize=1024)
+def _filled(number: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((size,), number, dtype=dtype, device=device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -224,69 +236,69 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         dtype = mean.dtype
         mean, var = mean.contiguous(), var.contiguous()  # the kernels do not look at strides
-        w = None if weight is None else weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        scale, shift = estimate.scale, estimate.shift
+        zero = filled_like(mean, 0.0)
+        w = filled_like(mean, 1.0) if weight is None else weight.to(dtype)
+        b = zero if bias is None else bias.to(dtype)
+        invstd = (var + eps).rsqrt_() if estimate.invstd is None else estimate.invstd
+        scale, shift, scaled = estimate.scale, estimate.shift, invstd
         if scale is not None:
-            b = shift if w is None else torch.addcmul(b, w, shift)
-            w = scale if w is None else w * scale
+            w, b, scaled = torch._foreach_addcmul(
+                [zero, b, zero], [w, w, invstd], [scale, shift, scale]
+            )
         groups = estimate.groups
         ctx.groups = None if groups == len(mean) else groups
         ctx.fused = x.device.type in FUSED and ctx.groups is None
-        invstd = (var + eps).rsqrt_() if estimate.invstd is None else estimate.invstd
         if ctx.fused:
             x = x if _is_nhwc(x) else x.contiguous()
             out = torch.batch_norm_elemt(x, w, b, mean, invstd, eps)
         else:
             out = F.batch_norm(x, mean, var, w, b, training=False, eps=eps)
-        ctx.save_for_backward(x, mean, var, invstd, w, scale, shift, *(estimate.of_groups or ()))
+        of_groups = estimate.of_groups or ()
+        ctx.save_for_backward(x, mean, var, invstd, scaled, w, scale, shift, *of_groups)
         ctx.share = estimate.share
-        ctx.affine_dtypes = (
-            None if weight is None else weight.dtype,
-            None if bias is None else bias.dtype,
-        )
         ctx.eps = eps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, invstd, w, scale, shift, *of_groups = ctx.saved_tensors
+        x, mean, var, invstd, scaled, w, scale, shift, *of_groups = ctx.saved_tensors
         layout = torch.channels_last if _is_nhwc(x) else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
         if ctx.fused:
-            dx, sum_gx, sum_g = _fused_backward(ctx, grad, x, mean, invstd, w)
+            dx, sum_gx, sum_g = _fused_backward(ctx, grad, x, mean, invstd, scaled, w)
         else:
             dx, sum_gx, sum_g = _plain_backward(ctx, grad, x, mean, var, invstd, w, of_groups)
+            sum_gx = sum_gx if scale is None else sum_gx * scale
         d_mean = d_var = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            gain = invstd if w is None else w * invstd
+            gain = w * invstd
             d_mean, d_var = torch._foreach_mul([gain, gain * invstd], [sum_g, sum_gx])
             torch._foreach_mul_([d_mean, d_var], [-1.0, -0.5])
-        weight_dtype, bias_dtype = ctx.affine_dtypes
-        d_weight = d_bias = None
-        if ctx.needs_input_grad[3]:
-            if scale is not None:
-                sum_gx = torch.addcmul(sum_gx * scale, sum_g, shift)
-            d_weight = sum_gx.to(weight_dtype)
-        if ctx.needs_input_grad[4]:
-            d_bias = sum_g.to(bias_dtype)
-        return dx, d_mean, d_var, d_weight, d_bias, None, None
+        if shift is not None:
+            sum_gx = torch.addcmul(sum_gx, sum_g, shift)
+        _, _, _, by_weight, by_bias, *_ = ctx.needs_input_grad
+        d_affine = sum_gx if by_weight else None, sum_g if by_bias else None
+        return dx, d_mean, d_var, *d_affine, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor, Tensor]
 
 
 def _fused_backward(
-    ctx: Any, grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, w: Tensor | None
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    scaled: Tensor,
+    w: Tensor,
 ) -> Gradients:
-    """With SyncBatchNorm's kernels: gradient by x, sums over positions of grad * x_hat and grad."""
-    has = w is not None  # the kernel makes gradients by weight and bias like the weight
+    """With SyncBatchNorm's kernels: gradient by x, sums over positions of ``grad * (x - mean) *
+    scaled`` and of grad."""
     sum_dy, sum_dy_xmu, sum_gx, sum_g = torch.batch_norm_backward_reduce(
-        grad, x, mean, invstd, w, True, has, has
+        grad, x, mean, scaled, w, True, True, True
     )
-    if not has:
-        sum_gx, sum_g = sum_dy_xmu * invstd, sum_dy.clone()
     if not ctx.needs_input_grad[0]:
         return None, sum_gx, sum_g
     count = x.numel() // x.shape[1]
@@ -297,15 +309,9 @@ def _fused_backward(
         count = round(count / share)  # as of several mini-batches, all others of which are 0
     else:
         torch._foreach_mul_(sums, share)
-    count = _as_tensor(count, x.device)
+    count = _filled(count, 1, torch.int, x.device)
     dx = torch.batch_norm_backward_elemt(grad, x, mean, invstd, w, *sums, count)
     return dx, sum_gx, sum_g
-
-
-@lru_cache(maxsize=1024)
-def _as_tensor(count: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((1,), count, dtype=torch.int, device=device)
 
 
 def _plain_backward(
@@ -315,14 +321,13 @@ def _plain_backward(
     mean: Tensor,
     var: Tensor,
     invstd: Tensor,
-    w: Tensor | None,
+    w: Tensor,
     of_groups: list[Tensor],
 ) -> Gradients:
-    """The same with BatchNorm's own kernels."""
+    """The same with BatchNorm's own kernels, with invstd for scaled."""
     share, groups, wanted = ctx.share, ctx.groups, ctx.needs_input_grad[0]
     share_is_one = not isinstance(share, Tensor) and share == 1.0
     is_batchnorm = share_is_one and groups is None
-    w = torch.ones_like(mean) if w is None else w
     # BatchNorm's backward kernel with our statistics: the gradient for share 1 and no groups, and
     # the sums that every other gradient below is made of, in fused passes
     in_one = wanted and (is_batchnorm or (x.dtype != mean.dtype and groups is None))
@@ -359,17 +364,8 @@ def _backward_of_groups(
     """BatchNorm's gradient by a contiguous ``x`` whose groups are channels of more rows."""
     grad = (grad * w.view(1, -1, 1, 1)).to(x.dtype)
     rows = (len(x), len(of_groups[0]), -1, x.shape[3])
-    dx, _, _ = torch.ops.aten.native_batch_norm_backward(
-        grad.view(rows),
-        x.view(rows),
-        None,
-        None,
-        None,
-        *of_groups,
-        True,
-        eps,
-        [True, False, False],
-    )
+    known = (None, None, None, *of_groups, True, eps, [True, False, False])
+    dx = torch.ops.aten.native_batch_norm_backward(grad.view(rows), x.view(rows), *known)[0]
     return dx.view_as(x)
 
 

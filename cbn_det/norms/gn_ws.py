@@ -27,7 +27,7 @@ from .base import SmallBatchNorm2d, check_groups
 from .binding import ConvBound
 from .conv_call import operation_of
 from .functional import statistics_dtype
-from .spec import register_norm
+from .spec import register_norm, shown_options
 from .traced import Unscriptable, call_in_graph
 
 _WS_EPS = 1e-5
@@ -95,8 +95,7 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
         return {"groups": self.num_groups, "eps": self.eps, "affine": self.affine}
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
-        return f"{self.num_channels}, {options}"
+        return f"{self.num_channels}, {shown_options(self)}"
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

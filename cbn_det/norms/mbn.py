@@ -76,22 +76,9 @@ class MBN2d(RememberingNorm2d):
         decay: float = 0.8,
         double_forward: bool = True,
         burn_in: int | float = 2 / 3,
-        freeze: float = 1.0,
-        ema: str = "pooled",
-        momentum: float | None = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
+        super().__init__(num_features, **shared)
         if not (is_number(decay) and 0.0 < decay <= 1.0):
             raise ValueError(f"decay={decay!r}: expected a number above 0 and at most 1")
         if not isinstance(double_forward, bool):
@@ -101,15 +88,6 @@ class MBN2d(RememberingNorm2d):
         self._start_memory(window, burn_in=burn_in)
         self._entries = 0  # iterations remembered so far
         self._refreshed_entries = 0  # of these, those with a second pass
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "window": self.window,
-            "decay": self.decay,
-            "double_forward": self.double_forward,
-            "burn_in": self.burn_in,
-            **super().options(),
-        }
 
     @property
     def batch_share(self) -> float:

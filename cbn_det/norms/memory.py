@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,17 +29,6 @@ def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     if result.dtype.is_floating_point and result.dtype.itemsize < 4:
         return tensor.to(result.device)
     return result
-
-
-def zeros_like(values: Tensor) -> Tensor:
-    """Zeros [C], the same tensor at each call, to read only."""
-    return _zeros(values.shape[0], values.dtype, values.device)
-
-
-@lru_cache(maxsize=1024)
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(size, dtype=dtype, device=device)
 
 
 class Memory:

@@ -16,7 +16,7 @@ from .base import SmallBatchNorm2d
 from .binding import ConvBound
 from .remembering import RememberingNorm2d
 from .sites import some
-from .spec import name_of
+from .spec import name_of, shown_options
 
 
 def _remembering(model: nn.Module) -> dict[str, RememberingNorm2d]:
@@ -229,7 +229,7 @@ def norm_rows(model: nn.Module) -> list[NormRow]:
             NormRow(
                 name=name,
                 norm=registered or _CONFIG_NAMES.get(cls, cls),
-                options=_shown_options(module) if hasattr(module, "options") else "",
+                options=shown_options(module) if hasattr(module, "options") else "",
                 channels=getattr(module, "num_features", getattr(module, "num_channels", 0)),
                 conv="" if conv is None else names.get(id(conv), "(outside this model)"),
                 trainable=any(p.requires_grad for p in module.parameters())
@@ -237,15 +237,6 @@ def norm_rows(model: nn.Module) -> list[NormRow]:
             )
         )
     return rows
-
-
-def _shown_options(layer: nn.Module) -> str:
-    options = {key: value for key, value in layer.options().items() if key != "affine"}
-    for key in options:  # what an option has come to at this layer
-        for come_to in (f"{key}_steps", f"{key}_used"):
-            if getattr(layer, come_to, None) is not None:
-                options[key] = getattr(layer, come_to)
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 def format_norm_table(rows: list[NormRow]) -> str:

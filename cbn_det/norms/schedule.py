@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from . import clock
 
@@ -23,14 +22,6 @@ class Scheduled:
     burn_in: int | float
     freeze: float
     steps: int
-
-    def shown_options(self) -> dict[str, Any]:
-        """Times in optimiser steps, once these are known."""
-        shown = super().shown_options()
-        for name in self.timed:
-            steps = getattr(self, name + "_steps")
-            shown[name] = round(shown[name], 3) if steps is None else steps
-        return shown
 
     @property
     def _waits(self) -> bool:

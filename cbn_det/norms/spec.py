@@ -60,12 +60,37 @@ def name_of(cls: type[nn.Module]) -> str | None:
     return next((name for name, known in _NORMS.items() if known is cls), None)
 
 
-def options_of(name: str) -> dict[str, Any]:
-    """Option names and defaults of a registered norm."""
-    parameters = list(inspect.signature(_NORMS[name]).parameters.values())[1:]
-    return {
-        p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
+def options_of(cls: type[nn.Module]) -> dict[str, Any]:
+    """Option names and defaults of a norm: those of its constructor and, where this hands further
+    keywords on, of the constructors that it has from bases outside torch."""
+    options: dict[str, Any] = {}
+    constructors = [base for base in cls.__mro__ if "__init__" in vars(base)]
+    for at, base in enumerate(constructors):
+        if at and base.__module__.startswith("torch."):
+            break
+        _, _, *parameters = inspect.signature(base.__init__).parameters.values()
+        for p in parameters:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                options.setdefault(p.name, p.default)
+        if all(p.kind != p.VAR_KEYWORD for p in parameters):
+            break
+    return options
+
+
+def shown_options(layer: nn.Module) -> str:
+    """The options of a layer as a config spells them, with what they have come to there: times in
+    optimiser steps, once these are known, and the number of groups that its channels allow."""
+    options = {name: value for name, value in layer.options().items() if name != "affine"}
+    for name, value in options.items():
+        if hasattr(layer, f"{name}_steps"):
+            steps = getattr(layer, f"{name}_steps")
+            options[name] = round(value, 3) if steps is None else steps
+        options[name] = getattr(layer, f"{name}_used", options[name])
+    return _listed(options)
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -129,12 +154,11 @@ def build_norm(spec: str, num_features: int, **defaults: Any) -> nn.Module:
     name, options = parse_spec(spec)
     if name not in _NORMS:
         raise ValueError(f"unknown norm {name!r} in {spec!r}. Known: {', '.join(sorted(_NORMS))}")
-    known = options_of(name)
+    known = options_of(_NORMS[name])
     unknown = [key for key in options if key not in known]
     if unknown:
-        listed = ", ".join(f"{key}={value!r}" for key, value in known.items())
         raise ValueError(
-            f"norm {spec!r}: {name} has no option {unknown[0]!r}. Its options: {listed}"
+            f"norm {spec!r}: {name} has no option {unknown[0]!r}. Its options: {_listed(known)}"
         )
     try:
         return _NORMS[name](num_features, **{**defaults, **options})
