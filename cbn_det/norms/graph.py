@@ -19,8 +19,7 @@
 
 Everything else ends the chain: inputs of the model, frozen and compiled parts (unless
 :func:`~.trace.find_chain` looks through them), segments of a re-entrant activation checkpoint,
-blocks of ``fully_shard``, multiplications of two activations or by other masks, unknown operations,
-and whatever these rules take for something it is not.
+blocks of ``fully_shard``, unknown operations, and what these rules take for something it is not.
 """
 
 from __future__ import annotations
@@ -33,20 +32,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from .binding import past_hooks
-from .expression import Expression, Held, Unusable
 from .prediction import (
     Activation,
     Affine,
     Concat,
     Conv,
     End,
+    Expression,
     FrozenNorm,
+    Held,
     Mixture,
     Norm,
     OtherNorm,
     Pooled,
-    Scaled,
     Sum,
+    Unusable,
 )
 from .propagation import FUNCTIONS, OPTIONS
 
@@ -163,7 +163,7 @@ class _Walk:
         if operation in _OTHER_NORMS:
             return self._other_norm(edges[1:3])
         if operation == "_NormalizeBackward":  # of a norm of ours that predicts nothing
-            return self._other_norm([_without_correction(edge) for edge in edges[3:5]])
+            return self._other_norm(edges[3:5])
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
             return Concat(tuple(self._expression(edge) for edge in edges))
         if "roi_align" in node.name().lower():
@@ -200,24 +200,15 @@ class _Walk:
                 return Affine(self._expression(other), self._held(parameter), multiplies)
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
-        for edge, other in ((left, right), (right, left)):
-            if _is_nothing(edge):
-                return self._expression(other)
         return Sum(self._expression(left), self._expression(right))
 
     def _multiplied(self, node: Any) -> Expression:
         """A product with a number, or with a mask of mean 1."""
         factor, source = _constant_factor(node)
-        samples = _samples(node)
-        if _is_mask(factor, samples):
+        if _is_mask(factor, node):
             return self._expression(source)
-        if source is not None and _operation(source) in ("Mul", "Div"):
-            if None in _edges(source):  # drop path in two steps: x / keep * mask
-                inner, before = _constant_factor(source)
-                if not _is_mask(inner, samples) and _is_mask(factor * inner, samples):
-                    return self._expression(before)
         if factor.numel() == 1 and factor != 0:
-            return Scaled(self._expression(source), float(factor))
+            return Affine(self._expression(source), float(factor))
         raise _ChainEnds("a product with a tensor that is no mask of dropout")
 
     def _other_norm(self, edges: list[Any]) -> Expression:
@@ -246,12 +237,9 @@ def _parameters_at_work() -> dict[int, tuple[nn.Module, str]]:
     methods are running, and of all below them. (A graph tells parameters, and parameters don't tell
     who holds them.)"""
     found: dict[int, tuple[nn.Module, str]] = {}
-    seen: set[nn.Module] = set()
-    for running in running_modules():
-        for module in () if running in seen else running.modules():
-            seen.add(module)
-            for name, parameter in module._parameters.items():
-                found.setdefault(id(parameter), (module, name))
+    for module in dict.fromkeys(m for running in running_modules() for m in running.modules()):
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), (module, name))
     return found
 
 
@@ -284,39 +272,14 @@ def _constant_factor(node: Any) -> tuple[Tensor, Any]:
     return (1.0 / factor if divides else factor), left if right is None else right
 
 
-def _shape(node: Any) -> tuple[int, ...] | None:
-    """Of the output of an operation; None where this version of torch does not say."""
-    metadata = getattr(node, "_input_metadata", None)
-    return tuple(metadata[0].shape) if metadata else None
-
-
-def _samples(node: Any) -> int | None:
-    """How many the output of an operation has; None where nobody says, or it has none."""
-    return (_shape(node) or (None,))[0]
-
-
-def _is_nothing(node: Any) -> bool:
-    """Whether an edge is ``x.sum() * 0``, which keeps unused parameters in a graph."""
-    if node is None or _operation(node) != "Mul" or _shape(node) != () or None not in _edges(node):
-        return False
-    return not bool(_constant_factor(node)[0].any())
-
-
-def _is_mask(factor: Tensor, samples: int | None) -> bool:
-    """Whether it is one of dropout or drop path: of each sample its own, zeros and one number above
-    1. (Of a single sample that number may be all there is, and one sample may be all of them.)"""
-    if factor.dim() != 4 or len(factor) != (samples or len(factor)):
+def _is_mask(factor: Tensor, node: Any) -> bool:
+    """Whether a factor of ``node`` is a mask of dropout or drop path: of each sample its own, zeros
+    and one number above 1. (Of a single sample that number may be all there is, and one sample may
+    be all of them.)"""
+    if factor.dim() != 4 or len(factor) != node._input_metadata[0].shape[0]:
         return False
     kept = factor[factor != 0]
     return len(kept) == 0 or bool(kept[0] > 1) and bool((kept == kept[0]).all())
-
-
-def _without_correction(node: Any) -> Any:
-    """The edge of a weight or bias, before an estimate's scale and shift were taken into it (Batch
-    Renormalization's, which on average change nothing)."""
-    if node is not None and _operation(node) in ("Add", "Addcmul", "Mul"):
-        return node.next_functions[0][0]
-    return node
 
 
 def _without_statistics(norm: Any) -> bool:

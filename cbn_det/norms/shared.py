@@ -18,15 +18,25 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import clock
-from .expression import At, Expression, Held, Unusable
-from .prediction import Activation, Conv, FrozenNorm, NormOutput, Pooled, Sum
+from .prediction import (
+    Activation,
+    At,
+    Conv,
+    Expression,
+    FrozenNorm,
+    Held,
+    NormOutput,
+    Pooled,
+    Sum,
+    Unusable,
+)
 from .propagation import activated_with_slopes, convolution_gradient, convolved, tap_sums
 
 State = list[tuple[Tensor, int, int]]
@@ -300,30 +310,20 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     return shared
 
 
-class Use(Protocol):
-    """What a layer makes of its prediction [2, C]."""
-
-    def __call__(self, prediction: Tensor) -> tuple[Tensor, ...]: ...
-
-    def pull(self, *d: Tensor) -> Tensor:
-        """The gradient of the prediction from those of what was made of it."""
-
-
 class _Predicted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shared: Shared, chain: Conv, use: Use, *trained: Tensor) -> Any:
-        ctx.shared, ctx.chain, ctx.use, ctx.trained = shared, chain, use, trained
+    def forward(ctx: Any, shared: Shared, chain: Conv, *trained: Tensor) -> Tensor:
+        ctx.shared, ctx.chain, ctx.trained = shared, chain, trained
         ctx.save_for_backward(shared.own(chain)[0])
-        return use(shared.prediction(chain))
+        return shared.prediction(chain)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, ctx.use.pull(*d))
-        return None, None, None, *(found[tensor] for tensor in ctx.trained)
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, d)
+        return None, None, *(found[tensor] for tensor in ctx.trained)
 
 
-def predicted(shared: Shared, chain: Conv, use: Use) -> tuple[Tensor, ...]:
-    """What ``use`` makes of the moments [2, C] of a convolution's output, with the gradients of all
-    parameters in them."""
-    return _Predicted.apply(shared, chain, use, *shared.trained(chain))
+def predicted(shared: Shared, chain: Conv) -> Tensor:
+    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
+    return _Predicted.apply(shared, chain, *shared.trained(chain))
