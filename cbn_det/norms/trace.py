@@ -45,10 +45,6 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     for layer in layers_of(model):
         layer.look_anew()
     frozen = _norms_that_are_frozen(model)
-    # inference tensors take no part in a graph
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs)
-    )
     previous, thread.tracing = thread.tracing, True
     try:
         model.eval()
@@ -63,7 +59,7 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         ):
             # past the hooks of the whole, such as Double Forward's; FSDP's are needed
             run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
-            run(*args, **kwargs)
+            run(*_in_graphs(args), **_in_graphs(kwargs))
     finally:
         thread.tracing = previous
         for module, training in modes.items():
@@ -194,6 +190,11 @@ def _without_cached_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+def _in_graphs(inputs: Any) -> Any:
+    """Copies of inference tensors, which take no part in a graph."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
 
 
 def _compiled_parts_as_written() -> AbstractContextManager[Any]:
