@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import functional
@@ -49,27 +48,6 @@ def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
     return first, second, below, tails[1], density / std
 
 
-def _slopes(first: Tensor, below: Tensor, above: Tensor, slope: Tensor) -> list[Tensor]:
-    """Derivatives of both moments by mean and variance; ``above`` is twice the probability."""
-    by_mean, by_var = first * above, torch.addcmul(below, first, slope, value=-1.0)
-    return [below, 0.5 * slope, by_mean, by_var]
-
-
-class _Rectified(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor) -> Pair:
-        first, second, *parts = _rectified(mean, var)
-        ctx.save_for_backward(*_slopes(first, *parts))
-        return first, second
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *d: Tensor) -> Pair:
-        first_by_mean, first_by_var, second_by_mean, second_by_var = ctx.saved_tensors
-        d_mean = torch.addcmul(d[0] * first_by_mean, d[1], second_by_mean)
-        return d_mean, torch.addcmul(d[0] * first_by_var, d[1], second_by_var)
-
-
 def rectified(mean: Tensor, var: Tensor) -> Pair:
     """Mean and variance of ``max(x, 0)`` of a Gaussian ``x``; any shape.
 
@@ -82,8 +60,6 @@ def rectified(mean: Tensor, var: Tensor) -> Pair:
     the standard deviation by far. Their derivatives are as short: ``dr/dmean = Phi``, ``dr/dvar =
     phi / (2 std)``, ``ds/dmean = 2 r (1 - Phi)``, ``ds/dvar = Phi - r phi / std``.
     """
-    if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
-        return _Rectified.apply(mean, var)
     return _rectified(mean, var)[:2]
 
 
@@ -140,8 +116,9 @@ def activated_with_slopes(
     """Mean and variance [2, N] after an activation, and their derivatives [2, 2, N] by those before
     it, ``pair`` [2, N]; without a graph."""
     if operation == "Relu":
-        first, second, *parts = _rectified(*pair)
-        both = torch.stack((first, second, *_slopes(first, *parts)))
+        first, second, below, above, slope = _rectified(*pair)
+        by_var = torch.addcmul(below, first, slope, value=-1.0)
+        both = torch.stack((first, second, below, 0.5 * slope, first * above, by_var))
         return both[:2], both[2:].unflatten(0, (2, 2))
     with torch.enable_grad():
         before = pair.detach().requires_grad_()
