@@ -48,7 +48,7 @@ from .prediction import (
     Sum,
     Unusable,
 )
-from .propagation import FUNCTIONS, OPTIONS
+from .propagation import ACTIVATIONS
 
 _MARK = "cbn_det norm"
 _FROZEN_MARK = "cbn_det frozen norm"
@@ -63,7 +63,6 @@ _KEEPS = {
     "NativeDropout",
     "_ScaleGradientBackward",  # of detectron2's cascade heads; forward it is the identity
 }
-_ACTIVATIONS = {"Relu", "LeakyRelu", *FUNCTIONS}
 #: norm layers with the edges (input, weight, bias, ...)
 _OTHER_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm"}
 _LONGEST = 500  # operations in a chain; one that joins and parts again and again has no end
@@ -149,8 +148,8 @@ class _Walk:
             return self._expression(edges[0])
         if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
             return self._expression(edges[0])  # as a convolution's own padding: not looked at
-        if operation in _ACTIVATIONS:
-            options = tuple(getattr(node, f"_saved_{key}") for key in OPTIONS.get(operation, ()))
+        if operation in ACTIVATIONS:
+            options = tuple(getattr(node, f"_saved_{key}") for key in ACTIVATIONS[operation])
             return Activation(self._expression(edges[0]), operation, options)
         if operation == "Add" and node._saved_alpha == 1:
             return self._either(edges, False)
