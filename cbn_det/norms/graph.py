@@ -31,10 +31,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .binding import past_hooks
+from .conv_call import past_hooks, saved
 from .prediction import (
     Activation,
-    Affine,
     Concat,
     Conv,
     End,
@@ -43,8 +42,10 @@ from .prediction import (
     Held,
     Mixture,
     Norm,
-    OtherNorm,
+    NormOutput,
     Pooled,
+    Scaled,
+    Shifted,
     Sum,
     Unusable,
 )
@@ -93,10 +94,11 @@ def follow(y: Tensor, channels: int) -> Expression:
     try:
         return _Walk().from_norm(y, channels)
     except (_ChainEnds, Unusable) as end:
-        return End(str(end))
+        return End(0, options=(str(end),))
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         # other versions and other people's operations have graphs of other shapes
-        return End(f"a graph that the rules do not fit: {type(error).__name__}: {error}")
+        reason = f"a graph that the rules do not fit: {type(error).__name__}: {error}"
+        return End(0, options=(reason,))
 
 
 def _operation(node: Any) -> str:
@@ -125,8 +127,7 @@ class _Walk:
         if _operation(node) not in ("Convolution", "CompiledFunctionBackward"):
             raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
         found = self._expression(node)
-        if found.width != channels:
-            raise _ChainEnds("channels are regrouped on the way")
+        _check(found.width == channels)
         return found
 
     def _expression(self, node: Any) -> Expression:
@@ -139,9 +140,10 @@ class _Walk:
             layer = node.metadata[_FROZEN_MARK]
             if _without_statistics(layer):
                 raise _ChainEnds(NO_STATISTICS)
-            return FrozenNorm(layer)
+            return FrozenNorm(len(layer.running_mean), options=(layer,))
         if _MARK in node.metadata:
-            return Norm(node.metadata[_MARK])
+            layer = node.metadata[_MARK]
+            return Norm(layer.channels, options=(layer,))
         operation = _operation(node)
         edges = _edges(node)
         if operation in _KEEPS:
@@ -149,8 +151,8 @@ class _Walk:
         if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
             return self._expression(edges[0])  # as a convolution's own padding: not looked at
         if operation in ACTIVATIONS:
-            options = tuple(getattr(node, f"_saved_{key}") for key in ACTIVATIONS[operation])
-            return Activation(self._expression(edges[0]), operation, options)
+            options = (getattr(node, f"_saved_{key}") for key in ACTIVATIONS[operation])
+            return _same(Activation, self._expression(edges[0]), options=(operation, *options))
         if operation == "Add" and node._saved_alpha == 1:
             return self._either(edges, False)
         if operation == "Mul" and None not in edges:
@@ -164,11 +166,12 @@ class _Walk:
         if operation == "_NormalizeBackward":  # of a norm of ours that predicts nothing
             return self._other_norm(edges[3:5])
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
-            return Concat(tuple(self._expression(edge) for edge in edges))
+            sources = tuple(self._expression(edge) for edge in edges)
+            return Concat(sum(source.width for source in sources), sources)
         if "roi_align" in node.name().lower():
-            return Pooled(self._expression(edges[0]))
+            return _same(Pooled, self._expression(edges[0]))
         if operation == "IndexPut":
-            return Mixture(tuple(self._levels(node)))
+            return _same(Mixture, *self._levels(node))
         raise _ChainEnds(_ENDS.get(operation, f"no rule for {operation}"))
 
     def _convolution(self, node: Any, edges: list[Any]) -> Expression:
@@ -178,8 +181,10 @@ class _Walk:
         if bias is None and edges[2] is not None:
             raise _ChainEnds("a convolution whose bias is computed")
         source = self._expression(edges[0])
-        bias = None if bias is None else self._held(bias)
-        return Conv(source, self._held(weight), bias, node._saved_groups)
+        groups = node._saved_groups
+        _check(source.width == weight.shape[1] * groups)
+        held = tuple(self._held(p) for p in (weight, bias) if p is not None)
+        return Conv(len(weight), (source,), held, (groups,))
 
     def _levels(self, node: Any) -> Iterator[Expression]:
         """The feature levels whose RoIs were put into one tensor, one after another."""
@@ -196,10 +201,13 @@ class _Walk:
         for edge, other in ((left, right), (right, left)):
             parameter = self._parameter(edge, of_any_shape=True)
             if parameter is not None:
-                return Affine(self._expression(other), self._held(parameter), multiplies)
+                source = self._expression(other)
+                _check(parameter.numel() in (1, source.width))
+                kind = Scaled if multiplies else Shifted
+                return _same(kind, source, parameters=(self._held(parameter),))
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
-        return Sum(self._expression(left), self._expression(right))
+        return _same(Sum, self._expression(left), self._expression(right))
 
     def _multiplied(self, node: Any) -> Expression:
         """A product with a number, or with a mask of mean 1."""
@@ -207,14 +215,14 @@ class _Walk:
         if _is_mask(factor, node):
             return self._expression(source)
         if factor.numel() == 1 and factor != 0:
-            return Affine(self._expression(source), float(factor))
+            return _same(Scaled, self._expression(source), options=(float(factor),))
         raise _ChainEnds("a product with a tensor that is no mask of dropout")
 
     def _other_norm(self, edges: list[Any]) -> Expression:
         weight, bias = (self._parameter(edge) for edge in edges)
         if weight is None or bias is None:
             raise _ChainEnds("a norm without trained affine parameters")
-        return OtherNorm(self._held(weight), self._held(bias))
+        return NormOutput(len(weight), parameters=(self._held(weight), self._held(bias)))
 
     @staticmethod
     def _parameter(node: Any, of_any_shape: bool = False) -> Tensor | None:
@@ -229,6 +237,18 @@ class _Walk:
         if self._owners is None:
             self._owners = _parameters_at_work()
         return Held(parameter, *self._owners.get(id(parameter), (None,)))
+
+
+def _same(kind: type[Expression], *sources: Expression, **values: Any) -> Expression:
+    """A node that leaves channels as they are."""
+    width = sources[0].width
+    _check(all(source.width == width for source in sources))
+    return kind(width, sources, **values)
+
+
+def _check(fits: bool) -> None:
+    if not fits:
+        raise _ChainEnds("channels are regrouped on the way")
 
 
 def _parameters_at_work() -> dict[int, tuple[nn.Module, str]]:
@@ -260,14 +280,9 @@ def _constant_factor(node: Any) -> tuple[Tensor, Any]:
     left, right = _edges(node)
     if right is not None and (divides or left is not None):
         raise _ChainEnds("no rule for a quotient or product of activations")
-    name = "other" if right is None else "self"
-    # a checkpoint would run its segment again to show it
-    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
-        raise _ChainEnds("a product with a tensor in a checkpointed segment")
-    try:
-        factor = getattr(node, f"_saved_{name}")
-    except RuntimeError as error:
-        raise _ChainEnds("a product with a tensor that was changed since, or released") from error
+    factor = saved(node, "other" if right is None else "self")
+    if factor is None:
+        raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
     return (1.0 / factor if divides else factor), left if right is None else right
 
 

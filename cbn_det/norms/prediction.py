@@ -14,7 +14,7 @@ pooling does to the moments.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,11 @@ class Held:
         if value is None:
             raise Unusable(f"the {self.name} is computed")
         return _whole(value)
+
+    @property
+    def identity(self) -> tuple[Any, str]:
+        """Equal for equal parameters."""
+        return id(self._parameter if self.module is None else self.module), self.name
 
     def describe(self, names: Names) -> str:
         if self.module is not None:
@@ -106,33 +111,42 @@ class _Given(At):
 # ---- nodes -----------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Expression:
-    """A node of the tree; subclasses hold references to layers, parameters and other nodes."""
+    """A node of the tree.
+
+    Attributes:
+        width: number of channels.
+        sources: the nodes that it is made of.
+        parameters: its own, in the order that it uses them.
+        options: constants.
+    """
+
+    width: int
+    sources: tuple[Expression, ...] = ()
+    parameters: tuple[Held, ...] = ()
+    options: tuple[Any, ...] = ()
 
     @property
-    def width(self) -> int | None:
-        """Number of channels; None where parts do not fit together."""
-        widths = {part.width for part in self.parts()}
-        return widths.pop() if len(widths) == 1 else None
-
-    def parts(self) -> list[Expression]:
-        return [value for value in self._values() if isinstance(value, Expression)]
+    def source(self) -> Expression:
+        """The only one."""
+        return self.sources[0]
 
     def walk(self) -> Iterator[Expression]:
         yield self
-        for part in self.parts():
+        for part in self.sources:
             yield from part.walk()
 
     def held(self) -> Iterator[Held]:
         """The parameters in it, those of norm layers aside that it knows as modules."""
         for part in self.walk():
-            yield from part._held
+            yield from part.parameters
 
     def modules(self) -> Iterator[nn.Module]:
         """Those in it."""
         yield from (held.module for held in self.held() if held.module is not None)
         for part in self.walk():
-            yield from (value for value in part._values() if isinstance(value, nn.Module))
+            yield from (value for value in part.options if isinstance(value, nn.Module))
 
     def made_of(self) -> Iterator[Tensor]:
         """The tensors that the moments are computed from."""
@@ -149,37 +163,29 @@ class Expression:
         Raises:
             Unusable: a parameter is not to be had.
         """
-        return tuple(held.now() for held in self._held)
-
-    @cached_property
-    def _held(self) -> list[Held]:
-        return [value for value in self._values() if isinstance(value, Held)]
-
-    def _values(self) -> Iterator[Any]:
-        for value in (getattr(self, f.name) for f in fields(self)):
-            yield from value if isinstance(value, tuple) else (value,)
+        return tuple(held.now() for held in self.parameters)
 
     def moments(self, at: At) -> Tensor:
-        """Mean and variance [2, C] of the activations here; ``at`` knows those of the parts.
+        """Mean and variance [2, C] of the activations here; ``at`` knows those of the sources.
 
         Raises:
             Unusable: a parameter is not to be had.
         """
-        return at(self.parts()[0])
+        return at(self.source)
 
     def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        """From the gradient of the moments here, ``d`` [2, C], those of the parts' moments and of
+        """From the gradient of the moments here, ``d`` [2, C], those of the sources' moments and of
         this node's own tensors."""
-        parts, own = self.parts(), at.own(self)
+        own, count = at.own(self), len(self.sources)
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (*map(at, parts), *own)]
-            given = dict(zip(parts, inputs, strict=False))
-            here = self.moments(_Given(at.like, given, inputs[len(parts) :]))
-        yield from zip((*parts, *own), torch.autograd.grad(here, inputs, d), strict=True)
+            inputs = [t.detach().requires_grad_() for t in (*map(at, self.sources), *own)]
+            given = dict(zip(self.sources, inputs, strict=False))
+            here = self.moments(_Given(at.like, given, inputs[count:]))
+        yield from zip((*self.sources, *own), torch.autograd.grad(here, inputs, d), strict=True)
 
     def describe(self, names: Names) -> str:
         """As text."""
-        return ", ".join(part.describe(names) for part in self.parts())
+        return ", ".join(part.describe(names) for part in self.sources)
 
 
 class NormOutput(Expression):
@@ -203,16 +209,16 @@ class NormOutput(Expression):
         """Derivative [C] of the variance by the weight, if there is one."""
         return 2.0 * self._affine(at)[0] * self._kept(at)
 
+    def describe(self, names: Names) -> str:
+        return self.parameters[0].describe(names)
 
-@dataclass(frozen=True, eq=False)
+
 class Norm(NormOutput):
-    """The output of a KN or GKN layer."""
-
-    layer: nn.Module
+    """That of a KN or GKN layer, the only option."""
 
     @property
-    def width(self) -> int:
-        return self.layer.channels
+    def layer(self) -> nn.Module:
+        return self.options[0]
 
     def own(self) -> tuple[Tensor | None, ...]:
         return _whole(self.layer.weight), _whole(self.layer.bias)
@@ -221,15 +227,10 @@ class Norm(NormOutput):
         return names.get(id(self.layer), _ELSEWHERE)
 
 
-@dataclass(frozen=True, eq=False)
 class FrozenNorm(Norm):
-    """The output of a norm that is not trained and normalises by its running statistics, of an
-    input that is distributed as they say. ``eps`` makes its variance smaller than weight^2, which
-    matters in channels that are nearly constant."""
-
-    @property
-    def width(self) -> int:
-        return len(self.layer.running_mean)
+    """That of a norm that is not trained and normalises by its running statistics, of an input that
+    is distributed as they say. ``eps`` makes its variance smaller than weight^2, which matters in
+    channels that are nearly constant."""
 
     def own(self) -> tuple[Tensor | None, ...]:
         return *super().own(), self.layer.running_var
@@ -239,113 +240,74 @@ class FrozenNorm(Norm):
         return var / (var + self.layer.eps)
 
 
-@dataclass(frozen=True, eq=False)
-class OtherNorm(NormOutput):
-    """The output of another norm layer, seen by its affine parameters."""
-
-    weight: Held
-    bias: Held
-
-    @property
-    def width(self) -> int:
-        return len(self.weight.now())
-
-    def describe(self, names: Names) -> str:
-        return self.weight.describe(names)
-
-
-@dataclass(frozen=True, eq=False)
 class Conv(Expression):
-    """A convolution; the one before a norm, or one that has no norm."""
-
-    source: Expression
-    weight: Held
-    bias: Held | None
-    groups: int
+    """A convolution: its weight and, if it has one, its bias; the number of groups."""
 
     @property
-    def width(self) -> int | None:
-        weight = self.weight.now()
-        return len(weight) if self.source.width == weight.shape[1] * self.groups else None
+    def weight(self) -> Held:
+        return self.parameters[0]
 
     def moments(self, at: At) -> Tensor:
         weight, *bias = at.own(self)
         return convolved(at(self.source), tap_sums(weight, at.like.dtype), *bias)
 
     def describe(self, names: Names) -> str:
-        return f"{self.weight.describe(names)}({self.source.describe(names)})"
+        return f"{self.weight.describe(names)}({super().describe(names)})"
 
 
-@dataclass(frozen=True, eq=False)
 class Activation(Expression):
-    """An activation function of :mod:`.propagation`."""
-
-    source: Expression
-    operation: str
-    options: tuple[Any, ...] = ()
+    """An activation function of :mod:`.propagation`: its name, and its own options."""
 
     def moments(self, at: At) -> Tensor:
-        return torch.stack(activated(*at(self.source), self.operation, self.options))
+        name, *options = self.options
+        return torch.stack(activated(*at(self.source), name, options))
 
     def describe(self, names: Names) -> str:
-        return f"{self.operation.lower()}({self.source.describe(names)})"
+        return f"{self.options[0].lower()}({super().describe(names)})"
 
 
-@dataclass(frozen=True, eq=False)
 class Sum(Expression):
     """Residual connections and the sums of an FPN: moments add."""
 
-    left: Expression
-    right: Expression
-
     def moments(self, at: At) -> Tensor:
-        return at(self.left) + at(self.right)
+        left, right = map(at, self.sources)
+        return left + right
 
     def describe(self, names: Names) -> str:
-        return f"{self.left.describe(names)} + {self.right.describe(names)}"
+        return " + ".join(part.describe(names) for part in self.sources)
 
 
-@dataclass(frozen=True, eq=False)
-class Affine(Expression):
-    """A product with, or a sum with, a number or a parameter per channel or for all of them,
-    outside a norm layer (detectron2's norms of several levels have theirs in common)."""
-
-    source: Expression
-    value: Held | float
-    multiplies: bool = True
-
-    @property
-    def width(self) -> int | None:
-        size = self.value.now().numel() if isinstance(self.value, Held) else 1
-        return self.source.width if size in (1, self.source.width) else None
+class Shifted(Expression):
+    """A sum with a parameter per channel or for all of them, outside a norm layer."""
 
     def moments(self, at: At) -> Tensor:
         mean, var = at(self.source)
-        own = at.own(self)
-        value = own[0].to(mean.dtype).flatten() if own else self.value
-        changed = (mean * value, var * value**2) if self.multiplies else (mean + value, var)
-        return torch.stack(changed)
+        return torch.stack((mean + at.own(self)[0].to(mean.dtype).flatten(), var))
+
+
+class Scaled(Expression):
+    """A product with a number, or with such a parameter (detectron2's norms of several levels have
+    theirs in common)."""
+
+    def moments(self, at: At) -> Tensor:
+        mean, var = at(self.source)
+        (factor,) = self.options or (at.own(self)[0].to(mean.dtype).flatten(),)
+        return torch.stack((mean * factor, var * factor**2))
 
     def describe(self, names: Names) -> str:
-        source = self.source.describe(names)
-        return source if isinstance(self.value, Held) else f"{self.value:g} ({source})"
+        source = super().describe(names)
+        return f"{self.options[0]:g} ({source})" if self.options else source
 
 
-@dataclass(frozen=True, eq=False)
 class Pooled(Expression):
     """RoIs cut out of images: moments are kept."""
 
-    source: Expression
-
     def describe(self, names: Names) -> str:
-        return f"roi({self.source.describe(names)})"
+        return f"roi({super().describe(names)})"
 
 
-@dataclass(frozen=True, eq=False)
 class Mixture(Expression):
     """RoIs of several feature levels in one tensor: each level counts the same."""
-
-    sources: tuple[Expression, ...]
 
     def moments(self, at: At) -> Tensor:
         means, variances = torch.stack([at(source) for source in self.sources], 1)
@@ -355,16 +317,8 @@ class Mixture(Expression):
         return f"mixture({super().describe(names)})"
 
 
-@dataclass(frozen=True, eq=False)
 class Concat(Expression):
     """Channels side by side."""
-
-    sources: tuple[Expression, ...]
-
-    @property
-    def width(self) -> int | None:
-        widths = [source.width for source in self.sources]
-        return None if None in widths else sum(widths)
 
     def moments(self, at: At) -> Tensor:
         return torch.cat([at(source) for source in self.sources], 1)
@@ -373,11 +327,12 @@ class Concat(Expression):
         return f"concat({super().describe(names)})"
 
 
-@dataclass(frozen=True, eq=False)
 class End(Expression):
     """Nothing is known: the layer that this precedes is the first of a chain."""
 
-    reason: str
+    @property
+    def reason(self) -> str:
+        return self.options[0]
 
     def describe(self, names: Names) -> str:
         return f"- ({self.reason})"

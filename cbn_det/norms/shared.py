@@ -31,7 +31,6 @@ from .prediction import (
     Conv,
     Expression,
     FrozenNorm,
-    Held,
     NormOutput,
     Pooled,
     Sum,
@@ -46,9 +45,8 @@ class _Layout:
     def __init__(self, chains: list[Conv]) -> None:
         self.chains = chains
         self.same: dict[Expression, Expression] = {}  # each part's representative
-        self.widths: dict[Expression, int] = {}
         self.norms: list[NormOutput] = []
-        self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth, operation, options
+        self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth and options
         self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
         for chain in chains:
             self._add(chain)
@@ -58,15 +56,14 @@ class _Layout:
             self._add_leaves(chain.source)
 
     def _add(self, part: Expression) -> tuple[Expression, int]:
-        added = [self._add(p) for p in part.parts()]
-        own = (v for v in part._values() if not isinstance(v, Expression))
-        key = (type(part), *(id(p) for p, _ in added), *map(_identity, own))
+        added = [self._add(source) for source in part.sources]
+        own = (held.identity for held in part.parameters)
+        key = (type(part), part.options, *(id(source) for source, _ in added), *own)
         if key not in self._known:
             depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
             self._known[key] = part, depth
-            self.widths[part] = part.width
             if isinstance(part, Activation):
-                self.levels.setdefault((depth, part.operation, part.options), []).append(part)
+                self.levels.setdefault((depth, *part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
                 self.norms.append(part)
         self.same[part] = self._known[key][0]
@@ -77,23 +74,17 @@ class _Layout:
         if root not in self.leaves:
             self.leaves[root] = list(self._leaves(root))
             for leaf in self.leaves[root]:
-                for part in leaf.parts():
+                for part in leaf.sources:
                     self._add_leaves(part)
 
     def _leaves(self, part: Expression) -> Iterator[Expression]:
         """What its channels are made of one by one: norms, and what mixes channels or has
         parameters of its own."""
         if isinstance(part, (Activation, Pooled, Sum)):
-            for inner in part.parts():
+            for inner in part.sources:
                 yield from self._leaves(inner)
         else:
             yield self.same[part]
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, Held):
-        return (id(value.module), value.name) if value.module is not None else id(value.now())
-    return value if isinstance(value, (int, float, str)) or value is None else id(value)
 
 
 class Shared(At):
@@ -145,8 +136,8 @@ class Shared(At):
         return self._own[expression]
 
     def _split(self, parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
-        widths = [self.layout.widths[part] for part in parts]
-        return dict(zip(parts, values.split(widths, -1), strict=True))
+        values = values.split([part.width for part in parts], -1)
+        return dict(zip(parts, values, strict=True))
 
     def _evaluate_norms(self) -> None:
         norms = [n for n in self.layout.norms if all(t is not None for t in self.own(n))]
@@ -157,7 +148,7 @@ class Shared(At):
             self._by_weight.update(self._split(norms, 2.0 * weights))
 
     def _evaluate_activations(self) -> None:
-        for (_, operation, options), parts in self.layout.levels.items():
+        for (_, operation, *options), parts in self.layout.levels.items():
             before = _side_by_side([self(part.source) for part in parts])
             moments, slopes = activated_with_slopes(before, operation, options)
             self._moments.update(self._split(parts, moments))
@@ -170,18 +161,18 @@ class Shared(At):
     def _by_leaf(self, part: Expression) -> list[Tensor]:
         part = self.layout.same[part]
         if isinstance(part, (Pooled, Sum)):
-            return [d for inner in part.parts() for d in self._by_leaf(inner)]
+            return [d for inner in part.sources for d in self._by_leaf(inner)]
         if part in self._derivatives:
             return [self._derivatives[part]]
         itself = torch.eye(2, dtype=self.like.dtype, device=self.like.device)
-        return [itself[..., None, None].expand(2, 2, 1, self.layout.widths[part])]
+        return [itself[..., None, None].expand(2, 2, 1, part.width)]
 
     def _evaluate_convolutions(self) -> None:
         """Those before norms; of one shape together."""
         alike = defaultdict(list)
         for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
             weight, *bias = self.own(chain)
-            alike[weight.shape, chain.groups, len(bias)].append(chain)
+            alike[weight.shape, chain.options, len(bias)].append(chain)
         self._predictions = {}
         for chains in alike.values():
             weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
@@ -194,13 +185,13 @@ class Shared(At):
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
         moments of other leaves, [2, 2, leaves, C]."""
-        roots, widths = self.layout.leaves, self.layout.widths
+        roots = self.layout.leaves
         jacobians = torch.cat([d.flatten(2) for root in roots for d in self._by_leaf(root)], -1)
         factors = [self._factor(leaf) for leaves in roots.values() for leaf in leaves]
         jacobians[:, 1].mul_(_side_by_side(factors))
-        parts = jacobians.split([len(of) * widths[root] for root, of in roots.items()], -1)
+        parts = jacobians.split([len(of) * root.width for root, of in roots.items()], -1)
         self._jacobians = {
-            root: part.unflatten(-1, (-1, widths[root]))
+            root: part.unflatten(-1, (-1, root.width))
             for root, part in zip(roots, parts, strict=True)
         }
 
@@ -210,7 +201,7 @@ class Shared(At):
             return self._by_weight[leaf]
         if isinstance(leaf, NormOutput):
             return leaf.by_weight(self)
-        return self.like.new_ones(self.layout.widths[leaf])
+        return self.like.new_ones(leaf.width)
 
     # ---- for layers ----
 
