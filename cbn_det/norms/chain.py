@@ -13,40 +13,38 @@ import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
-from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
-from .prediction import At, Conv, End, Expression, FrozenNorm, NormOutput, Unusable
+from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
+from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
 from .recalibration import in_backward
 from .shared import Shared, predicted, share
 
-# ---- replaced modules ------------------------------------------------------------------------
+Scope = weakref.ref[nn.Module] | None
 
 _revision = 0  # counts modules that were put in the place of others
 #: in which modules, and when last
 _replaced_in: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_watching = False
 
 
-def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    global _revision
-    replaced = parent._modules.get(name)
-    if replaced is not None and replaced is not new:
-        _revision += 1
-        _replaced_in[parent] = _revision
+@cache
+def _watch() -> None:
+    """Starts watching for replaced modules in this process, once."""
 
+    def see(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+        global _revision
+        replaced = parent._modules.get(name)
+        if replaced is not None and replaced is not new:
+            _revision += 1
+            _replaced_in[parent] = _revision
 
-def watch() -> None:
-    """Starts watching for replaced modules in this process; calling it again does nothing."""
-    global _watching
-    if not _watching:
-        register_module_module_registration_hook(_on_registration)
-        _watching = True
+    register_module_module_registration_hook(see)
 
 
 class _State(threading.local):
@@ -61,9 +59,6 @@ def tracing() -> bool:
     return not torch.compiler.is_compiling() and thread.tracing
 
 
-# ---- layers ----------------------------------------------------------------------------------
-
-
 @dataclass
 class _Known:
     """What a layer knows of what precedes it.
@@ -71,23 +66,22 @@ class _Known:
     Attributes:
         chain: that.
         scope: the outermost module that was running when it was found.
-        at: the clock then.
+        revision: of the modules in ``scope``.
+        at: the clock when it was found.
         traced: by ``find_chain``, which sees more than a training forward.
         repeated: in a backward pass; the forward that it repeats knew nothing, and both must give
             the same.
         unsure: copied or out of date: to be looked for anew as soon as there is a graph.
-        revision: of the modules in ``scope``.
     """
 
     chain: Expression
-    scope: weakref.ref[nn.Module] | None
+    scope: Scope
+    revision: int
     at: int
     traced: bool
     repeated: bool
     unsure: bool
-    revision: int
 
-    @property
     def is_current(self) -> bool:
         """Whether no modules were replaced since where the chain lies."""
         if self.revision != _revision:
@@ -109,43 +103,32 @@ class Chained:
     """
 
     training: bool
+    channels: int
+    predicts: bool  # whether the layer needs to know what precedes it
+    predicts_in_evaluation = False
     _known: _Known | None
     _reported: bool  # whether a warning of what is not predicted has counted this layer
     _shared: Shared | None  # what layers predict from in the latest forward pass
 
     def _start_chain(self) -> None:
         self.__dict__.update(_known=None, _reported=False, _shared=None)
-        watch()
-
-    @property
-    def channels(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def predicts(self) -> bool:
-        """Whether the layer needs to know what precedes it."""
-        return True
-
-    @property
-    def predicts_in_evaluation(self) -> bool:
-        """Whether it does in evaluation, too."""
-        return False
+        _watch()
 
     @property
     def chain(self) -> Expression | None:
         """What precedes this layer; None while that is unknown."""
         known = self._known
-        return known.chain if known is not None and known.is_current else None
-
-    def look_anew(self) -> None:
-        """Has the layer look again, as soon as there is a graph."""
-        if self._known is not None:
-            self._known.unsure = True
+        return known.chain if known is not None and known.is_current() else None
 
     @property
     def chain_is_sure(self) -> bool:
         """Whether what precedes this layer is known, and nothing calls for another look."""
         return self.chain is not None and not self._known.unsure
+
+    def look_anew(self) -> None:
+        """Has the layer look again, as soon as there is a graph."""
+        if self._known is not None:
+            self._known.unsure = True
 
     def _predict(self, y: Tensor, like: Tensor) -> Tensor | None:
         """The predicted mean and variance [2, C] of the channels of ``y``, of the dtype of
@@ -202,50 +185,42 @@ class Chained:
             return
         if not torch.is_grad_enabled():
             return
-        found, scope = follow(y, self.channels), _outermost()
-        ends = isinstance(found, End)
-        if chain is not None and self._known.traced and ends and not thread.tracing:
-            if isinstance(chain, End) or _lies_within(chain, scope):  # find_chain saw more
-                self._known.unsure, self._known.scope = False, scope
-                return
-        if ends and found.reason == COMPILED and chain is None:
-            _warn_of_compilation()
+        found = follow(y, self.channels)
+        *_, outermost = None, *running_modules()
+        scope = outermost and weakref.ref(outermost)
+        if isinstance(found, End):
+            if chain is not None and self._known.traced and not thread.tracing:
+                if isinstance(chain, End) or _lies_within(chain, scope):  # find_chain saw more
+                    self._known.unsure, self._known.scope = False, scope
+                    return
+            if chain is None and found.reason == COMPILED:
+                _warn_of_compilation()
         # a parameter that no module is known to hold could be replaced without a trace
         unsure = any(held.module is None for held in found.held())
-        now, traced = clock.now(), thread.tracing
-        self.__dict__["_known"] = _Known(found, scope, now, traced, repeated, unsure, _revision)
-
-    def _mark(self, output: Tensor) -> None:
-        """Lets those that follow recognise this layer's output."""
-        if not torch.compiler.is_compiling():
-            mark(output, self)
+        self.__dict__["_known"] = _Known(
+            found, scope, _revision, clock.now(), thread.tracing, repeated, unsure
+        )
 
     # ---- copies ----
 
     def __getstate__(self) -> dict[str, Any]:
         inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited else self.__dict__)
-        known = None
-        if self.chain is not None:
-            known = replace(self._known, scope=None, unsure=True, repeated=False)
+        known = self.chain and replace(self._known, scope=None, unsure=True, repeated=False)
         return state | {"_known": known, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._known is not None:
             self._known.revision = _revision
-        watch()
+        _watch()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any):
-        parts = self._known.chain.walk() if self._known is not None else ()
         # with other running statistics in frozen norms a chain may end or go on
-        if any(isinstance(part, FrozenNorm) or _is_end(part, NO_STATISTICS) for part in parts):
-            self.__dict__["_known"] = None
+        for part in self._known.chain.walk() if self._known is not None else ():
+            if isinstance(part, FrozenNorm) or part.options == (NO_STATISTICS,):
+                self.__dict__["_known"] = None
         return super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-
-
-def _is_end(chain: Expression | None, reason: str) -> bool:
-    return isinstance(chain, End) and chain.reason == reason
 
 
 def layers_of(model: nn.Module) -> list[Chained]:
@@ -253,14 +228,9 @@ def layers_of(model: nn.Module) -> list[Chained]:
     return [m for m in model.modules() if isinstance(m, Chained)]
 
 
-def _outermost() -> weakref.ref[nn.Module] | None:
-    *_, outermost = None, *running_modules()
-    return None if outermost is None else weakref.ref(outermost)
-
-
-def _lies_within(chain: Expression, scope: weakref.ref[nn.Module] | None) -> bool:
+def _lies_within(chain: Expression, scope: Scope) -> bool:
     """Whether all modules of a chain are known to lie in one."""
-    outermost = None if scope is None else scope()
+    outermost = scope and scope()
     return outermost is not None and set(outermost.modules()).issuperset(chain.modules())
 
 
@@ -273,22 +243,22 @@ def _warn_of_compilation() -> None:
     )
 
 
-def _report(scope: weakref.ref[nn.Module] | None) -> None:
+def _report(scope: Scope) -> None:
     """Warns, in the iteration after the first, if nothing is predicted for more than a quarter of
     a model's layers, not counting the one that its input goes into."""
     model = scope and scope()
-    layers = [] if model is None else [layer for layer in layers_of(model) if layer.predicts]
+    layers = [m for m in layers_of(model) if m.predicts] if model is not None else []
     for layer in layers:
         layer.__dict__["_reported"] = True
-    layers = [layer for layer in layers if layer.chain is not None]
-    reasons = Counter(layer.chain.reason for layer in layers if isinstance(layer.chain, End))
+    chains = [layer.chain for layer in layers if layer.chain is not None]
+    reasons = Counter(chain.reason for chain in chains if isinstance(chain, End))
     count = reasons.total()
-    if count - (FROZEN_INPUT in reasons) <= len(layers) // 4:
+    if count - (FROZEN_INPUT in reasons) <= len(chains) // 4:
         return
     listed = "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common(4))
     more = "; ..." if len(reasons) > 4 else ""
     warnings.warn(
-        f"KN and GKN predict nothing for {count} of {len(layers)} layers, which are BatchNorm and"
+        f"KN and GKN predict nothing for {count} of {len(chains)} layers, which are BatchNorm and"
         f" GroupNorm therefore ({listed}{more}). cbn_det.norms.kn_chain(model) lists them. Where"
         " parts are frozen or compiled, cbn_det.norms.find_chain(model, batch) before training"
         " looks through them.",
@@ -299,8 +269,7 @@ def _report(scope: weakref.ref[nn.Module] | None) -> None:
 # ---- for users -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ChainRow:
+class ChainRow(NamedTuple):
     """What precedes one KN or GKN layer.
 
     Attributes:
@@ -308,31 +277,21 @@ class ChainRow:
         follows: what its convolution's input is made of, such as
             ``"relu(layer1.0.bn2 + layer1.0.downsample.1)"``; ``"- (reason)"`` where nothing is
             predicted; ``"?"`` before the first forward with a graph.
-        sources: names of the norm layers in it.
     """
 
     name: str
     follows: str
-    sources: tuple[str, ...]
 
 
 def kn_chain(model: nn.Module) -> list[ChainRow]:
     """Which norms the KN and GKN layers of a model predict their statistics from, in the model's
     order."""
-    names = {id(m): n for n, m in model.named_modules(remove_duplicate=True)}
+    names = {id(m): n for n, m in model.named_modules()}
     names |= {id(p): n for n, p in model.named_parameters()}
     rows = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Chained):
-            continue
-        chain = layer.chain
-        if chain is None:
-            rows.append(ChainRow(name, "?", ()))
-            continue
-        shown = chain.source if isinstance(chain, Conv) else chain
-        norms = (part for part in chain.walk() if isinstance(part, NormOutput))
-        sources = dict.fromkeys(norm.describe(names) for norm in norms)
-        rows.append(ChainRow(name, shown.describe(names), tuple(sources)))
+    for layer in layers_of(model):
+        shown = layer.chain.source if isinstance(layer.chain, Conv) else layer.chain
+        rows.append(ChainRow(names[id(layer)], shown.describe(names) if shown else "?"))
     return rows
 
 

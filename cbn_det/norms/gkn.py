@@ -22,6 +22,7 @@ from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, check_groups
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
+from .graph import mark
 from .posterior import DEFAULT_GAIN, Predicting, posterior
 from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
@@ -104,7 +105,7 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
                     output = (self._in_plain_operations if plain else self._mix)(input, prediction)
         if output is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        self._mark(output)
+        mark(output, self)
         return output
 
     _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel

@@ -29,6 +29,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .conv_call import past_hooks, saved
@@ -84,7 +85,7 @@ class _ChainEnds(Exception):
 
 def mark(output: Tensor, layer: nn.Module, frozen: bool = False) -> None:
     """Lets :func:`follow` recognise ``output`` as that of ``layer``, a norm."""
-    if output.grad_fn is not None:
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
         output.grad_fn.metadata[_FROZEN_MARK if frozen else _MARK] = layer
 
 

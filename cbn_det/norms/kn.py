@@ -40,6 +40,7 @@ from torch.fx import Proxy
 from .base import SmallBatchNorm2d
 from .chain import tracing
 from .functional import Estimate, Moments
+from .graph import mark
 from .posterior import DEFAULT_GAIN, Predicting
 from .spec import register_norm
 
@@ -118,7 +119,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
             if input.numel() > 0:
                 if not self.training:
                     self._look_for_chain(input)
-                self._mark(output)
+                mark(output, self)
         finally:
             self.__dict__["_input"] = None
         return output
