@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import DoubleForward, clock, find_chain, find_chain_at_call, kn_chain
-from cbn_det.norms.expression import At
+from cbn_det.norms.prediction import At
 from cbn_det.norms.spec import build_norm
 
 WIDTH = 6
@@ -306,7 +306,7 @@ def test_moved_reloaded_and_changed_in_place():
         torch.testing.assert_close(changed(inputs), fresh(inputs), rtol=1e-4, atol=1e-4)
         mean, var = expected_seed(changed)
         like = torch.empty(0, dtype=torch.float64)
-        predicted = changed.norm3._predict(inputs, like, tuple)[0].detach().numpy()
+        predicted = changed.norm3._predict(inputs, like)[0].detach().numpy()
         np.testing.assert_allclose(predicted, mean, rtol=1e-5)
 
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, kn_chain, reading_memory
-from cbn_det.norms.kn import KN2d, Posterior
+from cbn_det.norms.kn import KN2d
 from cbn_det.norms.propagation import convolved, rectified, tap_sums
 from cbn_det.norms.spec import build_norm
 
@@ -322,9 +322,10 @@ def test_the_guard_refuses_what_is_not_finite(value):
     observed = torch.tensor([[0.5, -1.0], [2.0, 3.0]])
     prediction = observed + 0.1
     prediction[:, 1] = value
-    mixing = Posterior(observed.unbind, 0.3, 1e-5)
-    assert torch.equal(torch.stack(mixing(prediction)), observed)
-    assert float(mixing.share) == 1.0 and not mixing.pull(*torch.ones(2, 2)).any()
+    mixed = KN2d(2, gain=0.3)._mixed(prediction.requires_grad_(), *observed)
+    assert torch.equal(torch.stack((mixed.mean, mixed.var)), observed) and mixed.share == 1.0
+    (mixed.mean + mixed.var).sum().backward()
+    assert not prediction.grad.any()
 
 
 @pytest.mark.parametrize("refused", [True, False])

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import build_norm, tick
-from cbn_det.norms.expression import At
 from cbn_det.norms.functional import Moments
+from cbn_det.norms.prediction import At
 from cbn_det.norms.shared import predicted, share
 
 
@@ -57,8 +57,8 @@ def alone(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     layers = [m for m in model.modules() if hasattr(m, "_predict")]
     for layer in layers:
         layer._shared_moments = None
-        layer._predict = lambda y, like, use, layer=layer: (
-            use(At(like)(layer.chain)) if hasattr(layer.chain, "weight") else None
+        layer._predict = lambda y, like, layer=layer: (
+            At(like)(layer.chain) if hasattr(layer.chain, "weight") else None
         )
     try:
         return model(x)
@@ -83,12 +83,6 @@ def known(norm: str = "KN(gain=0.3)") -> Net:
 
 
 # ---- one layer's prediction ------------------------------------------------------------------
-
-
-class AsItIs:
-    """A use of a prediction that hands it on."""
-
-    __call__ = pull = staticmethod(torch.clone)
 
 
 OTHERS = {
@@ -118,7 +112,7 @@ def test_gradcheck(rule: str) -> None:
     tensors = [t for t in chain.made_of() if t.requires_grad]
 
     def prediction(*_: torch.Tensor) -> torch.Tensor:
-        return predicted(share([model.c], model.c, like), chain, AsItIs())
+        return predicted(share([model.c], model.c, like), chain)
 
     torch.testing.assert_close(prediction(), At(like)(chain), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(prediction, tensors)
@@ -323,7 +317,7 @@ def test_a_prediction_costs_the_same_after_any_number_of_blocks() -> None:
     model(images(1))
     counts = []
     for norm in (model.norms[1], model.norms[4]):  # after one norm; after a sum of four
-        prediction = predicted(norm._shared, norm.chain, AsItIs())
+        prediction = predicted(norm._shared, norm.chain)
         model.zero_grad()
         with Counter() as counter:
             prediction.sum().backward()

@@ -12,16 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from cbn_det.norms import build_norm, chain, convert_norm, find_chain, kn_chain
+from cbn_det.norms import build_norm, convert_norm, find_chain, kn_chain
 
 KN, GKN = "KN(gain=0.5)", "GKN(groups=2, gain=0.5)"
-
-
-@pytest.fixture(autouse=True)
-def nothing_counted(monkeypatch) -> None:
-    """Of the layers that other tests have left alive."""
-    monkeypatch.setattr(chain, "_counted", weakref.WeakSet())
-    monkeypatch.setattr(chain, "_counted_at", None)
 
 
 def network(activation: nn.Module, layers: int, norm: str = KN) -> nn.Sequential:

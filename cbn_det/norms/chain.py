@@ -12,42 +12,39 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
-from .expression import At, Expression, Unusable
-from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, mark, running_modules
-from .prediction import Conv, End, FrozenNorm, Norm, OtherNorm
+from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
+from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
 from .recalibration import in_backward
-from .shared import Shared, Use, predicted, share
+from .shared import Shared, predicted, share
 
-# ---- replaced modules ------------------------------------------------------------------------
+Scope = weakref.ref[nn.Module] | None
 
 _revision = 0  # counts modules that were put in the place of others
 #: in which modules, and when last
 _replaced_in: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_watching = False
 
 
-def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> None:
-    global _revision
-    replaced = parent._modules.get(name)
-    if replaced is not None and replaced is not new:
-        _revision += 1
-        _replaced_in[parent] = _revision
+@cache
+def _watch() -> None:
+    """Starts watching for replaced modules in this process, once."""
 
+    def see(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+        global _revision
+        replaced = parent._modules.get(name)
+        if replaced is not None and replaced is not new:
+            _revision += 1
+            _replaced_in[parent] = _revision
 
-def watch() -> None:
-    """Starts watching for replaced modules in this process; calling it again does nothing."""
-    global _watching
-    if not _watching:
-        register_module_module_registration_hook(_on_registration)
-        _watching = True
+    register_module_module_registration_hook(see)
 
 
 class _State(threading.local):
@@ -62,91 +59,103 @@ def tracing() -> bool:
     return not torch.compiler.is_compiling() and thread.tracing
 
 
-def recomputing() -> bool:
-    """Whether a backward pass is running: a forward in it is a checkpoint's."""
-    return not torch.compiler.is_compiling() and in_backward()
+@dataclass
+class _Known:
+    """What a layer knows of what precedes it.
 
+    Attributes:
+        chain: that.
+        scope: the outermost module that was running when it was found.
+        revision: of the modules in ``scope``.
+        at: the clock when it was found.
+        traced: by ``find_chain``, which sees more than a training forward.
+        repeated: in a backward pass; the forward that it repeats knew nothing, and both must give
+            the same.
+        unsure: copied or out of date: to be looked for anew as soon as there is a graph.
+    """
 
-# ---- layers ----------------------------------------------------------------------------------
+    chain: Expression
+    scope: Scope
+    revision: int
+    at: int
+    traced: bool
+    repeated: bool
+    unsure: bool
+
+    def is_current(self) -> bool:
+        """Whether no modules were replaced since where the chain lies."""
+        if self.revision != _revision:
+            if not _lies_within(self.chain, self.scope):
+                return False
+            modules = self.scope().modules()
+            if any(_replaced_in.get(module, 0) > self.revision for module in modules):
+                return False
+            self.revision = _revision
+        return True
 
 
 class Chained:
     """Mixin of a norm (an ``nn.Module``) that knows what precedes it.
 
-    The expression lives in ``__dict__`` and refers to modules; deepcopy and pickling carry it over,
+    What it knows lives in ``__dict__`` and refers to modules; deepcopy and pickling carry it over,
     and the copy looks anew where it can. It is found in the first training forward with a graph,
     and again after modules were replaced (``freeze()``, say).
     """
 
     training: bool
-    _chain: Expression | None
-    _chain_revision: int
-    _chain_scope: Any  # weakref to the outermost module that was running when it was found, or None
-    _chain_unsure: bool  # copied, moved or out of date: look anew as soon as there is a graph
-    _chain_from: int | None  # found inside a backward pass: not before the clock has moved on
-    _chain_traced: bool  # by find_chain, which sees more than a training forward
-    _chain_counted: bool  # whether the report of what is predicted counts this layer already
+    channels: int
+    predicts: bool  # whether the layer needs to know what precedes it
+    predicts_in_evaluation = False
+    _known: _Known | None
+    _reported: bool  # whether a warning of what is not predicted has counted this layer
     _shared: Shared | None  # what layers predict from in the latest forward pass
 
     def _start_chain(self) -> None:
-        self.__dict__.update(
-            _chain=None,
-            _chain_revision=_revision,
-            _chain_scope=None,
-            _chain_unsure=False,
-            _chain_from=None,
-            _chain_traced=False,
-            _chain_counted=False,
-            _shared=None,
-        )
-        watch()
-
-    @property
-    def channels(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def predicts(self) -> bool:
-        """Whether the layer needs to know what precedes it."""
-        return True
-
-    @property
-    def predicts_in_evaluation(self) -> bool:
-        """Whether it does in evaluation, too."""
-        return False
+        self.__dict__.update(_known=None, _reported=False, _shared=None)
+        _watch()
 
     @property
     def chain(self) -> Expression | None:
         """What precedes this layer; None while that is unknown."""
-        if self._chain_revision != _revision and self._chain is not None:
-            if self._may_have_changed(self._chain):
-                return None
-            self.__dict__["_chain_revision"] = _revision
-        return self._chain
+        known = self._known
+        return known.chain if known is not None and known.is_current() else None
 
-    def _may_have_changed(self, chain: Expression) -> bool:
-        """Whether modules were replaced since where the chain lies, or nobody knows where."""
-        if not _lies_within(chain, self._chain_scope):
-            return True
-        modules = self._chain_scope().modules()
-        return any(_replaced_in.get(module, 0) > self._chain_revision for module in modules)
+    @property
+    def chain_is_sure(self) -> bool:
+        """Whether what precedes this layer is known, and nothing calls for another look."""
+        return self.chain is not None and not self._known.unsure
 
-    def forget_chain(self) -> None:
-        """Has the layer look anew, at its next training forward with a graph."""
-        self.__dict__.update(_chain=None, _chain_from=None, _chain_traced=False)
+    def look_anew(self) -> None:
+        """Has the layer look again, as soon as there is a graph."""
+        if self._known is not None:
+            self._known.unsure = True
 
-    def _find_chain(self, y: Tensor) -> Expression | None:
-        """What precedes this layer, for its input ``y``; None where nothing is to be predicted.
+    def _predict(self, y: Tensor, like: Tensor) -> Tensor | None:
+        """The predicted mean and variance [2, C] of the channels of ``y``, of the dtype of
+        ``like``; None where nothing precedes it.
 
         Raises:
-            RuntimeError: it is not known, and a forward in evaluation cannot tell.
+            RuntimeError: what precedes it is not known, and a forward in evaluation cannot tell.
         """
+        for _ in range(2):
+            chain = self._find_chain(y)
+            if chain is None:
+                return None
+            try:
+                if torch.compiler.is_compiling() or thread.tracing or not self.training:
+                    return At(like)(chain)
+                return predicted(self._shared_moments(chain, like), chain)
+            except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
+                self._known.unsure, self._known.traced = True, False
+        return None
+
+    def _find_chain(self, y: Tensor) -> Conv | None:
         compiling = torch.compiler.is_compiling()
         if not compiling and (self.training or thread.tracing):
-            if not thread.tracing:
-                _count(self)
+            if self._known is not None and self._known.at != clock.now() and not self._reported:
+                _report(self._known.scope)
             self._look_for_chain(y)
-            if self._chain_from is not None and self._chain_from == clock.now():
+            if self._known is not None and self._known.repeated and self._known.at == clock.now():
                 return None
         chain = self.chain
         if chain is None and not self.training:
@@ -159,98 +168,69 @@ class Chained:
             _warn_of_compilation()
         return None if isinstance(chain, End) else chain
 
-    def _predict(self, y: Tensor, like: Tensor, use: Use) -> tuple[Tensor, ...] | None:
-        """What ``use`` makes of the predicted mean and variance [2, C] of the channels of ``y``, of
-        the dtype of ``like``; None where nothing precedes it."""
-        for _ in range(2):
-            chain = self._find_chain(y)
-            if chain is None:
-                return None
-            try:
-                if torch.compiler.is_compiling() or thread.tracing or not self.training:
-                    return use(At(like)(chain))
-                return predicted(self._shared_moments(chain, like), chain, use)
-            except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
-                self.__dict__.update(_chain_unsure=True, _chain_traced=False)
-        return None
-
     def _shared_moments(self, chain: Conv, like: Tensor) -> Shared:
         shared = self._shared
         if shared is not None and shared.serves(self, chain, like):
             return shared
-        scope = self._chain_scope and self._chain_scope()
+        scope = self._known.scope and self._known.scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began
         together = scope is not None and shared is not None and shared.is_past(self)
-        modules = scope.modules() if together else ()
-        return share([self, *(m for m in modules if isinstance(m, Chained))], self, like)
+        return share([self, *(layers_of(scope) if together else ())], self, like)
 
     def _look_for_chain(self, y: Tensor) -> None:
-        known = self.chain
-        again = recomputing()
-        if known is not None and (again or not (self._chain_unsure or _may_go_on(known, y))):
+        chain, repeated = self.chain, in_backward()
+        # a chain that ended may be longer by now (a frozen part was released)
+        longer = isinstance(chain, End) and y.grad_fn is not None
+        if chain is not None and (repeated or not (self._known.unsure or longer)):
             return
         if not torch.is_grad_enabled():
             return
         found = follow(y, self.channels)
-        if isinstance(found, End) and known is not None and not thread.tracing:
-            if isinstance(known, End) and (self._chain_traced or known.reason == found.reason):
-                return
-            scope = _outermost()
-            if self._chain_traced and _lies_within(known, scope):  # a copy; find_chain saw more
-                self.__dict__.update(_chain_unsure=False, _chain_scope=scope)
-                return
-        if isinstance(found, End) and found.reason == COMPILED and known is None:
-            _warn_of_compilation()
-        self.__dict__.update(
-            _chain=found,
-            _chain_revision=_revision,
-            _chain_scope=_outermost(),
-            # a parameter that no module is known to hold could be replaced without a trace
-            _chain_unsure=any(held.module is None for held in found.held()),
-            # the forward that this one recomputes knew nothing, and both must give the same
-            _chain_from=clock.now() if again else None,
-            _chain_traced=thread.tracing,
+        *_, outermost = None, *running_modules()
+        scope = outermost and weakref.ref(outermost)
+        if isinstance(found, End):
+            if chain is not None and self._known.traced and not thread.tracing:
+                if isinstance(chain, End) or _lies_within(chain, scope):  # find_chain saw more
+                    self._known.unsure, self._known.scope = False, scope
+                    return
+            if chain is None and found.reason == COMPILED:
+                _warn_of_compilation()
+        # a parameter that no module is known to hold could be replaced without a trace
+        unsure = any(held.module is None for held in found.held())
+        self.__dict__["_known"] = _Known(
+            found, scope, _revision, clock.now(), thread.tracing, repeated, unsure
         )
-
-    def _mark(self, output: Tensor) -> None:
-        """Lets those that follow recognise this layer's output."""
-        if not torch.compiler.is_compiling():
-            mark(output, self)
 
     # ---- copies ----
 
     def __getstate__(self) -> dict[str, Any]:
         inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited else self.__dict__)
-        return state | {
-            "_chain": self.chain,
-            "_chain_scope": None,
-            "_chain_unsure": self.chain is not None,
-            "_chain_from": None,
-            "_shared": None,
-        }
+        known = self.chain and replace(self._known, scope=None, unsure=True, repeated=False)
+        return state | {"_known": known, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_chain_revision"] = _revision
-        watch()
+        if self._known is not None:
+            self._known.revision = _revision
+        _watch()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any):
-        if _hangs_on_statistics(self._chain):
-            self.forget_chain()
+        # with other running statistics in frozen norms a chain may end or go on
+        for part in self._known.chain.walk() if self._known is not None else ():
+            if isinstance(part, FrozenNorm) or part.options == (NO_STATISTICS,):
+                self.__dict__["_known"] = None
         return super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
-def _outermost() -> weakref.ref[nn.Module] | None:
-    running = None
-    for module in running_modules():
-        running = module
-    return None if running is None else weakref.ref(running)
+def layers_of(model: nn.Module) -> list[Chained]:
+    """The KN and GKN layers of a model."""
+    return [m for m in model.modules() if isinstance(m, Chained)]
 
 
-def _lies_within(chain: Expression, scope: weakref.ref[nn.Module] | None) -> bool:
+def _lies_within(chain: Expression, scope: Scope) -> bool:
     """Whether all modules of a chain are known to lie in one."""
-    outermost = None if scope is None else scope()
+    outermost = scope and scope()
     return outermost is not None and set(outermost.modules()).issuperset(chain.modules())
 
 
@@ -263,54 +243,22 @@ def _warn_of_compilation() -> None:
     )
 
 
-def _may_go_on(known: Expression, y: Tensor) -> bool:
-    """Whether a chain that ended may have been prolonged (a frozen part was released)."""
-    return isinstance(known, End) and y.grad_fn is not None
-
-
-def _hangs_on_statistics(known: Expression | None) -> bool:
-    """Whether a chain may end or go on with other running statistics in frozen norms."""
-    parts = [] if known is None else known.walk()
-    return any(
-        isinstance(part, FrozenNorm) or isinstance(part, End) and part.reason == NO_STATISTICS
-        for part in parts
-    )
-
-
-# ---- what is not predicted -------------------------------------------------------------------
-
-_counted: weakref.WeakSet[Chained] = weakref.WeakSet()  # layers that the next report is of
-_counted_at: int | None = None  # in which iteration; None: none
-
-
-def _count(layer: Chained) -> None:
-    """Counts a layer in its first training forward; the first of them all in the iteration after
-    it reports."""
-    global _counted_at
-    if _counted_at is not None and _counted_at != clock.now():
-        _counted_at = None
-        layers = list(_counted)
-        _counted.clear()
-        _report(layers)
-    if not layer._chain_counted:
-        layer.__dict__["_chain_counted"] = True
-        _counted.add(layer)
-        _counted_at = clock.now()
-
-
-def _report(layers: list[Chained]) -> None:
-    """Warns if nothing is predicted for all layers, or for more than a quarter of them, not
-    counting one of each model, which its input goes into."""
-    ends = [(layer.chain, layer._chain_scope) for layer in layers if isinstance(layer.chain, End)]
-    count = len(ends)
-    first = len({id(model and model()) for end, model in ends if end.reason == FROZEN_INPUT})
-    if not count or (count < len(layers) and count - first <= len(layers) // 4):
+def _report(scope: Scope) -> None:
+    """Warns, in the iteration after the first, if nothing is predicted for more than a quarter of
+    a model's layers, not counting the one that its input goes into."""
+    model = scope and scope()
+    layers = [m for m in layers_of(model) if m.predicts] if model is not None else []
+    for layer in layers:
+        layer.__dict__["_reported"] = True
+    chains = [layer.chain for layer in layers if layer.chain is not None]
+    reasons = Counter(chain.reason for chain in chains if isinstance(chain, End))
+    count = reasons.total()
+    if count - (FROZEN_INPUT in reasons) <= len(chains) // 4:
         return
-    reasons = Counter(end.reason for end, _ in ends)
     listed = "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common(4))
     more = "; ..." if len(reasons) > 4 else ""
     warnings.warn(
-        f"KN and GKN predict nothing for {count} of {len(layers)} layers, which are BatchNorm and"
+        f"KN and GKN predict nothing for {count} of {len(chains)} layers, which are BatchNorm and"
         f" GroupNorm therefore ({listed}{more}). cbn_det.norms.kn_chain(model) lists them. Where"
         " parts are frozen or compiled, cbn_det.norms.find_chain(model, batch) before training"
         " looks through them.",
@@ -321,8 +269,7 @@ def _report(layers: list[Chained]) -> None:
 # ---- for users -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ChainRow:
+class ChainRow(NamedTuple):
     """What precedes one KN or GKN layer.
 
     Attributes:
@@ -330,31 +277,21 @@ class ChainRow:
         follows: what its convolution's input is made of, such as
             ``"relu(layer1.0.bn2 + layer1.0.downsample.1)"``; ``"- (reason)"`` where nothing is
             predicted; ``"?"`` before the first forward with a graph.
-        sources: names of the norm layers in it.
     """
 
     name: str
     follows: str
-    sources: tuple[str, ...]
 
 
 def kn_chain(model: nn.Module) -> list[ChainRow]:
     """Which norms the KN and GKN layers of a model predict their statistics from, in the model's
     order."""
-    names = {id(m): n for n, m in model.named_modules(remove_duplicate=True)}
+    names = {id(m): n for n, m in model.named_modules()}
     names |= {id(p): n for n, p in model.named_parameters()}
     rows = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Chained):
-            continue
-        chain = layer.chain
-        if chain is None:
-            rows.append(ChainRow(name, "?", ()))
-            continue
-        shown = chain.source if isinstance(chain, Conv) else chain
-        found = [part for part in chain.walk() if isinstance(part, (Norm, OtherNorm, FrozenNorm))]
-        sources = dict.fromkeys(part.describe(names) for part in found)
-        rows.append(ChainRow(name, shown.describe(names), tuple(sources)))
+    for layer in layers_of(model):
+        shown = layer.chain.source if isinstance(layer.chain, Conv) else layer.chain
+        rows.append(ChainRow(names[id(layer)], shown.describe(names) if shown else "?"))
     return rows
 
 

@@ -13,17 +13,17 @@ does not depend on its mini-batch, and evaluation does what training does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
 from .base import SmallBatchNorm2d, check_groups
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
-from .kn import DEFAULT_GAIN, Posterior, Predicting, posterior
-from .propagation import Pair
+from .graph import mark
+from .posterior import DEFAULT_GAIN, Predicting, posterior
 from .spec import register_norm
 from .traced import Unscriptable, call_in_graph
 
@@ -99,52 +99,41 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             # what is traced holds the prediction's operations, not its gradient's
             gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
             with without_autocast(input.device), torch.set_grad_enabled(gradients):
-                mixed = self._normalized if self.training else self._in_plain_operations
-                output = mixed(input)
+                prediction = self._predict(input, input.new_empty(0, dtype=statistics_dtype(input)))
+                if prediction is not None:
+                    plain = not self.training or torch.compiler.is_compiling()
+                    output = (self._in_plain_operations if plain else self._mix)(input, prediction)
         if output is None:  # not F.group_norm, which refuses a single value in a group
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        self._mark(output)
+        mark(output, self)
         return output
 
     _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
-    def _normalized(self, input: Tensor) -> Tensor | None:
-        """None where nothing is predicted."""
+    def _mix(self, input: Tensor, prediction: Tensor) -> Tensor:
+        n, groups = len(input), self.num_groups
         # samples as channels of a single one, so that their groups have statistics of their own
         x = input.reshape(1, -1, *input.shape[2:])
-        groups = len(input) * self.num_groups
-
-        def observe() -> Pair:
-            batch = moments(x)
-            mean, var = _of_groups(batch.mean, batch.var, groups)
-            return mean.view(len(input), -1), var.view(len(input), -1)
-
-        like = input.new_empty(0, dtype=statistics_dtype(input))
-        mixed = self._mixed(input, like, _OfGroups(observe, self.gain, self.eps, self.num_groups))
-        if mixed is None:
-            return None
+        batch = moments(x)
+        observed = (v.view(n, groups) for v in _of_groups(batch.mean, batch.var, n * groups))
+        prediction = _OfGroups.apply(prediction, groups).unsqueeze(1)
+        mixed = self._mixed(prediction.expand(2, n, groups), *observed)
         values = (mixed.mean, mixed.var, mixed.share.expand_as(mixed.mean))
-        each = self.num_channels // self.num_groups
+        each = self.num_channels // groups
         mean, var, share = (value.flatten().repeat_interleave(each) for value in values)
-        weight, bias = (
-            None if p is None else p.repeat(len(input)) for p in (self.weight, self.bias)
-        )
-        output = normalize(x, Estimate(mean, var, share, groups), weight, bias, self.eps)
+        weight, bias = (None if p is None else p.repeat(n) for p in (self.weight, self.bias))
+        output = normalize(x, Estimate(mean, var, share, n * groups), weight, bias, self.eps)
         # not a view: an activation in place would put the graph of views in the chain's way
         output = torch.ops.aten._unsafe_view(output, input.shape)
         if not input.is_contiguous():
             output = output.to(memory_format=torch.channels_last)
         return output
 
-    def _in_plain_operations(self, input: Tensor) -> Tensor | None:
+    def _in_plain_operations(self, input: Tensor, prediction: Tensor) -> Tensor:
         """The same in operations that can be traced and exported, with autograd's own gradient."""
-        like = input.new_empty(0, dtype=statistics_dtype(input))
-        prediction = self._predict(input, like, lambda pair: _of_groups(*pair, self.num_groups))
-        if prediction is None:
-            return None
-        x = input.to(like.dtype).unflatten(1, (self.num_groups, -1))
+        x = input.to(prediction.dtype).unflatten(1, (self.num_groups, -1))
         var, mean = torch.var_mean(x, (2, 3, 4), correction=0)
-        prediction = torch.stack(prediction).unsqueeze(1)
+        prediction = torch.stack(_of_groups(*prediction, self.num_groups)).unsqueeze(1)
         mean, var, *_ = posterior(prediction, mean, var, self.gain, self.eps)
         mean, var = (value[..., None, None, None] for value in (mean, var))
         output = ((x - mean) * (var + self.eps).rsqrt()).flatten(1, 2)
@@ -154,25 +143,25 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         return output.to(input.dtype)
 
 
-class _OfGroups(Posterior):
-    """Of statistics [N, groups], with a prediction for channels."""
+class _OfGroups(torch.autograd.Function):
+    """:func:`_of_groups` of a prediction [2, C], as [2, groups]."""
 
-    def __init__(self, observe: Callable[[], Pair], gain: float, eps: float, groups: int) -> None:
-        super().__init__(observe, gain, eps)
-        self.groups = groups
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, groups: int) -> Tensor:
+        mean, var = _of_groups(*prediction, groups)
+        ctx.save_for_backward(prediction[0].view(groups, -1) - mean.unsqueeze(1))
+        return torch.stack((mean, var))
 
-    def __call__(self, prediction: Tensor) -> Pair:
-        mean, var = _of_groups(*prediction, self.groups)
-        self.apart = (prediction[0].view(len(mean), -1) - mean.unsqueeze(1)).detach()
-        return super().__call__(torch.stack((mean, var)).unsqueeze(1))
-
-    def pull(self, d_mean: Tensor, d_var: Tensor) -> Tensor:
-        d_mean, d_var = super().pull(d_mean, d_var).sum(1).unsqueeze(2)
-        by_mean = torch.addcmul(d_mean, self.apart, d_var, value=2.0)
-        return torch.stack((by_mean, d_var.expand_as(by_mean))).flatten(1) / self.apart.shape[1]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        (apart,) = ctx.saved_tensors
+        d_mean, d_var = d.unsqueeze(2)
+        by_mean = torch.addcmul(d_mean, apart, d_var, value=2.0)
+        return torch.stack((by_mean, d_var.expand_as(by_mean))).flatten(1) / apart.shape[1], None
 
 
-def _of_groups(mean: Tensor, var: Tensor, groups: int) -> Pair:
+def _of_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Moments [groups] of the equal mixture of each group's channels [C], which lie together."""
     mean, var = (value.unflatten(0, (groups, -1)).movedim(1, 0) for value in (mean, var))
     return mixture(mean, var, mean.new_full((), 1.0 / len(mean)))

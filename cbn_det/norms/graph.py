@@ -19,8 +19,7 @@
 
 Everything else ends the chain: inputs of the model, frozen and compiled parts (unless
 :func:`~.trace.find_chain` looks through them), segments of a re-entrant activation checkpoint,
-blocks of ``fully_shard``, multiplications of two activations or by other masks, unknown operations,
-and whatever these rules take for something it is not.
+blocks of ``fully_shard``, unknown operations, and what these rules take for something it is not.
 """
 
 from __future__ import annotations
@@ -30,25 +29,28 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .binding import past_hooks
-from .expression import Expression, Held, Unusable
+from .conv_call import past_hooks, saved
 from .prediction import (
     Activation,
-    Affine,
     Concat,
     Conv,
     End,
+    Expression,
     FrozenNorm,
+    Held,
     Mixture,
     Norm,
-    OtherNorm,
+    NormOutput,
     Pooled,
     Scaled,
+    Shifted,
     Sum,
+    Unusable,
 )
-from .propagation import FUNCTIONS, OPTIONS
+from .propagation import ACTIVATIONS
 
 _MARK = "cbn_det norm"
 _FROZEN_MARK = "cbn_det frozen norm"
@@ -63,7 +65,6 @@ _KEEPS = {
     "NativeDropout",
     "_ScaleGradientBackward",  # of detectron2's cascade heads; forward it is the identity
 }
-_ACTIVATIONS = {"Relu", "LeakyRelu", *FUNCTIONS}
 #: norm layers with the edges (input, weight, bias, ...)
 _OTHER_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm"}
 _LONGEST = 500  # operations in a chain; one that joins and parts again and again has no end
@@ -84,7 +85,7 @@ class _ChainEnds(Exception):
 
 def mark(output: Tensor, layer: nn.Module, frozen: bool = False) -> None:
     """Lets :func:`follow` recognise ``output`` as that of ``layer``, a norm."""
-    if output.grad_fn is not None:
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
         output.grad_fn.metadata[_FROZEN_MARK if frozen else _MARK] = layer
 
 
@@ -94,10 +95,11 @@ def follow(y: Tensor, channels: int) -> Expression:
     try:
         return _Walk().from_norm(y, channels)
     except (_ChainEnds, Unusable) as end:
-        return End(str(end))
+        return End(0, options=(str(end),))
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         # other versions and other people's operations have graphs of other shapes
-        return End(f"a graph that the rules do not fit: {type(error).__name__}: {error}")
+        reason = f"a graph that the rules do not fit: {type(error).__name__}: {error}"
+        return End(0, options=(reason,))
 
 
 def _operation(node: Any) -> str:
@@ -126,8 +128,7 @@ class _Walk:
         if _operation(node) not in ("Convolution", "CompiledFunctionBackward"):
             raise _ChainEnds(f"fed by {_operation(node)}, not by a convolution")
         found = self._expression(node)
-        if found.width != channels:
-            raise _ChainEnds("channels are regrouped on the way")
+        _check(found.width == channels)
         return found
 
     def _expression(self, node: Any) -> Expression:
@@ -140,18 +141,19 @@ class _Walk:
             layer = node.metadata[_FROZEN_MARK]
             if _without_statistics(layer):
                 raise _ChainEnds(NO_STATISTICS)
-            return FrozenNorm(layer)
+            return FrozenNorm(len(layer.running_mean), options=(layer,))
         if _MARK in node.metadata:
-            return Norm(node.metadata[_MARK])
+            layer = node.metadata[_MARK]
+            return Norm(layer.channels, options=(layer,))
         operation = _operation(node)
         edges = _edges(node)
         if operation in _KEEPS:
             return self._expression(edges[0])
         if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
             return self._expression(edges[0])  # as a convolution's own padding: not looked at
-        if operation in _ACTIVATIONS:
-            options = tuple(getattr(node, f"_saved_{key}") for key in OPTIONS.get(operation, ()))
-            return Activation(self._expression(edges[0]), operation, options)
+        if operation in ACTIVATIONS:
+            options = (getattr(node, f"_saved_{key}") for key in ACTIVATIONS[operation])
+            return _same(Activation, self._expression(edges[0]), options=(operation, *options))
         if operation == "Add" and node._saved_alpha == 1:
             return self._either(edges, False)
         if operation == "Mul" and None not in edges:
@@ -163,13 +165,14 @@ class _Walk:
         if operation in _OTHER_NORMS:
             return self._other_norm(edges[1:3])
         if operation == "_NormalizeBackward":  # of a norm of ours that predicts nothing
-            return self._other_norm([_without_correction(edge) for edge in edges[3:5]])
+            return self._other_norm(edges[3:5])
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
-            return Concat(tuple(self._expression(edge) for edge in edges))
+            sources = tuple(self._expression(edge) for edge in edges)
+            return Concat(sum(source.width for source in sources), sources)
         if "roi_align" in node.name().lower():
-            return Pooled(self._expression(edges[0]))
+            return _same(Pooled, self._expression(edges[0]))
         if operation == "IndexPut":
-            return Mixture(tuple(self._levels(node)))
+            return _same(Mixture, *self._levels(node))
         raise _ChainEnds(_ENDS.get(operation, f"no rule for {operation}"))
 
     def _convolution(self, node: Any, edges: list[Any]) -> Expression:
@@ -179,8 +182,10 @@ class _Walk:
         if bias is None and edges[2] is not None:
             raise _ChainEnds("a convolution whose bias is computed")
         source = self._expression(edges[0])
-        bias = None if bias is None else self._held(bias)
-        return Conv(source, self._held(weight), bias, node._saved_groups)
+        groups = node._saved_groups
+        _check(source.width == weight.shape[1] * groups)
+        held = tuple(self._held(p) for p in (weight, bias) if p is not None)
+        return Conv(len(weight), (source,), held, (groups,))
 
     def _levels(self, node: Any) -> Iterator[Expression]:
         """The feature levels whose RoIs were put into one tensor, one after another."""
@@ -197,34 +202,28 @@ class _Walk:
         for edge, other in ((left, right), (right, left)):
             parameter = self._parameter(edge, of_any_shape=True)
             if parameter is not None:
-                return Affine(self._expression(other), self._held(parameter), multiplies)
+                source = self._expression(other)
+                _check(parameter.numel() in (1, source.width))
+                kind = Scaled if multiplies else Shifted
+                return _same(kind, source, parameters=(self._held(parameter),))
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
-        for edge, other in ((left, right), (right, left)):
-            if _is_nothing(edge):
-                return self._expression(other)
-        return Sum(self._expression(left), self._expression(right))
+        return _same(Sum, self._expression(left), self._expression(right))
 
     def _multiplied(self, node: Any) -> Expression:
         """A product with a number, or with a mask of mean 1."""
         factor, source = _constant_factor(node)
-        samples = _samples(node)
-        if _is_mask(factor, samples):
+        if _is_mask(factor, node):
             return self._expression(source)
-        if source is not None and _operation(source) in ("Mul", "Div"):
-            if None in _edges(source):  # drop path in two steps: x / keep * mask
-                inner, before = _constant_factor(source)
-                if not _is_mask(inner, samples) and _is_mask(factor * inner, samples):
-                    return self._expression(before)
         if factor.numel() == 1 and factor != 0:
-            return Scaled(self._expression(source), float(factor))
+            return _same(Scaled, self._expression(source), options=(float(factor),))
         raise _ChainEnds("a product with a tensor that is no mask of dropout")
 
     def _other_norm(self, edges: list[Any]) -> Expression:
         weight, bias = (self._parameter(edge) for edge in edges)
         if weight is None or bias is None:
             raise _ChainEnds("a norm without trained affine parameters")
-        return OtherNorm(self._held(weight), self._held(bias))
+        return NormOutput(len(weight), parameters=(self._held(weight), self._held(bias)))
 
     @staticmethod
     def _parameter(node: Any, of_any_shape: bool = False) -> Tensor | None:
@@ -241,17 +240,26 @@ class _Walk:
         return Held(parameter, *self._owners.get(id(parameter), (None,)))
 
 
+def _same(kind: type[Expression], *sources: Expression, **values: Any) -> Expression:
+    """A node that leaves channels as they are."""
+    width = sources[0].width
+    _check(all(source.width == width for source in sources))
+    return kind(width, sources, **values)
+
+
+def _check(fits: bool) -> None:
+    if not fits:
+        raise _ChainEnds("channels are regrouped on the way")
+
+
 def _parameters_at_work() -> dict[int, tuple[nn.Module, str]]:
     """By their ids, which module holds a parameter, and under which name: of the modules whose
     methods are running, and of all below them. (A graph tells parameters, and parameters don't tell
     who holds them.)"""
     found: dict[int, tuple[nn.Module, str]] = {}
-    seen: set[nn.Module] = set()
-    for running in running_modules():
-        for module in () if running in seen else running.modules():
-            seen.add(module)
-            for name, parameter in module._parameters.items():
-                found.setdefault(id(parameter), (module, name))
+    for module in dict.fromkeys(m for running in running_modules() for m in running.modules()):
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), (module, name))
     return found
 
 
@@ -273,50 +281,20 @@ def _constant_factor(node: Any) -> tuple[Tensor, Any]:
     left, right = _edges(node)
     if right is not None and (divides or left is not None):
         raise _ChainEnds("no rule for a quotient or product of activations")
-    name = "other" if right is None else "self"
-    # a checkpoint would run its segment again to show it
-    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
-        raise _ChainEnds("a product with a tensor in a checkpointed segment")
-    try:
-        factor = getattr(node, f"_saved_{name}")
-    except RuntimeError as error:
-        raise _ChainEnds("a product with a tensor that was changed since, or released") from error
+    factor = saved(node, "other" if right is None else "self")
+    if factor is None:
+        raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
     return (1.0 / factor if divides else factor), left if right is None else right
 
 
-def _shape(node: Any) -> tuple[int, ...] | None:
-    """Of the output of an operation; None where this version of torch does not say."""
-    metadata = getattr(node, "_input_metadata", None)
-    return tuple(metadata[0].shape) if metadata else None
-
-
-def _samples(node: Any) -> int | None:
-    """How many the output of an operation has; None where nobody says, or it has none."""
-    return (_shape(node) or (None,))[0]
-
-
-def _is_nothing(node: Any) -> bool:
-    """Whether an edge is ``x.sum() * 0``, which keeps unused parameters in a graph."""
-    if node is None or _operation(node) != "Mul" or _shape(node) != () or None not in _edges(node):
-        return False
-    return not bool(_constant_factor(node)[0].any())
-
-
-def _is_mask(factor: Tensor, samples: int | None) -> bool:
-    """Whether it is one of dropout or drop path: of each sample its own, zeros and one number above
-    1. (Of a single sample that number may be all there is, and one sample may be all of them.)"""
-    if factor.dim() != 4 or len(factor) != (samples or len(factor)):
+def _is_mask(factor: Tensor, node: Any) -> bool:
+    """Whether a factor of ``node`` is a mask of dropout or drop path: of each sample its own, zeros
+    and one number above 1. (Of a single sample that number may be all there is, and one sample may
+    be all of them.)"""
+    if factor.dim() != 4 or len(factor) != node._input_metadata[0].shape[0]:
         return False
     kept = factor[factor != 0]
     return len(kept) == 0 or bool(kept[0] > 1) and bool((kept == kept[0]).all())
-
-
-def _without_correction(node: Any) -> Any:
-    """The edge of a weight or bias, before an estimate's scale and shift were taken into it (Batch
-    Renormalization's, which on average change nothing)."""
-    if node is not None and _operation(node) in ("Add", "Addcmul", "Mul"):
-        return node.next_functions[0][0]
-    return node
 
 
 def _without_statistics(norm: Any) -> bool:

@@ -10,13 +10,10 @@ by at most 0.005 of it. Everything is differentiable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from . import functional
 
@@ -27,47 +24,35 @@ _TINY = 1e-10
 _SPACING, _REACH = 0.25, 6.0  # of the nodes, in standard deviations
 
 
-def _tails(a: Tensor) -> tuple[Tensor, Tensor]:
-    """``(-a, a) / sqrt(2)``, and twice the standard normal's distribution function at ``a`` and at
-    ``-a``; [2, ...] each."""
-    a = a * math.sqrt(0.5)
-    both = torch.stack((-a, a))
-    if torch.jit.is_tracing():  # ONNX knows erf alone, whose digits far below 0 are few
-        return both, 1.0 - torch.erf(both)
-    return both, torch.special.erfc(both)
+#: by the name of the operation in an autograd graph, which options its node keeps
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "Relu": (),
+    "LeakyRelu": ("negative_slope",),
+    "Silu": (),
+    "Mish": (),
+    "Hardswish": (),
+    "Gelu": ("approximate",),
+    "Hardtanh": ("min_val", "max_val"),
+    "Elu": ("alpha", "scale", "input_scale"),
+}
 
 
 def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-    """Both moments, and what their derivatives are made of."""
+    """Both moments; ``Phi``, twice ``1 - Phi`` and ``phi / std``, of which derivatives are made."""
     std = (var + _TINY).sqrt()
-    a, tails = _tails(mean / std)
+    a = mean / std * math.sqrt(0.5)
+    a = torch.stack((-a, a))
+    # twice the distribution function at mean / std, and at the negative of it
+    if torch.jit.is_tracing():  # ONNX knows erf alone, whose digits far below 0 are few
+        tails = 1.0 - torch.erf(a)
+    else:
+        tails = torch.special.erfc(a)
     density = torch.exp(a[0] * a[1]) * (0.5 / math.pi) ** 0.5
-    # integrals of the distribution function up to a and up to -a
+    # integrals of the distribution function up to there
     up_to, beyond = torch.addcmul(density, a, tails, value=-math.sqrt(0.5))
     first, below = std * up_to, 0.5 * tails[0]
     second = var * torch.addcmul(below, up_to, beyond, value=-1.0).clamp(min=0.0)
     return first, second, below, tails[1], density / std
-
-
-def _slopes(first: Tensor, below: Tensor, above: Tensor, slope: Tensor) -> list[Tensor]:
-    """Derivatives of both moments by mean and variance; ``above`` is twice the probability."""
-    by_mean, by_var = first * above, torch.addcmul(below, first, slope, value=-1.0)
-    return [below, 0.5 * slope, by_mean, by_var]
-
-
-class _Rectified(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor) -> Pair:
-        first, second, *parts = _rectified(mean, var)
-        ctx.save_for_backward(*_slopes(first, *parts))
-        return first, second
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *d: Tensor) -> Pair:
-        first_by_mean, first_by_var, second_by_mean, second_by_var = ctx.saved_tensors
-        d_mean = torch.addcmul(d[0] * first_by_mean, d[1], second_by_mean)
-        return d_mean, torch.addcmul(d[0] * first_by_var, d[1], second_by_var)
 
 
 def rectified(mean: Tensor, var: Tensor) -> Pair:
@@ -82,54 +67,27 @@ def rectified(mean: Tensor, var: Tensor) -> Pair:
     the standard deviation by far. Their derivatives are as short: ``dr/dmean = Phi``, ``dr/dvar =
     phi / (2 std)``, ``ds/dmean = 2 r (1 - Phi)``, ``ds/dvar = Phi - r phi / std``.
     """
-    if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
-        return _Rectified.apply(mean, var)
     return _rectified(mean, var)[:2]
 
 
-def leaky(mean: Tensor, var: Tensor, slope: float) -> Pair:
-    """Of ``slope x + (1 - slope) max(x, 0)``: the covariance of ``x`` and ``max(x, 0)`` is ``var
-    Phi`` (Stein's lemma)."""
-    first, second = rectified(mean, var)
-    _, tails = _tails((mean / (var + _TINY).sqrt()).clamp(-30.0, 30.0))
-    rest = 1.0 - slope
-    return (
-        slope * mean + rest * first,
-        slope**2 * var + rest**2 * second + (slope * rest) * var * tails[0],
-    )
-
-
-#: by the name of the operation in an autograd graph, with that operation's own options
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "Silu": F.silu,
-    "Mish": F.mish,
-    "Hardswish": F.hardswish,
-    "Gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
-    "Hardtanh": F.hardtanh,
-    "Elu": torch.ops.aten.elu,
-}
-#: the options that a node of an autograd graph keeps
-OPTIONS = {
-    "LeakyRelu": ("negative_slope",),
-    "Gelu": ("approximate",),
-    "Hardtanh": ("min_val", "max_val"),
-    "Elu": ("alpha", "scale", "input_scale"),
-}
-
-
 def activated(mean: Tensor, var: Tensor, operation: str, options: tuple[Any, ...]) -> Pair:
-    """Mean and variance of an activation of a Gaussian, by :data:`FUNCTIONS`; any shape."""
+    """Mean and variance of an activation of a Gaussian, by :data:`ACTIVATIONS`; any shape."""
     if operation == "Relu":
         return rectified(mean, var)
-    if operation == "LeakyRelu":
-        return leaky(mean, var, *options)
+    if operation == "LeakyRelu":  # slope x + (1 - slope) max(x, 0), whose covariance is var Phi
+        slope, rest = options[0], 1.0 - options[0]
+        first, second, below, *_ = _rectified(mean, var)
+        second = slope**2 * var + rest**2 * second + (2.0 * slope * rest) * var * below
+        return slope * mean + rest * first, second
     nodes = torch.arange(
         -_REACH, _REACH + 0.5 * _SPACING, _SPACING, dtype=mean.dtype, device=mean.device
     )
     weights = torch.exp(-0.5 * nodes.square())
     weights = (weights / weights.sum()).view(-1, *[1] * mean.dim())
     std = (var + _TINY).sqrt()
-    values = FUNCTIONS[operation](mean + std * nodes.view_as(weights), *options)
+    function = getattr(torch.ops.aten, operation.lower())
+    named = dict(zip(ACTIVATIONS[operation], options, strict=True))
+    values = function(mean + std * nodes.view_as(weights), **named)
     first = (weights * values).sum(0)
     return first, (weights * (values - first).square()).sum(0)
 
@@ -140,8 +98,9 @@ def activated_with_slopes(
     """Mean and variance [2, N] after an activation, and their derivatives [2, 2, N] by those before
     it, ``pair`` [2, N]; without a graph."""
     if operation == "Relu":
-        first, second, *parts = _rectified(*pair)
-        both = torch.stack((first, second, *_slopes(first, *parts)))
+        first, second, below, above, slope = _rectified(*pair)
+        by_var = torch.addcmul(below, first, slope, value=-1.0)
+        both = torch.stack((first, second, below, 0.5 * slope, first * above, by_var))
         return both[:2], both[2:].unflatten(0, (2, 2))
     with torch.enable_grad():
         before = pair.detach().requires_grad_()

@@ -18,18 +18,25 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import clock
-from .expression import At, Expression, Held, Unusable
-from .prediction import Activation, Conv, FrozenNorm, NormOutput, Pooled, Sum
+from .prediction import (
+    Activation,
+    At,
+    Conv,
+    Expression,
+    FrozenNorm,
+    NormOutput,
+    Pooled,
+    Sum,
+    Unusable,
+)
 from .propagation import activated_with_slopes, convolution_gradient, convolved, tap_sums
-
-State = list[tuple[Tensor, int, int]]
 
 
 class _Layout:
@@ -38,9 +45,8 @@ class _Layout:
     def __init__(self, chains: list[Conv]) -> None:
         self.chains = chains
         self.same: dict[Expression, Expression] = {}  # each part's representative
-        self.widths: dict[Expression, int] = {}
         self.norms: list[NormOutput] = []
-        self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth, operation, options
+        self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth and options
         self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
         for chain in chains:
             self._add(chain)
@@ -50,15 +56,14 @@ class _Layout:
             self._add_leaves(chain.source)
 
     def _add(self, part: Expression) -> tuple[Expression, int]:
-        added = [self._add(p) for p in part.parts()]
-        own = (v for v in part._values() if not isinstance(v, Expression))
-        key = (type(part), *(id(p) for p, _ in added), *map(_identity, own))
+        added = [self._add(source) for source in part.sources]
+        own = (held.identity for held in part.parameters)
+        key = (type(part), part.options, *(id(source) for source, _ in added), *own)
         if key not in self._known:
             depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
             self._known[key] = part, depth
-            self.widths[part] = part.width
             if isinstance(part, Activation):
-                self.levels.setdefault((depth, part.operation, part.options), []).append(part)
+                self.levels.setdefault((depth, *part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
                 self.norms.append(part)
         self.same[part] = self._known[key][0]
@@ -69,23 +74,17 @@ class _Layout:
         if root not in self.leaves:
             self.leaves[root] = list(self._leaves(root))
             for leaf in self.leaves[root]:
-                for part in leaf.parts():
+                for part in leaf.sources:
                     self._add_leaves(part)
 
     def _leaves(self, part: Expression) -> Iterator[Expression]:
         """What its channels are made of one by one: norms, and what mixes channels or has
         parameters of its own."""
         if isinstance(part, (Activation, Pooled, Sum)):
-            for inner in part.parts():
+            for inner in part.sources:
                 yield from self._leaves(inner)
         else:
             yield self.same[part]
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, Held):
-        return (id(value.module), value.name) if value.module is not None else id(value.now())
-    return value if isinstance(value, (int, float, str)) or value is None else id(value)
 
 
 class Shared(At):
@@ -93,112 +92,36 @@ class Shared(At):
 
     Args:
         made_of: what precedes some layers, with the tensors that each is made of.
+        first: the layer that asked first.
         like: a tensor of the dtype and device of the moments.
         layout: of an earlier pass.
     """
 
     def __init__(
-        self, made_of: dict[Conv, list[Tensor]], like: Tensor, layout: _Layout | None
+        self,
+        made_of: dict[Conv, list[Tensor]],
+        first: Any,
+        like: Tensor,
+        layout: _Layout | None,
     ) -> None:
         super().__init__(like)
         chains = list(made_of)
-        fits = layout is not None and len(layout.chains) == len(chains)
-        if not (fits and all(a is b for a, b in zip(layout.chains, chains, strict=True))):
-            layout = _Layout(chains)
-        self.layout = layout
-        self.clock = clock.now()
-        self.first: weakref.ref[Any] | None = None
+        # two expressions are equal where they are the same
+        self.layout = layout if layout and layout.chains == chains else _Layout(chains)
+        self._clock, self._first = clock.now(), weakref.ref(first)
+        self._made_of = made_of
+        self._states = {chain: _state(tensors) for chain, tensors in made_of.items()}
         self._own: dict[Expression, tuple[Tensor | None, ...]] = {}
         self._moments: dict[Expression, Tensor] = {}
-        #: derivatives [2, 2, C] of the moments by those of each leaf, in the leaves' order; None
-        #: for the leaf itself
-        self._derivatives: dict[Expression, list[Tensor | None]] = {}
+        #: derivatives [2, 2, leaves, C] of an activation's moments by those of its leaves
+        self._derivatives: dict[Expression, Tensor] = {}
         self._by_weight: dict[Expression, Tensor] = {}
-        self._made_of = {chain: _state(tensors) for chain, tensors in made_of.items()}
         # not in a caller's inference mode: a backward pass could not use its tensors
         with torch.inference_mode(False), torch.no_grad():
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        norms = [n for n in self.layout.norms if all(t is not None for t in self.own(n))]
-        if norms:
-            pairs = zip(*map(self.own, norms), strict=True)
-            weights, biases = (torch.cat(tensors).to(self.like.dtype) for tensors in pairs)
-            self._moments.update(self._split(norms, torch.stack((biases, weights.square()))))
-            self._by_weight.update(self._split(norms, 2.0 * weights))
-        for (_, operation, options), parts in self.layout.levels.items():
-            before = _side_by_side([self(part.source) for part in parts])
-            moments, slopes = activated_with_slopes(before, operation, options)
-            self._moments.update(self._split(parts, moments))
-            self._differentiate(self._split(parts, slopes))
-        self._predict()
-        self._make_jacobians()
-
-    def _split(self, parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
-        widths = [self.layout.widths[part] for part in parts]
-        return dict(zip(parts, values.split(widths, -1), strict=True))
-
-    def _differentiate(self, activations: dict[Activation, Tensor]) -> None:
-        """Activations, with their slopes [2, 2, C], by the chain rule."""
-        pairs = [(s, d) for a, s in activations.items() for d in self._by_leaf(a.source)]
-        later = [pair for pair in pairs if pair[1] is not None]
-        if later:
-            outer, inner = (_side_by_side(factors) for factors in zip(*later, strict=True))
-            products = (outer.unsqueeze(2) * inner).sum(1)
-            products = iter(products.split([d.shape[-1] for _, d in later], -1))
-        for a, s in activations.items():
-            inner = self._by_leaf(a.source)
-            self._derivatives[a] = [s if d is None else next(products) for d in inner]
-
-    def _by_leaf(self, part: Expression) -> list[Tensor | None]:
-        part = self.layout.same[part]
-        if isinstance(part, (Pooled, Sum)):
-            return [d for inner in part.parts() for d in self._by_leaf(inner)]
-        return self._derivatives.get(part, [None])
-
-    def _predict(self) -> None:
-        """Convolutions, those of one shape together."""
-        alike = defaultdict(list)
-        for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
-            weight, *bias = self.own(chain)
-            alike[weight.shape, chain.groups, len(bias)].append(chain)
-        self._predictions = {}
-        for chains in alike.values():
-            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
-            sums = tap_sums(weights, self.like.dtype)
-            pairs = _stacked([self(chain.source) for chain in chains])
-            moments = convolved(pairs, sums, *biases)
-            for i, chain in enumerate(chains):
-                self._predictions[chain] = i, pairs, sums, moments
-
-    def prediction(self, chain: Conv) -> Tensor:
-        """The moments [2, C_out] of a convolution's output."""
-        i, *_, moments = self._predictions[self.layout.same[chain]]
-        return moments[i]
-
-    def _make_jacobians(self) -> None:
-        """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
-        moments of other leaves, [2, 2, leaves, C]."""
-        roots, widths = self.layout.leaves, self.layout.widths
-        leaves = [leaf for of_root in roots.values() for leaf in of_root]
-        pairs = zip(leaves, (d for root in roots for d in self._by_leaf(root)), strict=True)
-        itself = torch.eye(2, dtype=self.like.dtype, device=self.like.device).unsqueeze(2)
-        rows = [itself.expand(2, 2, widths[leaf]) if d is None else d for leaf, d in pairs]
-        jacobians = torch.cat(rows, -1)
-        jacobians[:, 1].mul_(_side_by_side([self._factor(leaf) for leaf in leaves]))
-        parts = jacobians.split([len(of) * widths[root] for root, of in roots.items()], -1)
-        self._jacobians = {
-            root: part.unflatten(-1, (-1, widths[root]))
-            for root, part in zip(roots, parts, strict=True)
-        }
-
-    def _factor(self, leaf: Expression) -> Tensor:
-        """Derivative [C] of a norm's variance by its weight, 1 for other leaves."""
-        if leaf in self._by_weight:
-            return self._by_weight[leaf]
-        if isinstance(leaf, NormOutput):
-            return leaf.by_weight(self)
-        return self.like.new_ones(self.layout.widths[leaf])
+            self._evaluate_norms()
+            self._evaluate_activations()
+            self._evaluate_convolutions()
+            self._make_jacobians()
 
     def __call__(self, expression: Expression) -> Tensor:
         expression = self.layout.same[expression]
@@ -212,9 +135,79 @@ class Shared(At):
             self._own[expression] = expression.own()
         return self._own[expression]
 
+    def _split(self, parts: list[Any], values: Tensor) -> dict[Any, Tensor]:
+        values = values.split([part.width for part in parts], -1)
+        return dict(zip(parts, values, strict=True))
+
+    def _evaluate_norms(self) -> None:
+        norms = [n for n in self.layout.norms if all(t is not None for t in self.own(n))]
+        if norms:
+            pairs = zip(*map(self.own, norms), strict=True)
+            weights, biases = (torch.cat(tensors).to(self.like.dtype) for tensors in pairs)
+            self._moments.update(self._split(norms, torch.stack((biases, weights.square()))))
+            self._by_weight.update(self._split(norms, 2.0 * weights))
+
+    def _evaluate_activations(self) -> None:
+        for (_, operation, *options), parts in self.layout.levels.items():
+            before = _side_by_side([self(part.source) for part in parts])
+            moments, slopes = activated_with_slopes(before, operation, options)
+            self._moments.update(self._split(parts, moments))
+            for part, outer in self._split(parts, slopes.unsqueeze(2)).items():
+                if isinstance(part.source, (Activation, Pooled, Sum)):  # the chain rule
+                    inner = torch.cat(self._by_leaf(part.source), 2)
+                    outer = (outer.unsqueeze(2) * inner).sum(1)
+                self._derivatives[part] = outer
+
+    def _by_leaf(self, part: Expression) -> list[Tensor]:
+        part = self.layout.same[part]
+        if isinstance(part, (Pooled, Sum)):
+            return [d for inner in part.sources for d in self._by_leaf(inner)]
+        if part in self._derivatives:
+            return [self._derivatives[part]]
+        itself = torch.eye(2, dtype=self.like.dtype, device=self.like.device)
+        return [itself[..., None, None].expand(2, 2, 1, part.width)]
+
+    def _evaluate_convolutions(self) -> None:
+        """Those before norms; of one shape together."""
+        alike = defaultdict(list)
+        for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
+            weight, *bias = self.own(chain)
+            alike[weight.shape, chain.options, len(bias)].append(chain)
+        self._predictions = {}
+        for chains in alike.values():
+            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
+            sums = tap_sums(weights, self.like.dtype)
+            pairs = _stacked([self(chain.source) for chain in chains])
+            moments = convolved(pairs, sums, *biases)
+            for i, chain in enumerate(chains):
+                self._predictions[chain] = pairs[i], sums[i], moments[i]
+
+    def _make_jacobians(self) -> None:
+        """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
+        moments of other leaves, [2, 2, leaves, C]."""
+        roots = self.layout.leaves
+        jacobians = torch.cat([d.flatten(2) for root in roots for d in self._by_leaf(root)], -1)
+        factors = [self._factor(leaf) for leaves in roots.values() for leaf in leaves]
+        jacobians[:, 1].mul_(_side_by_side(factors))
+        parts = jacobians.split([len(of) * root.width for root, of in roots.items()], -1)
+        self._jacobians = {
+            root: part.unflatten(-1, (-1, root.width))
+            for root, part in zip(roots, parts, strict=True)
+        }
+
+    def _factor(self, leaf: Expression) -> Tensor:
+        """Derivative [C] of a norm's variance by its weight, 1 for other leaves."""
+        if leaf in self._by_weight:
+            return self._by_weight[leaf]
+        if isinstance(leaf, NormOutput):
+            return leaf.by_weight(self)
+        return self.like.new_ones(leaf.width)
+
+    # ---- for layers ----
+
     def is_past(self, layer: Any) -> bool:
         """Whether another forward pass runs when ``layer`` asks."""
-        return self.clock != clock.now() or self.first() is layer
+        return self._clock != clock.now() or self._first() is layer
 
     def serves(self, layer: Any, chain: Conv, like: Tensor) -> bool:
         """Whether what is here of ``chain`` is of the forward pass that runs."""
@@ -222,18 +215,22 @@ class Shared(At):
             not self.is_past(layer)
             and (self.like.dtype, self.like.device) == (like.dtype, like.device)
             and chain in self._made_of
-            and _equal(self._made_of[chain], _state(chain.made_of()))
+            and self._states[chain] == _state(chain.made_of())
         )
+
+    def prediction(self, chain: Conv) -> Tensor:
+        """The moments [2, C_out] of a convolution's output."""
+        return self._predictions[self.layout.same[chain]][2]
 
     def trained(self, chain: Conv) -> Iterable[Tensor]:
         """The tensors that ``chain`` is made of and that are trained."""
-        return {id(t): t for t, *_ in self._made_of[chain] if t.requires_grad}.values()
+        return {id(t): t for t in self._made_of[chain] if t.requires_grad}.values()
 
     def pull(self, chain: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of the parameters from that of the moments after ``chain``, ``d`` [2, C]; no
         two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
-        i, before, sums, _ = self._predictions[self.layout.same[chain]]
-        d_before, d_weight = convolution_gradient(d, before[i], weight, sums[i])
+        before, sums, _ = self._predictions[self.layout.same[chain]]
+        d_before, d_weight = convolution_gradient(d, before, weight, sums)
         found: dict[Tensor, Tensor] = {}
         weight, *bias = self.own(chain)
         waiting = [(chain.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
@@ -264,13 +261,8 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _state(tensors: Iterable[Tensor]) -> State:
-    # a tensor that is kept here does not give its id away
-    return [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-def _equal(a: State, b: State) -> bool:
-    return all(s[0] is t[0] and s[1:] == t[1:] for s, t in zip(a, b, strict=True))
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
@@ -280,50 +272,40 @@ def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
     Raises:
         Unusable: a parameter of ``first`` is not to be had.
     """
-    chains = {}
+    made_of = {}
+    served = []
     for layer in layers:
         chain = layer.chain
         if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
             try:
                 tensors = list(chain.made_of())
-                if all(tensor.device == like.device for tensor in tensors):
-                    chains[layer] = chain, tensors
             except Unusable:
                 if layer is first:
                     raise
-    latest = first._shared
-    layout = None if latest is None else latest.layout
-    shared = Shared(dict(chains.values()), like, layout)
-    shared.first = weakref.ref(first)
-    for layer in chains:
+                continue
+            if all(tensor.device == like.device for tensor in tensors):
+                made_of[chain] = tensors
+                served.append(layer)
+    shared = Shared(made_of, first, like, first._shared and first._shared.layout)
+    for layer in served:
         layer.__dict__["_shared"] = shared
     return shared
 
 
-class Use(Protocol):
-    """What a layer makes of its prediction [2, C]."""
-
-    def __call__(self, prediction: Tensor) -> tuple[Tensor, ...]: ...
-
-    def pull(self, *d: Tensor) -> Tensor:
-        """The gradient of the prediction from those of what was made of it."""
-
-
 class _Predicted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shared: Shared, chain: Conv, use: Use, *trained: Tensor) -> Any:
-        ctx.shared, ctx.chain, ctx.use, ctx.trained = shared, chain, use, trained
+    def forward(ctx: Any, shared: Shared, chain: Conv, *trained: Tensor) -> Tensor:
+        ctx.shared, ctx.chain, ctx.trained = shared, chain, trained
         ctx.save_for_backward(shared.own(chain)[0])
-        return use(shared.prediction(chain))
+        return shared.prediction(chain)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *d: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, ctx.use.pull(*d))
-        return None, None, None, *(found[tensor] for tensor in ctx.trained)
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, d)
+        return None, None, *(found[tensor] for tensor in ctx.trained)
 
 
-def predicted(shared: Shared, chain: Conv, use: Use) -> tuple[Tensor, ...]:
-    """What ``use`` makes of the moments [2, C] of a convolution's output, with the gradients of all
-    parameters in them."""
-    return _Predicted.apply(shared, chain, use, *shared.trained(chain))
+def predicted(shared: Shared, chain: Conv) -> Tensor:
+    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
+    return _Predicted.apply(shared, chain, *shared.trained(chain))

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from .chain import Chained, thread
+from .chain import Chained, layers_of, thread
 from .graph import mark
 from .recalibration import in_backward
 
@@ -39,13 +40,10 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             know what comes before the part.
         args, kwargs: a batch, as the model takes it in evaluation.
     """
-    modules = list(model.modules())
-    modes = {module: module.training for module in modules}
-    layers = [module for module in modules if isinstance(module, Chained)]
+    modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    known = [(layer, layer._chain, layer._chain_unsure) for layer in layers]
-    for layer in layers:
-        layer.__dict__["_chain_unsure"] = True  # it looks, whatever is known
+    for layer in layers_of(model):
+        layer.look_anew()
     frozen = _norms_that_are_frozen(model)
     previous, thread.tracing = thread.tracing, True
     try:
@@ -61,12 +59,9 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         ):
             # past the hooks of the whole, such as Double Forward's; FSDP's are needed
             run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
-            run(*_plain(args), **_plain(kwargs))
+            run(*_in_graphs(args), **_in_graphs(kwargs))
     finally:
         thread.tracing = previous
-        for layer, chain, unsure in known:
-            if layer._chain is chain:  # it was not reached
-                layer.__dict__["_chain_unsure"] = unsure
         for module, training in modes.items():
             module.training = training
 
@@ -79,7 +74,7 @@ def find_chain_at_call(model: nn.Module) -> None:
     the first training forward where parts are frozen or compiled, and before a forward in
     evaluation for whose GKN layers nothing is known. For trainers that call no batch their own."""
     waiting = _before_call in model._forward_pre_hooks.values()
-    if not waiting and any(isinstance(m, Chained) for m in model.modules()):
+    if not waiting and layers_of(model):
         model.register_forward_pre_hook(_before_call, with_kwargs=True)
 
 
@@ -95,14 +90,14 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     if thread.tracing or model.training and not torch.is_grad_enabled():
         return
-    layers = [m for m in model.modules() if isinstance(m, Chained)]
+    layers = layers_of(model)
     lost = any(m.predicts_in_evaluation and not m.training and m.chain is None for m in layers)
     if not model.training:
         if lost:
             find_chain(model, *args, **kwargs)
         return
     find_no_chain_at_call(model)
-    unknown = any(m.predicts and (m.chain is None or m._chain_unsure) for m in layers)
+    unknown = any(m.predicts and not m.chain_is_sure for m in layers)
     if not (lost or unknown and _hides_something(model)):
         return
     try:
@@ -117,54 +112,50 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
 
 
+# ---- how a model runs meanwhile --------------------------------------------------------------
+
+
 def _hides_something(model: nn.Module) -> bool:
     """Whether parts of a model have no graph of single operations in a training forward."""
-    frozen = not all(p.requires_grad for p in model.parameters()) or _norms_that_are_frozen(model)
-    return bool(frozen) or any(map(_is_compiled, model.modules()))
+    modules = [(m, getattr(m, "_compiled_call_impl", None)) for m in model.modules()]
+    compiled = any(hasattr(m, "_orig_mod") or in_place is not None for m, in_place in modules)
+    frozen = any(not p.requires_grad for p in model.parameters())
+    return compiled or frozen or bool(_norms_that_are_frozen(model))
 
 
 def _is_sharded(model: nn.Module) -> bool:
     return any(type(p) is not nn.Parameter for p in model.parameters())
 
 
-# ---- how a model runs meanwhile --------------------------------------------------------------
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled_in_place or hasattr(module, "_orig_mod")
-
-
-def _wraps(module: nn.Module) -> bool:
-    return isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-
-
 def _as_written(model: nn.Module) -> nn.Module:
     """The model in what compiles it or spreads it over devices."""
-    while hasattr(model, "_orig_mod") or _wraps(model):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
-def _norms_that_are_frozen(model: nn.Module) -> set[nn.Module]:
+def _norms_that_are_frozen(model: nn.Module) -> list[nn.Module]:
     """Those that normalise by running statistics and are not trained."""
+    # of a model of which nothing is trained, all BatchNorms would be
     averaged = not any(p.requires_grad for p in model.parameters())
-    return {m for m in model.modules() if _is_frozen_norm(m, averaged)}
+    return [m for m in model.modules() if _is_frozen_norm(m, averaged)]
 
 
 def _is_frozen_norm(module: nn.Module, averaged: bool) -> bool:
     if isinstance(module, nn.BatchNorm2d):
-        # of a model of which nothing is trained, all layers would be
-        released = averaged or any(p.requires_grad for p in module.parameters())
+        trained = averaged or any(p.requires_grad for p in module.parameters())
         own = isinstance(module, Chained)
-        return not (own or released or module.training or module.running_mean is None)
-    buffers = module._buffers
-    tensors = [buffers.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    return all(isinstance(t, Tensor) and t.dim() == 1 for t in tensors)
+        return not (own or trained or module.training or module.running_mean is None)
+    buffers = (module._buffers.get(n) for n in ("weight", "bias", "running_mean", "running_var"))
+    return all(isinstance(buffer, Tensor) and buffer.dim() == 1 for buffer in buffers)
 
 
 @contextmanager
-def _marked(norms: set[nn.Module]) -> Iterator[None]:
+def _marked(norms: list[nn.Module]) -> Iterator[None]:
     """Frozen norms' outputs can be recognised as theirs."""
 
     def after(norm: nn.Module, args: Any, output: Any) -> None:
@@ -201,18 +192,12 @@ def _without_cached_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+def _in_graphs(inputs: Any) -> Any:
+    """Copies of inference tensors, which take no part in a graph."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+
+
 def _compiled_parts_as_written() -> AbstractContextManager[Any]:
     """From torch 2.6 on."""
     available = hasattr(torch.compiler, "set_stance")
     return torch.compiler.set_stance("force_eager") if available else nullcontext()
-
-
-def _plain(value: Any) -> Any:
-    """The same with copies of inference tensors, which take no part in a graph."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
