@@ -37,7 +37,7 @@ from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
 from .hooks import EvalHook, Freeze, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
-from .registry import norms_in_use, told_apart, unused_norms
+from .registry import unused_norms
 from .resume import ResumableTrainer
 from .step import CheckedStep
 
@@ -69,7 +69,7 @@ class Trainer(ResumableTrainer):
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
         cfg = scale_schedule(cfg, comm.get_world_size(), accumulate)
-        model = self.build_model(told_apart(cfg))
+        model = self.build_model(cfg)
         check_bindings(model)
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         optimizer = self.build_optimizer(cfg, model)
@@ -100,10 +100,9 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
-        self.unused_norms = [key for key in unused_norms(cfg) if key in norms_in_use(cfg)]
-        for key in unused_norms(cfg):
-            logger.log(
-                logging.WARNING if key in self.unused_norms else logging.INFO,
+        self.unused_norms = unused_norms(cfg, model)
+        for key in self.unused_norms:
+            logger.warning(
                 f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
                 " own must ask detectron2.layers.get_norm for the others",
             )
