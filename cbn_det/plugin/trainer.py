@@ -31,11 +31,12 @@ from ..norms import (
 )
 from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
+from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
-from .hooks import EvalHook, Freeze, NormDiagnostics, PreciseBN, Reports, Save
+from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
 from .registry import unused_norms
 from .resume import ResumableTrainer
@@ -87,6 +88,9 @@ class Trainer(ResumableTrainer):
         self._trainer = CheckedStep(wrapped, loader, optimizer, accumulate, mixed)
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
+        self._freeze = FreezeStatistics(
+            model, cfg.SOLVER.MAX_ITER, self._batches_of_freeze, cfg.TEST.PRECISE_BN.NUM_ITER
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(
             model, cfg.OUTPUT_DIR, cfg, trainer=weakref.proxy(self)
@@ -110,13 +114,7 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[hooks.HookBase]:
         cfg, main = self.cfg, comm.is_main_process()
         period, precise = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN
-        freeze = Freeze(
-            self.bare_model,
-            cfg.SOLVER.MAX_ITER,
-            lambda: self.build_train_loader(in_process_loading(cfg)),
-            precise.NUM_ITER,
-        )
-        found = [freeze, hooks.IterationTimer(), hooks.LRScheduler()]
+        found = [hooks.IterationTimer(), hooks.LRScheduler()]
         if precise.ENABLED and get_bn_modules(self.bare_model):
             loader = self.build_train_loader(in_process_loading(cfg))
             found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))
@@ -181,6 +179,18 @@ class Trainer(ResumableTrainer):
         self.step.reset_data_loader(lambda: batches)
         with EventStorage() as self.storage:
             self.run_step()
+
+    def before_step(self) -> None:
+        with EventStorage():  # what heads log of these forwards is dropped
+            self._freeze.before_step(self.iter)
+        super().before_step()
+
+    def _batches_of_freeze(self) -> Iterator[Any]:
+        """The same images and random numbers in a resumed run."""
+        seed_step(self.seed, comm.get_rank(), self.iter)
+        loader = self.build_train_loader(in_process_loading(self.cfg))
+        place(loader, self.seed)
+        return iter(loader)
 
     def run_step(self) -> None:
         """One optimiser step, and the second pass over its images where an MBN layer wants it.
