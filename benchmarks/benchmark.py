@@ -70,7 +70,8 @@ from workloads import (
 from cbn_det.commands.flags import add_detector, positive
 from cbn_det.config_files import find_config
 from cbn_det.engines import ENGINES, resolve_engine
-from cbn_det.study.recipes import RECIPES, setting
+from cbn_det.study.plan import Plan, Split
+from cbn_det.study.recipes import norm_keys
 
 #: outputs of the convolutions below
 MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
@@ -148,33 +149,34 @@ def detector_case(args: argparse.Namespace) -> tuple[str, Builds]:
     depends on them. An untrained detector has a box for every class at every place; for inference
     they are below the score threshold, so that sorting them does not hide the network's time.
     """
-    recipe, engine = RECIPES[args.recipe], resolve_engine(args.engine)
-    config = Path(find_config(args.config_file)) if args.config_file else recipe.config
-    keys = recipe.norm_keys
-    first = ["--config-file", str(config), "--engine", engine]
-    first += [word for triple in args.coco_dataset for word in ("--coco-dataset", *triple)]
-    first += ["MODEL.WEIGHTS", ""]
-    last = ["MODEL.DEVICE", args.device] if args.device else []
-    if args.kind == "iteration":
-        # with the key, the worker would take the share of one process of several
-        scales = setting(config, "SOLVER.REFERENCE_WORLD_SIZE")
-        first += ["SOLVER.REFERENCE_WORLD_SIZE", "0"] if scales else []
-        first += ["SOLVER.IMS_PER_BATCH", str(args.images)]
-    else:
-        first += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"]
+    training, engine = args.kind == "iteration", resolve_engine(args.engine)
+    stages = {norm: ("", norm) if training else norm.rpartition(":")[::2] for norm in args.norms}
+    for norm, (stage, _) in stages.items():
+        if stage not in ("", *STAGES):
+            raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
+    first = ["MODEL.WEIGHTS", ""] + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"] * (not training)
+    config = Path(find_config(args.config_file)) if args.config_file else None
+    plan = Plan(
+        Path(),
+        [norm for _, norm in stages.values()],
+        [Split(1, args.images if training else 1)],
+        [1],
+        engine,
+        recipe=args.recipe,
+        config=config,
+        precise_bn=0,
+        datasets=args.coco_dataset,
+        overrides=[*first, *(("MODEL.DEVICE", args.device) if args.device else ()), *args.opts],
+    )
+    words = {run.norm: run.command[len(plan.launcher) :] for run in plan.runs()}
     builds: Builds = {}
-    for norm in args.norms:
-        build, name = iteration_workload, norm
-        if args.kind == "inference":
-            stage, _, name = norm.rpartition(":")
-            if stage not in ("", *STAGES):
-                raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
-            build = partial(inference_workload, stage or "trained")
-        own = [word for key in keys for word in (key, name)]
-        builds[norm] = partial(build, [*first, *last, *own, *args.opts])
-    images = args.images if args.kind == "iteration" else 1
-    sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys]
-    return f"{config.stem}, {images} images, {engine}; norm in {', '.join(sites)}", builds
+    for norm, (stage, name) in stages.items():
+        inference = partial(inference_workload, stage or "trained")
+        builds[norm] = partial(iteration_workload if training else inference, words[name])
+    keys = norm_keys(config, args.recipe, engine)
+    sites = ", ".join(key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys)
+    images = f"{plan.splits[0].images} images"
+    return f"{plan.config_file.stem}, {images}, {engine}; norm in {sites}", builds
 
 
 def cases(args: argparse.Namespace) -> dict[str, Builds]:

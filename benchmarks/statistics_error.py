@@ -3,7 +3,7 @@
 For each number of images per GPU one detector is trained; beside each of its BatchNorms stand
 layers of all the norms, which see the same inputs and weights and change nothing. At a few moments
 of training their estimates are compared with mean and variance over 200 images with the same
-weights, layer by layer. The result is a table, a CSV of it, a figure, and all numbers in
+weights, layer by layer. The result is a table, a CSV of it, and all numbers in
 statistics_error.jsonl. shadow_errors.py says what is measured, and why one training serves all
 norms. Needs detectron2.
 
@@ -47,7 +47,6 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
-from matplotlib.figure import Figure
 from publishing import Row, publish
 from shadow_errors import StatisticsError
 
@@ -59,7 +58,6 @@ from cbn_det.plugin.loading import place
 from cbn_det.plugin.trainer import Trainer
 from cbn_det.run.arguments import add_datasets, argument_parser
 from cbn_det.run.nonfinite import Diverged
-from cbn_det.study.figures import colours, save_png
 from cbn_det.study.plan import LAUNCHER, Plan, Split
 
 #: Without burn-in where a norm has one that is a matter of choice: nothing depends on these layers,
@@ -249,27 +247,6 @@ def table(runs: dict[int, list[Point]], reference: str) -> list[Row]:
     return rows
 
 
-def draw(runs: dict[int, list[Point]], norms: Sequence[str]) -> Figure:
-    """Errors over the training, divided by BN's: a column a batch size, a line a norm."""
-    figure = Figure(figsize=(1.5 + 4.7 * len(runs), 7), layout="constrained")
-    grid = figure.subplots(2, len(runs), squeeze=False, sharey="row")
-    for column, (images, points) in enumerate(sorted(runs.items())):
-        for axes, key in zip(grid[:, column], ("mean", "var"), strict=True):
-            for norm, colour in colours(norms).items():
-                at = sorted({point["iteration"] for point in points})
-                groups = [[p for p in points if p["iteration"] == iteration] for iteration in at]
-                ratios = [ratio_of(pairs(group, norm, "BN", key)) or math.nan for group in groups]
-                axes.plot(at, ratios, color=colour, marker=".", label=norm)
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3)
-            axes.set_ylabel(f"error of the {key}, divided by BN's" if column == 0 else "")
-        grid[0][column].set_title(f"{images} images per GPU")
-        grid[1][column].set_xlabel("iteration")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    return figure
-
-
 def plan_of(args: argparse.Namespace) -> Plan:
     """The runs, which are not evaluated.
 
@@ -320,7 +297,6 @@ def run(args: argparse.Namespace) -> int:
     if rows:
         publish(rows, {}, path, digits=".3g")
         print(NOTES)
-        print(path, save_png(draw(runs, norms), path.with_suffix(".png")))
     return diverged
 
 

@@ -86,17 +86,6 @@ def test_distance_from_a_reference_is_in_sampling_errors() -> None:
     assert "apart: median" not in rows[4, "first", reference]
 
 
-def test_a_line_of_the_figure_is_the_ratio_to_bn() -> None:
-    from statistics_error import draw
-
-    norms = {"BN": {"mean": 0.5, "var": 0.5}, "KN": {"mean": 1.0, "var": 0.25}}
-    points = [{"iteration": at, "layers": {"a": {"norms": norms}}} for at in (3, 9)]
-    figure = draw({2: points}, ["BN", "KN"])
-    for axes, ratio in zip(figure.axes, (2.0, 0.5), strict=True):
-        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-        assert lines == {"BN": [1.0, 1.0], "KN": [ratio, ratio]}
-
-
 @pytest.mark.parametrize(
     ("length", "at"), [(2, [1]), (10, [2, 4, 7, 9]), (40, [3, 11, 19, 30, 39])]
 )
@@ -160,7 +149,6 @@ def test_a_measured_run_is_the_run(
         assert {(row["half"], row["norm"]) for row in csv.DictReader(file)} == {
             (half, norm) for half in ("first", "second") for norm in ("BN", *NORMS)
         }
-    assert (tmp_path / "out" / "statistics_error.png").read_bytes().startswith(b"\x89PNG")
     assert "geometric mean over layers" in capsys.readouterr().out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from ..norms import (
     resolve_burn_in,
 )
 from ..run.coco_evaluation import detections_counted, number_annotations
-from ..run.folder import PREDICTIONS
 from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests
@@ -252,17 +250,21 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+        cls, cfg: CfgNode, dataset_name: str, output: Path | None = None
     ) -> DatasetEvaluator:
         """COCO evaluation of boxes, masks and keypoints, whichever the model predicts. The limit of
         predictions follows ``TEST.DETECTIONS_PER_IMAGE``, and annotations may have any ids.
+
+        Args:
+            output: folder for the predictions of the first set, those of others go below it; by
+                default ``OUTPUT_DIR``.
 
         Raises:
             ValueError: the data set asks for another kind of evaluation.
         """
         check_evaluable(dataset_name)
-        output = Path(cfg.OUTPUT_DIR, folder)
-        if len(cfg.DATASETS.TEST) > 1:
+        output = output or Path(cfg.OUTPUT_DIR)
+        if dataset_name != cfg.DATASETS.TEST[0]:
             output /= dataset_name
         limit = detections_counted(cfg)
         evaluator = COCOEvaluator(dataset_name, output_dir=str(output), max_dets_per_image=limit)
@@ -272,23 +274,16 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, folder: str = "inference"
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, output: Path | None = None
     ) -> dict[str, Any]:
-        """Evaluates on ``DATASETS.TEST``; predictions are left in ``OUTPUT_DIR/<folder>``, and if
-        that is an ``inference`` those of the first set beside it."""
+        """Evaluates on ``DATASETS.TEST``; ``output`` is that of :meth:`build_evaluator`."""
         names = cfg.DATASETS.TEST
         if not names:
             return {}
         find_chain_at_call(model)
         if evaluators is None:
-            evaluators = [cls.build_evaluator(cfg, name, folder) for name in names]
-        results = super().test(cfg, model, evaluators)
-        output = Path(cfg.OUTPUT_DIR, folder)
-        if output.name == "inference" and comm.is_main_process():
-            source = output / (names[0] if len(names) > 1 else "") / PREDICTIONS
-            if source.exists():  # absent if there was no prediction at all
-                shutil.copyfile(source, output.with_name(PREDICTIONS))
-        return results
+            evaluators = [cls.build_evaluator(cfg, name, output) for name in names]
+        return super().test(cfg, model, evaluators)
 
 
 def check_evaluable(dataset_name: str) -> None:
