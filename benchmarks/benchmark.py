@@ -15,9 +15,8 @@ Four kinds of measurement:
 Each norm has a process of its own, which holds its model and takes turns with the others: a ratio
 is the median of paired repetitions, so that a machine that speeds up or slows down does not decide
 who is faster. Norms are timed past their burn-in and with full windows, where they do all their
-work. The first norm is what the others are compared with. Best on an idle machine; a busy one is
-told, makes intervals wide, and is better measured with --clock cpu.
-The table is printed; --out writes it as CSV.
+work. The first norm is what the others are compared with. A busy machine makes intervals wide. The
+table is printed; --out writes it as CSV.
 
 examples:
   # at the four shapes by which the layers are tuned, on CPU
@@ -37,9 +36,8 @@ examples:
   # one training iteration of the quick start, norm everywhere; MBN with and without its second pass
   python benchmarks/benchmark.py iteration --norms BN CBN GN MBN "MBN(double_forward=False)"
 
-  # your own config and data, the norm in the FPN only, on a GPU
-  python benchmarks/benchmark.py iteration --norms BN CBN --config-file my.yaml \\
-      --norm-keys MODEL.FPN.NORM --device cuda \\
+  # your own config and data, on a GPU
+  python benchmarks/benchmark.py iteration --norms BN CBN --config-file my.yaml --device cuda \\
       --coco-dataset cells_train train.json images/ --opts DATASETS.TRAIN "('cells_train',)"
 
   # what a norm costs a model in use, against frozen BatchNorm
@@ -72,10 +70,9 @@ from workloads import (
 from cbn_det.commands.flags import add_detector, positive
 from cbn_det.config_files import find_config
 from cbn_det.engines import ENGINES, resolve_engine
-from cbn_det.study.recipes import RECIPES, setting
+from cbn_det.study.plan import Plan, Split
+from cbn_det.study.recipes import norm_keys
 
-#: load average per core from which on others are in the way
-BUSY = 0.3
 #: outputs of the convolutions below
 MAPS = ["2,256,100,100", "128,256,7,7", "2,256,200,200"]
 #: an FPN output and lateral convolution, a RoI head's, and the last of a bottleneck
@@ -90,71 +87,33 @@ def make_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add = common.add_argument
     add("--norms", nargs="+", required=True, metavar="NORM", help="the first is the reference")
-    add(
-        "--repetitions",
-        type=positive,
-        default=30,
-        metavar="N",
-        help="turns of each norm (default 30)",
-    )
-    add(
-        "--seconds",
-        type=float,
-        default=600.0,
-        help="end a shape or config earlier when its turns have taken this long (default 600)",
-    )
+    what = "turns of each norm (default 30)"
+    add("--repetitions", type=timing.enough, default=30, metavar="N", help=what)
     add("--warm-up", type=positive, default=10, metavar="N", help="steps before (default 10)")
-    add(
-        "--turn-seconds",
-        type=float,
-        default=0.2,
-        metavar="S",
-        help="steps in a turn: as many as take this long with the first norm (default 0.2)",
-    )
+    what = "steps in a turn: as many as take this long with the first norm (default 0.2)"
+    add("--turn-seconds", type=float, default=0.2, metavar="S", help=what)
     add("--threads", type=positive, metavar="N", help="of each process (default: torch's)")
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the processor time of the process, which other work on the machine disturbs "
-        "less; on a GPU only wall makes sense (default wall)",
-    )
     add("--out", type=Path, metavar="FILE.csv", help="also write the table there")
     kinds = parser.add_subparsers(dest="kind", required=True)
-
-    layer = kinds.add_parser("layer", parents=[common], help="a convolution and its norm")
-    layer.add_argument(
-        "--shapes",
-        nargs="+",
-        default=SHAPES,
-        metavar="N,C,H,W,OUT,KERNEL",
-        help="default: " + " ".join(SHAPES),
-    )
-    norm = kinds.add_parser("norm", parents=[common], help="a norm alone, beside a copy")
-    norm.add_argument(
-        "--shapes", nargs="+", default=MAPS, metavar="N,C,H,W", help="default: " + " ".join(MAPS)
-    )
-    for kind in (layer, norm):
-        kind.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-
-    detector = argparse.ArgumentParser(add_help=False)
-    add = detector.add_argument
-    add_detector(detector)
-    add(
-        "--norm-keys",
-        nargs="+",
-        metavar="KEY",
-        help="config keys that the norms are written to (default: the recipe's)",
-    )
-    add("--engine", choices=ENGINES, default="auto", help="default auto")
-    add("--device", help="cpu or cuda (default: the config's)")
-
-    both = [common, detector]
-    iteration = kinds.add_parser("iteration", parents=both, help="a detector's training iteration")
-    iteration.add_argument(
-        "--images", type=positive, default=2, metavar="N", help="in an iteration (default 2)"
-    )
-    kinds.add_parser("inference", parents=both, help="a detector's forward pass over a test image")
+    for kind, what, shape, default in (
+        ("layer", "a convolution and its norm", "N,C,H,W,OUT,KERNEL", SHAPES),
+        ("norm", "a norm alone, beside a copy", "N,C,H,W", MAPS),
+    ):
+        add = kinds.add_parser(kind, parents=[common], help=what).add_argument
+        what = f"default: {' '.join(default)}"
+        add("--shapes", nargs="+", default=default, metavar=shape, help=what)
+        add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    for kind, what in (
+        ("iteration", "a detector's training iteration"),
+        ("inference", "a detector's forward pass over a test image"),
+    ):
+        detector = kinds.add_parser(kind, parents=[common], help=what)
+        add_detector(detector)
+        detector.add_argument("--engine", choices=ENGINES, default="auto", help="default auto")
+        detector.add_argument("--device", help="cpu or cuda (default: the config's)")
+        if kind == "iteration":
+            what = "in an iteration (default 2)"
+            detector.add_argument("--images", type=positive, default=2, metavar="N", help=what)
     return parser
 
 
@@ -190,33 +149,34 @@ def detector_case(args: argparse.Namespace) -> tuple[str, Builds]:
     depends on them. An untrained detector has a box for every class at every place; for inference
     they are below the score threshold, so that sorting them does not hide the network's time.
     """
-    recipe, engine = RECIPES[args.recipe], resolve_engine(args.engine)
-    config = Path(find_config(args.config_file)) if args.config_file else recipe.config
-    keys = args.norm_keys or recipe.norm_keys
-    first = ["--config-file", str(config), "--engine", engine]
-    first += [word for triple in args.coco_dataset for word in ("--coco-dataset", *triple)]
-    first += ["MODEL.WEIGHTS", ""]
-    last = ["MODEL.DEVICE", args.device] if args.device else []
-    if args.kind == "iteration":
-        # with the key, the worker would take the share of one process of several
-        scales = setting(config, "SOLVER.REFERENCE_WORLD_SIZE")
-        first += ["SOLVER.REFERENCE_WORLD_SIZE", "0"] if scales else []
-        first += ["SOLVER.IMS_PER_BATCH", str(args.images)]
-    else:
-        first += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"]
+    training, engine = args.kind == "iteration", resolve_engine(args.engine)
+    stages = {norm: ("", norm) if training else norm.rpartition(":")[::2] for norm in args.norms}
+    for norm, (stage, _) in stages.items():
+        if stage not in ("", *STAGES):
+            raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
+    first = ["MODEL.WEIGHTS", ""] + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.9"] * (not training)
+    config = Path(find_config(args.config_file)) if args.config_file else None
+    plan = Plan(
+        Path(),
+        [norm for _, norm in stages.values()],
+        [Split(1, args.images if training else 1)],
+        [1],
+        engine,
+        recipe=args.recipe,
+        config=config,
+        precise_bn=0,
+        datasets=args.coco_dataset,
+        overrides=[*first, *(("MODEL.DEVICE", args.device) if args.device else ()), *args.opts],
+    )
+    words = {run.norm: run.command[len(plan.launcher) :] for run in plan.runs()}
     builds: Builds = {}
-    for norm in args.norms:
-        build, name = iteration_workload, norm
-        if args.kind == "inference":
-            stage, _, name = norm.rpartition(":")
-            if stage not in ("", *STAGES):
-                raise ValueError(f"--norms {norm}: before the colon stands {' or '.join(STAGES)}")
-            build = partial(inference_workload, stage or "trained")
-        own = [word for key in keys for word in (key, name)]
-        builds[norm] = partial(build, [*first, *last, *own, *args.opts])
-    images = args.images if args.kind == "iteration" else 1
-    sites = [key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys]
-    return f"{config.stem}, {images} images, {engine}; norm in {', '.join(sites)}", builds
+    for norm, (stage, name) in stages.items():
+        inference = partial(inference_workload, stage or "trained")
+        builds[norm] = partial(iteration_workload if training else inference, words[name])
+    keys = norm_keys(config, args.recipe, engine)
+    sites = ", ".join(key.removeprefix("MODEL.").removesuffix(".NORM") for key in keys)
+    images = f"{plan.splits[0].images} images"
+    return f"{plan.config_file.stem}, {images}, {engine}; norm in {sites}", builds
 
 
 def cases(args: argparse.Namespace) -> dict[str, Builds]:
@@ -227,8 +187,6 @@ def cases(args: argparse.Namespace) -> dict[str, Builds]:
     """
     if len(args.norms) < 2 or len(set(args.norms)) < len(args.norms):
         raise ValueError("--norms: name two or more, each once; the first is the reference")
-    if args.repetitions < timing.FEWEST:
-        raise ValueError(f"--repetitions {args.repetitions}: an interval needs {timing.FEWEST}")
     if args.kind == "layer":
         return dict(layer_case(args.norms, text, args.device) for text in args.shapes)
     if args.kind == "norm":
@@ -251,12 +209,11 @@ def measure(args: argparse.Namespace, name: str, builds: Builds) -> tuple[list[R
             worker.ask(timing.run, max(args.warm_up, fact["warm_up"] + 2))
         first = workers[0].ask(timing.run, 1)["wall"]
         steps = max(1, math.ceil(args.turn_seconds / first))
-        taken = timing.take_turns(workers, steps, args.repetitions, args.seconds)
+        taken = timing.take_turns(workers, steps, args.repetitions)
         peaks = {worker.norm: worker.ask(timing.peak_mb) for worker in workers}
-    times = {norm: [answer[args.clock] for answer in answers] for norm, answers in taken.items()}
+    times = {norm: [answer["wall"] for answer in answers] for norm, answers in taken.items()}
     machine, versions = facts[0]["machine"], facts[0]["versions"]
     made_on = {
-        "clock": args.clock,
         "machine": machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
     }
@@ -295,13 +252,7 @@ def rows_of(
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > BUSY * cores:
-        timing.say(
-            f"WARNING: the machine is busy (load average {load:.1f} on {cores} cores): ratios are"
-            " still paired, but intervals get wide and seconds too long; --clock cpu is disturbed"
-            " less"
-        )
+    load = os.getloadavg()[0]
     rows: list[Row] = []
     try:
         for name, builds in cases(args).items():

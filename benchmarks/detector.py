@@ -12,6 +12,7 @@ import cbn_det
 from cbn_det.norms import DoubleForward
 
 BASE = Path(__file__).resolve().parents[1] / "configs/coco/base/rcnn_R_50_FPN_1x.yaml"
+_SIZE = 64  # height and width of the images, in pixels
 _FPN_AND_HEAD = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 #: places of the norm -> config keys that name it, and MODEL.BACKBONE.FREEZE_AT
 PLACES = {
@@ -21,7 +22,7 @@ PLACES = {
 
 
 def detector_step(
-    norm: str, place: str, *, device: str = "cpu", size: int = 64, rois: int = 16
+    norm: str, place: str, *, device: str = "cpu", rois: int = 16
 ) -> tuple[nn.Module, Callable[[], None]]:
     """The model, with random weights, and a function that makes one training step with it: forward,
     backward, optimiser step and Double Forward, on the same two images each time.
@@ -29,7 +30,6 @@ def detector_step(
     Args:
         norm: as in a config.
         place: a key of ``PLACES``; "fpn_and_head" has FrozenBN in the backbone.
-        size: height and width of the images, in pixels.
         rois: RoIs of an image that the head is trained on.
 
     Raises:
@@ -55,11 +55,11 @@ def detector_step(
     model = build_model(cfg).train()
     optimizer = build_optimizer(cfg, model)
     double_forward = DoubleForward(model, proposals=model.proposal_generator)
-    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.4, 0.3, 0.9, 0.8]]) * size
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.4, 0.3, 0.9, 0.8]]) * _SIZE
     batch = []
     for _ in range(2):
-        truth = Instances((size, size), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([3, 7]))
-        batch.append({"image": torch.randint(256, (3, size, size)), "instances": truth})
+        truth = Instances((_SIZE, _SIZE), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([3, 7]))
+        batch.append({"image": torch.randint(256, (3, _SIZE, _SIZE)), "instances": truth})
 
     def step() -> None:
         torch.manual_seed(0)  # the same proposals are drawn each time

@@ -14,9 +14,9 @@ maps, where launches are free, do not show it. Three tables:
              in turns; processor time on a CPU
 
 Operations are those that torch dispatches, views left out. They are counted, not measured: the
-numbers are exact, the same on every machine, and hardly depend on the size of images (--image-size
-shows it). A norm takes another branch on CUDA than on a CPU: the counts are of the one on CUDA,
-whose kernels are stood in for on a CPU.
+numbers are exact, the same on every machine, and hardly depend on the size of images. A norm takes
+another branch on CUDA than on a CPU: the counts are of the one on CUDA, whose kernels are stood in
+for on a CPU.
 
 examples:
   python benchmarks/kernels.py layer
@@ -91,15 +91,13 @@ def _operations(counts: Counter[str], reference: Counter[str]) -> str:
     return tabulate(sorted(rows, key=lambda row: -row[1]))
 
 
-def iteration_table(
-    norms: Sequence[str], places: Sequence[str], device: str, size: int
-) -> list[Row]:
+def iteration_table(norms: Sequence[str], places: Sequence[str], device: str) -> list[Row]:
     rows = []
     for place in places:
         reference = None
         for norm in (REFERENCE, *norms):
             timing.say(f"{place}: {norm}")
-            model, step = detector_step(norm, place, device=device, size=size)
+            model, step = detector_step(norm, place, device=device)
             for _ in range(counting.set_schedule(model)):
                 step()
             count = counting.count_steps(step, counting.ITERATIONS).total() / counting.ITERATIONS
@@ -114,17 +112,14 @@ def iteration_table(
 def dispatch_table(norms: Sequence[str], device: str, repetitions: int, steps: int) -> list[Row]:
     """
     Raises:
-        ValueError: too few repetitions for an interval.
         WorkerFailed: a norm that cannot be built or run.
     """
     shape = (1, 64, 4, 4)
     builds = {n: partial(stack_workload, n, 8, shape, device) for n in (REFERENCE, *norms)}
-    if repetitions < timing.FEWEST:
-        raise ValueError(f"--repetitions {repetitions}: an interval needs {timing.FEWEST}")
     with timing.started(builds, threads=1) as workers:
         for worker in workers:
             worker.ask(timing.run, worker.facts()["warm_up"] + 10)
-        taken = timing.take_turns(workers, steps, repetitions, seconds=600.0)
+        taken = timing.take_turns(workers, steps, repetitions)
     # a busy machine disturbs the time of the process less; a GPU's it does not hold
     clock = "cpu" if device == "cpu" else "wall"
     times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
@@ -162,17 +157,9 @@ def make_parser() -> argparse.ArgumentParser:
     layer.add_argument("--operations", action="store_true", help="also list them by name")
     iteration = tables.add_parser("iteration", parents=[common], help="of a detector's iteration")
     iteration.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
-    iteration.add_argument(
-        "--image-size", type=int, default=64, metavar="PIXELS", help="default 64"
-    )
     dispatch = tables.add_parser("dispatch", parents=[common], help="time where launching is all")
-    dispatch.add_argument(
-        "--repetitions",
-        type=positive,
-        default=30,
-        metavar="N",
-        help="turns of each norm (default 30)",
-    )
+    what = "turns of each norm (default 30)"
+    dispatch.add_argument("--repetitions", type=timing.enough, default=30, metavar="N", help=what)
     dispatch.add_argument("--steps", type=positive, default=20, help="in a turn (default 20)")
     return parser
 
@@ -188,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             if args.table == "layer":
                 rows = layer_table(norms, args.device, args.operations)
             elif args.table == "iteration":
-                rows = iteration_table(norms, args.places, args.device, args.image_size)
+                rows = iteration_table(norms, args.places, args.device)
             else:
                 rows = dispatch_table(norms, args.device, args.repetitions, args.steps)
     except (ImportError, ValueError, timing.WorkerFailed) as error:

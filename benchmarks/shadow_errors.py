@@ -43,15 +43,11 @@ remembered, so that errors of methods with memory vary more from iteration to it
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,52 +60,26 @@ from cbn_det.norms import (
     Estimate,
     Moments,
     SmallBatchNorm2d,
-    load_memory_state_dict,
-    memory_state_dict,
     reading_memory,
 )
 from cbn_det.norms.functional import group_moments
-from cbn_det.run.files import append_line
 from cbn_det.run.precise_bn import PooledMoments, kept_statistics
 
-logger = logging.getLogger(__name__)
-
-#: in the run's folder; a line for each iteration that was measured
-FILE = "statistics_error.jsonl"
 #: mini-batches that estimates are made of; more would cost time and say little more
 _ESTIMATED = 32
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure.
-
-    Attributes:
-        norms: as in a config; ``"BN"`` is BatchNorm.
-        at: iterations, counted from 0, before whose forward it is done. In the first one nothing is
-            known to the methods but their initial state.
-        images: that the truth is taken from.
-        reference: one of the norms, which the others are compared with; "" for none.
-    """
-
-    norms: tuple[str, ...]
-    at: tuple[int, ...]
-    images: int = 200
-    reference: str = ""
-
-
 class StatisticsError:
-    """Measures during a training run, and leaves a line of JSON for each time.
+    """Measures during a training run.
 
     The weights, buffers and losses of the run are those of a run without it, bit for bit.
 
     Args:
         model: the bare model, in training mode.
         double_forward: of the training loop.
-        request: what to measure.
+        norms: whose estimates to measure, as in a config; ``"BN"`` is BatchNorm.
         max_iter: of the training.
-        batch_size: images in a mini-batch.
-        folder: of the run.
+        reference: one of the norms, which the others are compared with; "" for none.
 
     Raises:
         ConfigError: a norm cannot be measured beside those of the model.
@@ -119,40 +89,35 @@ class StatisticsError:
         self,
         model: nn.Module,
         double_forward: DoubleForward,
-        request: Request,
+        norms: Sequence[str],
         max_iter: int,
-        batch_size: int,
-        folder: Path,
+        reference: str = "",
     ) -> None:
         self._model = model
-        self._double_forward = double_forward
-        self._request = request
-        self._batch_size = batch_size
-        self._path = folder / FILE
+        self._reference = reference
         # the reference estimates first, so that it is there to compare with
-        norms = sorted(request.norms, key=lambda norm: norm != request.reference)
-        self._shadows = Shadows(model, norms, max_iter)
-        double_forward.include(self._shadows.layers())
-
-    def due(self, iteration: int) -> bool:
-        """Whether to measure before the forward of this iteration."""
-        return iteration in self._request.at
+        self.shadows = Shadows(model, sorted(norms, key=lambda norm: norm != reference), max_iter)
+        double_forward.include(self.shadows.layers())
 
     def measure(
-        self, iteration: int, batches: Iterable[Any], forward: Callable[[Any], Any]
-    ) -> None:
-        """Measures, and writes a line.
+        self, batches: Iterable[Any], count: int, forward: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        """Measures, before the forward of an iteration.
 
         Args:
             batches: of training images, as the training loader gives them.
+            count: how many of them the truth is taken from.
             forward: runs the model on one of them, in training mode.
+
+        Returns:
+            ``channels``, ``values`` and errors by norm, for each layer by name in the order in
+            which the network runs them; a layer that saw no RoI in any image is left out.
 
         Raises:
             ValueError: the batches ended early.
         """
-        count = math.ceil(self._request.images / self._batch_size)
-        measured = _Measured(self._request.reference)
-        shadows = self._shadows
+        measured = _Measured(self._reference)
+        shadows = self.shadows
         layers = nn.ModuleList(shadows.layers())
         with (
             torch.no_grad(),
@@ -171,39 +136,7 @@ class StatisticsError:
                 shadows.asleep = False
         if measured.batches < count:
             raise ValueError(f"only {measured.batches} of {count} mini-batches to measure with")
-        line = {
-            "iteration": iteration,
-            "images": count * self._batch_size,
-            "images_per_batch": self._batch_size,
-            "layers": measured.result(),
-        }
-        append_line(self._path, json.dumps(line, allow_nan=False))
-        logger.info(f"statistics of {len(line['layers'])} layers measured: {self._path}")
-
-    def remove(self) -> None:
-        """Takes the shadows off the model."""
-        self._shadows.remove()
-        self._double_forward.include([])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the shadows know, for a checkpoint."""
-        return {
-            name: {
-                norm: {"buffers": dict(layer.named_buffers()), "memory": memory_state_dict(layer)}
-                for norm, layer in site.shadows.items()
-            }
-            for name, site in self._shadows.sites.items()
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, of the same model and request."""
-        for name, site in self._shadows.sites.items():
-            for norm, layer in site.shadows.items():
-                saved = state[name][norm]
-                for key, buffer in layer.named_buffers():
-                    buffer.copy_(saved["buffers"][key])
-                load_memory_state_dict(layer, saved["memory"])
+        return measured.result()
 
 
 class _Spread:
@@ -250,7 +183,6 @@ class _Measured:
         spread.add(mean, var.log(), self._wanted.get(site))
 
     def result(self) -> dict[str, Any]:
-        """A dict for each layer, in the order in which the network runs them."""
         layers = {}
         for site, inputs in self._inputs.items():
             if inputs.count == 0:  # no RoI in any image

@@ -96,24 +96,15 @@ class Shadows:
         self.sites: dict[str, Site] = {}
         for norm in norms:
             self._add(model, norm, max_iter)
-        self._handles = []
         for site in self.sites.values():
-            self._handles.append(site.host.register_forward_pre_hook(partial(self._see, site)))
+            site.host.register_forward_pre_hook(partial(self._see, site))
             if any(isinstance(layer, Chained) for layer in site.shadows.values()):
-                self._handles.append(site.host.register_forward_hook(partial(self._mark, site)))
+                site.host.register_forward_hook(partial(self._mark, site))
 
     def layers(self) -> Iterator[SmallBatchNorm2d]:
         """Every shadow."""
         for site in self.sites.values():
             yield from site.shadows.values()
-
-    def remove(self) -> None:
-        """Takes all shadows off the model."""
-        for handle in self._handles:
-            handle.remove()
-        for layer in self.layers():
-            if isinstance(layer, ConvBound):
-                layer.unbind()
 
     def _add(self, model: nn.Module, norm: str, max_iter: int) -> None:
         spec = _BATCHNORM if norm == "BN" else norm

@@ -3,18 +3,17 @@
 For each number of images per GPU one detector is trained; beside each of its BatchNorms stand
 layers of all the norms, which see the same inputs and weights and change nothing. At a few moments
 of training their estimates are compared with mean and variance over 200 images with the same
-weights, layer by layer. The result is a table, a CSV of it and a figure; all numbers are in the run
-folders, in statistics_error.jsonl. Started again with the same arguments, finished runs are kept,
-and interrupted ones resume. shadow_errors.py says what is measured, and why one training serves
-all norms. Needs detectron2.
+weights, layer by layer. The result is a table, a CSV of it, and all numbers in
+statistics_error.jsonl. shadow_errors.py says what is measured, and why one training serves all
+norms. Needs detectron2.
 
 examples:
   # all norms at 1, 2 and 4 images per GPU, from scratch, on the built-in digits
   python benchmarks/statistics_error.py --iters 600
 
   # the papers' setting: a trained backbone with frozen BN, the norms in FPN and heads
-  python benchmarks/statistics_error.py --recipe finetune --iters 600 \\
-      --output output/statistics_finetune
+  python benchmarks/statistics_error.py --iters 600 --output output/statistics_finetune \\
+      --config-file quickstart/Finetune-RCNN-R18-FPN-digits --opts MODEL.WEIGHTS backbone.pth
 
   # what CBN's window and burn-in do (options are part of a norm's name; quote it for the shell)
   python benchmarks/statistics_error.py --iters 600 --images 2 --seeds 1 2 3 \\
@@ -35,28 +34,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import clone  # noqa: F401
-from matplotlib.figure import Figure
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
 from publishing import Row, publish
+from shadow_errors import StatisticsError
 
-from cbn_det.commands.flags import add_detector, positive
+from cbn_det.commands.flags import add_opts, positive
 from cbn_det.config_files import find_config
-from cbn_det.study.compare import exit_code, guarded, train
-from cbn_det.study.figures import colours, save_png
-from cbn_det.study.plan import Plan, Split
-from cbn_det.study.recipes import RECIPES, setting
-from cbn_det.study.results import read_lines
-from cbn_det.study.runner import visible_gpus
+from cbn_det.plugin.config import build_config
+from cbn_det.plugin.datasets import prepare_datasets
+from cbn_det.plugin.loading import place
+from cbn_det.plugin.trainer import Trainer
+from cbn_det.run.arguments import add_datasets, argument_parser
+from cbn_det.run.nonfinite import Diverged
+from cbn_det.study.plan import LAUNCHER, Plan, Split
 
-LAUNCHER = (sys.executable, str(Path(__file__).with_name("statistics_run.py")))
-FILE = "statistics_error.jsonl"
 #: Without burn-in where a norm has one that is a matter of choice: nothing depends on these layers,
 #: and where their curves cross BN's is what a burn-in should be. BRN's is part of the method.
 NORMS = [
@@ -86,65 +89,89 @@ Point = dict[str, Any]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add(
-        "--norms",
-        nargs="+",
-        default=NORMS,
-        metavar="NORM",
-        help=f"whose statistics to measure, BN in any case (default {' '.join(NORMS)})",
-    )
-    add(
-        "--images",
-        nargs="+",
-        type=positive,
-        default=[1, 2, 4],
-        metavar="N",
-        help="images per GPU, one run each (default 1 2 4)",
-    )
+    what = f"whose statistics to measure, BN in any case (default {' '.join(NORMS)})"
+    add("--norms", nargs="+", default=NORMS, metavar="NORM", help=what)
+    what = "images per GPU, one run each (default 1 2 4)"
+    add("--images", nargs="+", type=positive, default=[1, 2, 4], metavar="N", help=what)
     add("--seeds", nargs="+", type=int, default=[1], metavar="S", help="default 1")
-    add(
-        "--trained-with",
-        default="BN",
-        metavar="NORM",
-        help="the norm that the detectors are trained with (default BN)",
-    )
-    add(
-        "--truth-images",
-        type=positive,
-        default=200,
-        metavar="N",
-        help="training images that the truth is taken from (default 200)",
-    )
-    add(
-        "--reference",
-        metavar="NORM",
-        help="also compare the norms with this one, mini-batch by mini-batch: for options that"
-        " approximate it",
-    )
-    add_detector(parser)
-    add(
-        "--iters",
-        type=positive,
-        help="length of a run (default: the config's SOLVER.MAX_ITER)",
-    )
-    add(
-        "--jobs",
-        type=positive,
-        metavar="N",
-        help="runs side by side (default: as many as GPUs, on CPU as cores)",
-    )
+    what = "the norm that the detectors are trained with (default BN)"
+    add("--trained-with", default="BN", metavar="NORM", help=what)
+    what = "training images that the truth is taken from (default 200)"
+    add("--truth-images", type=positive, default=200, metavar="N", help=what)
+    what = "also compare the norms with this one, mini-batch by mini-batch"
+    add("--reference", default="", metavar="NORM", help=what)
+    add("--config-file", help="base config (default: from scratch on the built-in digits)")
+    add_datasets(parser)
+    add_opts(parser)
+    add("--iters", type=positive, help="length of a run (default: the config's)")
     add("--output", type=Path, default=Path("output/statistics"), help="default output/statistics")
-    add("--dry-run", action="store_true", help="print the commands and stop")
     return parser
 
 
-def read_points(folder: Path) -> list[Point]:
-    """What a run has measured, in the order of iterations."""
-    return read_lines(folder / FILE)
+class Measuring(HookBase):
+    """Measures before the forward of the iterations at `MOMENTS`; not of the first one, where
+    nothing is known to the methods but their initial state.
+
+    Args:
+        trainer: whose hook this becomes.
+        images: that the truth is taken from.
+        reference: see :class:`.StatisticsError`.
+
+    Attributes:
+        points: what was measured.
+    """
+
+    def __init__(self, trainer: Trainer, norms: Sequence[str], images: int, reference: str) -> None:
+        self.points: list[Point] = []
+        model, length = trainer.bare_model, trainer.max_iter
+        self._errors = StatisticsError(model, trainer.double_forward, norms, length, reference)
+        self._at = moments(length)
+        self._count = math.ceil(images / trainer.cfg.SOLVER.IMS_PER_BATCH)
+        self._loader = trainer.build_train_loader(trainer.cfg)
+
+    def before_step(self) -> None:
+        trainer = self.trainer
+        if trainer.iter not in self._at:
+            return
+        place(self._loader, trainer.seed, trainer.max_iter)  # images behind the end of training
+        model, amp = trainer.bare_model, trainer.cfg.SOLVER.AMP.ENABLED
+        device = next(model.parameters()).device.type
+        with EventStorage(), torch.autocast(device, enabled=amp):  # what heads log is dropped
+            layers = self._errors.measure(iter(self._loader), self._count, model)
+        half = "second" if 2 * trainer.iter >= trainer.max_iter else "first"
+        self.points.append({"iteration": trainer.iter, "half": half, "layers": layers})
+
+
+def moments(length: int) -> list[int]:
+    """The iterations, counted from 0, before which a training of this length is measured."""
+    return sorted({max(1, round(part * length)) - 1 for part in MOMENTS} - {0})
+
+
+def train(words: Sequence[str], request: Sequence[Any]) -> list[Point]:
+    """Trains a detector and measures.
+
+    Args:
+        words: of the launcher's command line, without OUTPUT_DIR.
+        request: arguments of :class:`Measuring`, behind the trainer.
+
+    Raises:
+        Diverged: a loss, weight or statistic is not finite.
+        ValueError: the config, the data or a norm cannot be used.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # for checkpoints, which nobody needs
+        args = argument_parser().parse_args([*words, "OUTPUT_DIR", folder])
+        cfg, _ = build_config(args, world_size=1)
+        prepare_datasets(cfg, args.coco_dataset)
+        seed_all_rng(cfg.SEED)
+        trainer = Trainer(cfg)
+        measuring = Measuring(trainer, *request)
+        trainer.register_hooks([measuring])
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    return measuring.points
 
 
 def pairs(points: Iterable[Point], norm: str, other: str, key: str) -> list[tuple[float, float]]:
@@ -169,7 +196,7 @@ def typical(points: Iterable[Point], norm: str, key: str) -> float | None:
     return statistics.fmean(medians) if medians else None
 
 
-def row_of(points: list[Point], norm: str, reference: str | None) -> Row:
+def row_of(points: list[Point], norm: str, reference: str) -> Row:
     """What `NOTES` explains, of one norm."""
     row: Row = {"norm": norm}
     for key in ("mean", "var"):
@@ -203,108 +230,83 @@ def sampling_error(layer: dict[str, Any]) -> float:
     return math.sqrt(max((bn.get("var") or 0) ** 2 - (bn.get("var_fixed") or 0) ** 2, 0.0))
 
 
-def table(runs: dict[int, list[Point]], length: int, reference: str | None) -> list[Row]:
+def table(runs: dict[int, list[Point]], reference: str) -> list[Row]:
     """A row for each batch size, half of training and norm.
 
     Args:
         runs: points of finished runs, by images per GPU.
-        length: of the training, in iterations.
     """
     rows = []
     for images, points in sorted(runs.items()):
         for half in ("first", "second"):
-            late = [p for p in points if (2 * p["iteration"] >= length) == (half == "second")]
-            names = dict.fromkeys(
-                n for point in late for layer in point["layers"].values() for n in layer["norms"]
-            )
-            rows += [
-                {"images": images, "half": half, **row_of(late, norm, reference)} for norm in names
-            ]
+            some = [point for point in points if point["half"] == half]
+            layers = [layer["norms"] for point in some for layer in point["layers"].values()]
+            norms = dict.fromkeys(norm for layer in layers for norm in layer)
+            head = {"images": images, "half": half}
+            rows += [{**head, **row_of(some, norm, reference)} for norm in norms]
     return rows
 
 
-def draw(runs: dict[int, list[Point]], norms: Sequence[str]) -> Figure:
-    """Errors over the training, divided by BN's: a column a batch size, a line a norm."""
-    figure = Figure(figsize=(1.5 + 4.7 * len(runs), 7), layout="constrained")
-    grid = figure.subplots(2, len(runs), squeeze=False, sharey="row")
-    for column, (images, points) in enumerate(sorted(runs.items())):
-        for axes, key in zip(grid[:, column], ("mean", "var"), strict=True):
-            for norm, colour in colours(norms).items():
-                at = sorted({point["iteration"] for point in points})
-                groups = [[p for p in points if p["iteration"] == iteration] for iteration in at]
-                ratios = [ratio_of(pairs(group, norm, "BN", key)) or math.nan for group in groups]
-                axes.plot(at, ratios, color=colour, marker=".", label=norm)
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3)
-            axes.set_ylabel(f"error of the {key}, divided by BN's" if column == 0 else "")
-        grid[0][column].set_title(f"{images} images per GPU")
-        grid[1][column].set_xlabel("iteration")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
-    return figure
-
-
-def plan_of(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> Plan:
-    """The runs, which are not evaluated, with their length in iterations.
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The runs, which are not evaluated.
 
     Raises:
-        ValueError: the config does not say how long to train, or the overrides do.
+        ValueError: a setting that cannot be followed.
     """
-    config = args.config_file and Path(find_config(args.config_file))
-    length = args.iters or setting(config or RECIPES[args.recipe].config, "SOLVER.MAX_ITER")
-    if "SOLVER.MAX_ITER" in args.opts[::2]:
-        raise ValueError("SOLVER.MAX_ITER is set by --iters, not by --opts")
-    if length is None:
-        raise ValueError(f"{config} does not set SOLVER.MAX_ITER: --iters says how long to train")
-    moments = sorted({max(1, round(part * length)) - 1 for part in MOMENTS} - {0})
-    request = {"norms": norms_of(args), "at": moments, "images": args.truth_images}
-    request |= {"reference": args.reference} if args.reference else {}
     return Plan(
         args.output,
         [args.trained_with],
         [Split(1, images) for images in args.images],
         args.seeds,
         "detectron2",
-        recipe=args.recipe,
-        config=config,
-        iterations=length,  # a config that scales its own would move it away from the moments
+        config=args.config_file and Path(find_config(args.config_file)),
+        iterations=args.iters,
         precise_bn=0,
         datasets=args.coco_dataset,
         overrides=["DATASETS.TEST", "()", *args.opts],
-        flags=["--statistics-error", json.dumps(request)],
-        launcher=launcher,
     )
 
 
-def norms_of(args: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys(["BN", *filter(None, [args.reference]), *args.norms]))
+def run(args: argparse.Namespace) -> int:
+    """Trains, measures, prints and writes; the number of runs that diverged.
 
-
-def run(args: argparse.Namespace, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    plan = plan_of(args, launcher)
-    if args.dry_run:
-        plan.print_commands()
-        return 0
-    gpus = visible_gpus() if plan.on_gpu else []
-    jobs = args.jobs or len(gpus) or os.cpu_count() or 1
-    outcomes = train(plan, jobs, gpus)
+    Raises:
+        ValueError: a setting that cannot be followed.
+    """
+    plan, norms = plan_of(args), list(dict.fromkeys(["BN", args.reference or "BN", *args.norms]))
+    request = norms, args.truth_images, args.reference
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "statistics_error.csv"
+    setup_logger(str(args.output))
     runs: dict[int, list[Point]] = {}
-    for outcome in outcomes:
-        if outcome.result.get("status") == "finished":  # others have fewer moments
-            found = runs.setdefault(outcome.run.split.images, [])
-            found += read_points(outcome.run.folder)
-    rows = table(runs, plan.iterations, args.reference)
-    path = plan.output / "statistics_error.csv"
-    publish(rows, {}, path if rows else None, digits=".3g")
-    print(NOTES)
+    diverged = 0
+    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+        for planned in plan.runs():
+            print(planned.label, flush=True)
+            try:
+                points = train(planned.command[len(LAUNCHER) :], request)
+            except Diverged as error:  # it has fewer moments than the others: it is in no table
+                print(f"{planned.label}: diverged: {error}", file=sys.stderr)
+                diverged += 1
+                continue
+            runs.setdefault(planned.split.images, []).extend(points)
+            for point in points:
+                line = {"images": planned.split.images, "seed": planned.seed, **point}
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+    rows = table(runs, args.reference)
     if rows:
-        print(path, save_png(draw(runs, norms_of(args)), path.with_suffix(".png")))
-    return exit_code(outcomes)
+        publish(rows, {}, path, digits=".3g")
+        print(NOTES)
+    return diverged
 
 
-def main(arguments: list[str] | None = None, launcher: tuple[str, ...] = LAUNCHER) -> int:
-    args = make_parser().parse_args(arguments)
-    return guarded("statistics_error", lambda: run(args, launcher))
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        return 1 if run(args) else 0
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

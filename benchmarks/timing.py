@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
 import random
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from cbn_det import __version__
+from cbn_det.data.progress import shown
 from cbn_det.norms import SmallBatchNorm2d, resolve_burn_in
 from cbn_det.run.errors import one_line
 from cbn_det.run.measure import machine, peak_memory_mb
@@ -64,22 +63,21 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """A process that holds one norm's model and runs its steps when asked.
+    """A process that holds one norm's model and runs its steps when asked. What it prints goes
+    where this process prints.
 
     Args:
         norm: its name.
         build: makes the workload there.
-        log: file for what the process prints.
         threads: of torch; None: the default.
     """
 
     def __init__(
-        self, norm: str, build: Callable[[], Workload], log: Path, threads: int | None = None
+        self, norm: str, build: Callable[[], Workload], threads: int | None = None
     ) -> None:
         self.norm = norm
-        self._log = log
         self._pool = ProcessPoolExecutor(1, get_context("spawn"))
-        self._built = self._pool.submit(_hold, build, log, threads)
+        self._built = self._pool.submit(_hold, build, threads)
 
     def facts(self) -> dict[str, Any]:
         """Waits until the workload is there: "machine", "versions", and the steps of "warm_up"
@@ -88,7 +86,7 @@ class Worker:
         Raises:
             WorkerFailed: it cannot be built; says why.
         """
-        return self._answer(self._built.result)
+        return self._answer(self._built)
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls :func:`run` or :func:`peak_mb` there.
@@ -96,15 +94,11 @@ class Worker:
         Raises:
             WorkerFailed: it raised, or the process died; says why.
         """
-        return self._answer(lambda: self._pool.submit(function, *args).result())
+        return self._answer(self._pool.submit(function, *args))
 
-    def _answer(self, get: Callable[[], Any]) -> Any:
+    def _answer(self, future: Future[Any]) -> Any:
         try:
-            return get()
-        except BrokenProcessPool as error:
-            said = self._log.read_text("utf-8", "replace").split("\n") if self._log.exists() else []
-            last = next((line for line in reversed(said) if line.strip()), "no output")
-            raise WorkerFailed(f"{self.norm}: its process died: {last.strip()}") from error
+            return future.result()
         except Exception as error:
             raise WorkerFailed(f"{self.norm}: {one_line(error)}") from error
 
@@ -113,12 +107,9 @@ class Worker:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _hold(build: Callable[[], Workload], log: Path, threads: int | None) -> dict[str, Any]:
+def _hold(build: Callable[[], Workload], threads: int | None) -> dict[str, Any]:
     """In a worker: makes the workload that the other functions are about."""
     global _work, _imported
-    file = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(file, stream)
     warnings.simplefilter("ignore")
     if threads:
         torch.set_num_threads(threads)
@@ -171,16 +162,15 @@ def started(
     for name, value in KEEP_FREED_MEMORY.items():
         os.environ.setdefault(name, value)  # read where a process starts
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = []
-        for number, (norm, build) in enumerate(builds.items()):
-            workers.append(Worker(norm, build, logs / f"{number}.log", threads))
+        for norm, build in builds.items():
+            workers.append(Worker(norm, build, threads))
             stack.callback(workers[-1].end)
         yield workers
 
 
 def take_turns(
-    workers: Sequence[Worker], steps: int, repetitions: int, seconds: float
+    workers: Sequence[Worker], steps: int, repetitions: int
 ) -> dict[str, list[dict[str, float]]]:
     """Lets every worker make `steps` steps in each repetition, in an order drawn anew each time.
 
@@ -189,18 +179,17 @@ def take_turns(
     """
     order = random.Random(0)
     taken: dict[str, list[dict[str, float]]] = {worker.norm: [] for worker in workers}
-    began = said = time.monotonic()
-    for done in range(repetitions):
-        now = time.monotonic()
-        if done >= FEWEST and now - began > seconds:
-            say(f"--seconds {seconds:g} are over: {done} repetitions instead of {repetitions}")
-            break
-        if now - said > 15:
-            say(f"{done} of {repetitions} repetitions")
-            said = now
+    for _ in shown(range(repetitions), "repetitions"):
         for worker in order.sample(workers, len(workers)):
             taken[worker.norm].append(worker.ask(run, steps))
     return taken
+
+
+def enough(text: str) -> int:
+    """For ``type``: repetitions that make an interval."""
+    if not text.isdecimal() or int(text) < FEWEST:
+        raise argparse.ArgumentTypeError(f"expected {FEWEST} or more, got {text}")
+    return int(text)
 
 
 def paired_ratio(

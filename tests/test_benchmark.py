@@ -104,20 +104,13 @@ class FakeWorker:
 def test_every_worker_has_a_turn_in_each_repetition_in_changing_order():
     turns = []
     workers = [FakeWorker(norm, turns) for norm in "abc"]
-    taken = take_turns(workers, steps=3, repetitions=20, seconds=1e9)
+    taken = take_turns(workers, steps=3, repetitions=20)
     rounds = [tuple(turns[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 3
     assert [t["wall"] for t in taken["b"]] == [i + 1 for i, n in enumerate(turns) if n == "b"]
 
 
-def test_it_ends_when_the_time_is_over_but_not_before_there_is_an_interval(capsys):
-    taken = take_turns([FakeWorker("a", [])], steps=3, repetitions=50, seconds=0.0)
-    assert len(taken["a"]) == 6
-    assert "--seconds 0 are over: 6 repetitions instead of 50" in capsys.readouterr().err
-
-
 def dies() -> None:
-    print("no memory", flush=True)
     os._exit(1)
 
 
@@ -130,9 +123,9 @@ def dies_when_asked() -> Workload:
 
 
 @pytest.mark.parametrize("build", [dies_at_once, dies_when_asked])
-def test_a_worker_that_dies_is_an_error_that_names_norm_and_reason(build):
+def test_a_worker_that_dies_is_an_error_that_names_the_norm(build):
     with started({"CBN": build}) as (worker,):
-        with pytest.raises(WorkerFailed, match="CBN: its process died: no memory"):
+        with pytest.raises(WorkerFailed, match="CBN: .*process .* was terminated"):
             worker.facts()
             worker.ask(run, 1)
 
@@ -212,7 +205,10 @@ def test_layers_are_timed_and_reported(tmp_path, capsys):
     [
         (["layer", "--norms", "BN"], "--norms: name two or more"),
         (["layer", "--norms", "BN", "CBN", "BN"], "--norms: name two or more, each once"),
-        (["layer", "--norms", "BN", "GN", "--repetitions", "5"], "--repetitions 5"),
+        (
+            ["layer", "--norms", "BN", "GN", "--repetitions", "5"],
+            "argument --repetitions: expected 6",
+        ),
         (
             ["layer", "--norms", "BN", "GN", "--warm-up", "0"],
             "argument --warm-up: expected 1 or more",
@@ -412,22 +408,20 @@ def pixels(batch: list) -> torch.Tensor:
 
 def test_iterations_get_each_norm_at_the_sites_asked_for():
     words = ["iteration", "--norms", "BN", "CBN(window=8)", "--recipe", "finetune"]
-    words += ["--norm-keys", "MODEL.FPN.NORM", "--engine", "standalone", "--device", "cuda"]
+    words += ["--engine", "standalone", "--device", "cuda"]
     words += ["--coco-dataset", "a", "b", "c", "--images", "4", "--opts", "MODEL.WEIGHTS", "w.pth"]
     title, builds = builds_of(*words)
-    assert title.endswith("4 images, standalone; norm in FPN")
+    assert title.endswith("4 images, standalone; norm in FPN, ROI_BOX_HEAD, ROI_MASK_HEAD")
     (words,) = builds["CBN(window=8)"].args
     args: argparse.Namespace = argument_parser().parse_args(words)
     assert builds["CBN(window=8)"].func is iteration_workload
     assert args.config_file.endswith("Finetune-RCNN-R18-FPN-digits.yaml")
     assert args.coco_dataset == [["a", "b", "c"]] and args.engine == "standalone"
     options = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
-    assert options == {
-        "SOLVER.IMS_PER_BATCH": "4",
-        "MODEL.WEIGHTS": "w.pth",
-        "MODEL.DEVICE": "cuda",
-        "MODEL.FPN.NORM": "CBN(window=8)",
-    }
+    assert options["SOLVER.IMS_PER_BATCH"] == "4" and options["MODEL.WEIGHTS"] == "w.pth"
+    assert options["MODEL.DEVICE"] == "cuda"
+    sites = {key for key, value in options.items() if value == "CBN(window=8)"}
+    assert sites == {f"MODEL.{part}.NORM" for part in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
 
 
 @pytest.mark.detectron2

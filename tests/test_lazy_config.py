@@ -134,6 +134,7 @@ def test_two_processes_train_and_evaluate_it(coco_root: Path, tmp_path: Path) ->
     assert [line["iteration"] for line in lines[:2]] == [0, 1]
     assert all(math.isfinite(line["total_loss"]) for line in lines[:2])
     assert "segm/AP" in lines[-1]
+    assert "fpn_lateral2" in (tmp_path / "log.txt").read_text().partition("Starting training")[0]
     assert (tmp_path / "model_final.pth").exists()
 
 

@@ -382,26 +382,26 @@ def test_a_norm_that_no_layer_was_built_from_is_told(registered):
     cfg = get_cfg()
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
     cfg.MODEL.RESNETS.NORM = "CBN"
-    cfg.MODEL.FPN.NORM = "CBN"  # the backbone has no FPN, and the same norm elsewhere hides nothing
-    registered.check_config_norms(cfg)
-    assert sorted(registered.unused_norms(cfg)) == ["MODEL.FPN.NORM", "MODEL.RESNETS.NORM"]
-    build_backbone(registered.told_apart(cfg))
-    assert registered.unused_norms(cfg) == ["MODEL.FPN.NORM"]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_BOX_HEAD.NORM = "CBN"  # the same norm elsewhere hides nothing
+    cfg.MODEL.FPN.NORM = "CBN"  # not read: the backbone has no FPN
+    keys = ["MODEL.RESNETS.NORM", "MODEL.ROI_BOX_HEAD.NORM"]
+    assert sorted(registered.unused_norms(cfg, nn.Identity())) == keys
+    model = nn.ModuleDict({"backbone": build_backbone(cfg)})
+    assert registered.unused_norms(cfg, model) == ["MODEL.ROI_BOX_HEAD.NORM"]
 
 
 @detectron2
-def test_a_norm_key_of_another_project_counts_as_used_once_a_layer_was_built_from_it(registered):
+def test_a_norm_key_of_another_project_counts_as_used_by_a_layer_at_no_known_place(registered):
     from detectron2.config import CfgNode, get_cfg
     from detectron2.layers import get_norm
 
     cfg = get_cfg()
     cfg.MODEL.MY_HEAD = CfgNode({"NORM": "CBN(window=6)"})
-    registered.check_config_norms(cfg)
-    assert registered.unused_norms(cfg) == ["MODEL.MY_HEAD.NORM"]
-    get_norm("CBN(window=6)", 8)
-    assert registered.unused_norms(cfg) == []
-    registered.check_config_norms(cfg)  # a second model of this process counts anew
-    assert registered.unused_norms(cfg) == ["MODEL.MY_HEAD.NORM"]
+    mine, another = get_norm("CBN(window=6)", 8), get_norm("BGN", 8)
+    assert registered.unused_norms(cfg, nn.ModuleDict({"my_head": mine})) == []
+    for model in ({"backbone": nn.Sequential(mine)}, {"my_head": another}):
+        assert registered.unused_norms(cfg, nn.ModuleDict(model)) == ["MODEL.MY_HEAD.NORM"]
 
 
 def test_without_detectron2_register_says_so_and_the_norms_work():

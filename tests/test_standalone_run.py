@@ -224,7 +224,7 @@ def test_both_engines_leave_the_same_keys(inputs: Path, trained: Path, tmp_path:
     shared = {key for key in evaluated if key.startswith("bbox/")} | {"total_loss", "lr"}
     assert shared <= set(lines_of(trained)[-1])
     names = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
-    assert names - {path.name for path in trained.iterdir()} <= {"inference"}
+    assert names - {path.name for path in trained.iterdir()} <= {"instances_predictions.pth"}
 
 
 def test_eval_only_repeats_the_ap_and_keeps_what_training_measured(

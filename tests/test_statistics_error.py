@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 import sys
 from pathlib import Path
@@ -27,9 +26,8 @@ from cbn_det.run.precise_bn import recompute_statistics
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import shadow_errors  # noqa: E402
-from shadow_errors import FILE, Request, StatisticsError  # noqa: E402
+from shadow_errors import StatisticsError  # noqa: E402
 from shadows import Shadows  # noqa: E402
-from statistics_error import read_points  # noqa: E402
 
 EPS = 1e-5
 SIZE, IMAGES = 2, 8  # of a mini-batch, of the truth
@@ -92,31 +90,28 @@ class Training:
     """A few iterations of training, which may be measured before some of them."""
 
     def __init__(
-        self, host: str, folder: Path | None = None, norms=NORMS, at=(1, 4), reference: str = ""
+        self, host: str, measured: bool = True, norms=NORMS, at=(1, 4), reference: str = ""
     ) -> None:
         self.model = Net(host)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.05, momentum=0.9)
         self.double_forward = DoubleForward(self.model)
-        self.measured = None
-        if folder is not None:
-            request = Request(tuple(norms), tuple(at), IMAGES, reference)
-            self.measured = StatisticsError(
-                self.model, self.double_forward, request, 10, SIZE, folder
-            )
+        self.at = at if measured else ()
+        self.lines: dict[int, dict] = {}
+        if measured:
+            self.errors = StatisticsError(self.model, self.double_forward, norms, 10, reference)
 
     def run(self, start: int, end: int) -> None:
         for iteration in range(start, end):
-            if self.measured and self.measured.due(iteration):
-                self.measured.measure(iteration, truth_batches(), self.model)
+            if iteration in self.at:
+                self.lines[iteration] = self.measure()
             torch.manual_seed(iteration)
             self.optimizer.zero_grad()
             self.model(images(iteration)).backward()
             self.optimizer.step()
             self.double_forward.refresh()
 
-
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    def measure(self, forward=None) -> dict:
+        return self.errors.measure(truth_batches(), IMAGES // SIZE, forward or self.model)
 
 
 # ---- numbers ----------------------------------------------------------------------------------
@@ -167,17 +162,15 @@ def check(found: dict[str, float], wanted: dict[str, float]) -> None:
 
 
 @pytest.fixture()
-def run(tmp_path: Path) -> tuple[Captured, dict, Training]:
-    """Four iterations, captured, and the layers of the line that was measured before the fifth."""
-    training = Training("BN", tmp_path, at=(4,))
+def run() -> tuple[Captured, dict, Training]:
+    """Four iterations, captured, and the layers of what was measured before the fifth."""
+    training = Training("BN")
     captured = Captured(training)
     training.run(0, 4)
     captured.probed.clear()  # of second passes
-    training.measured.measure(4, truth_batches(), training.model)
-    (line,) = lines(tmp_path)
-    assert (line["iteration"], line["images"], line["images_per_batch"]) == (4, IMAGES, SIZE)
-    assert list(line["layers"]) == ["convs.0.1", "convs.1.1", "convs.2.1"]
-    return captured, line["layers"], training
+    layers = training.measure()
+    assert list(layers) == ["convs.0.1", "convs.1.1", "convs.2.1"]
+    return captured, layers, training
 
 
 def test_the_truth_and_batchnorm(run) -> None:
@@ -199,19 +192,17 @@ def test_the_truth_and_batchnorm(run) -> None:
         check(layer["norms"]["BN"], running)
 
 
-def test_estimates_are_made_of_the_first_mini_batches_only(tmp_path: Path, monkeypatch) -> None:
+def test_estimates_are_made_of_the_first_mini_batches_only(monkeypatch) -> None:
     monkeypatch.setattr(shadow_errors, "_ESTIMATED", 2)
-    training = Training("BN", tmp_path)
+    training = Training("BN")
     captured = Captured(training)
-    training.measured.measure(0, truth_batches(), training.model)
-    (line,) = lines(tmp_path)
-    for name, layer in line["layers"].items():
+    for name, layer in training.measure().items():
         inputs = captured.probed[name]
         assert len(inputs) == IMAGES // SIZE
         wanted = expected([moments(x) for x in inputs[:2]], *moments(*inputs))
         check(layer["norms"]["BN"], wanted)
     training.run(0, 1)
-    assert all(layer.num_batches_tracked == 1 for layer in training.measured._shadows.layers())
+    assert all(layer.num_batches_tracked == 1 for layer in training.errors.shadows.layers())
 
 
 def test_a_window_without_compensation(run) -> None:
@@ -226,13 +217,12 @@ def test_a_window_without_compensation(run) -> None:
         check(layer["norms"][WINDOWED], expected(estimates, *moments(*captured.probed[name])))
 
 
-def test_distance_from_a_reference_is_taken_mini_batch_by_mini_batch(tmp_path: Path) -> None:
-    training = Training("BN", tmp_path, ["BGN(groups=2)", WINDOWED, "BN"], (4,), reference="BN")
+def test_distance_from_a_reference_is_taken_mini_batch_by_mini_batch() -> None:
+    training = Training("BN", norms=["BGN(groups=2)", WINDOWED, "BN"], reference="BN")
     captured = Captured(training)
     training.run(0, 4)
     captured.probed.clear()
-    training.measured.measure(4, truth_batches(), training.model)
-    for name, layer in lines(tmp_path)[0]["layers"].items():
+    for name, layer in training.measure().items():
         before = [moments(x) for x in captured.trained[name][-2:]]
         variances = []
         for x in captured.probed[name]:
@@ -283,7 +273,7 @@ def test_a_correction_of_the_output_counts_as_one_of_the_statistics(run) -> None
     captured, layers, training = run
     norm = NORMS[-2]
     for name, layer in layers.items():
-        shadow = training.measured._shadows.sites[name].shadows[norm]
+        shadow = training.errors.shadows.sites[name].shadows[norm]
         gamma, beta = (p.detach().double().numpy() for p in (shadow.weight, shadow.bias))
         estimates = []
         for x in captured.probed[name]:
@@ -302,10 +292,10 @@ def test_a_correction_of_the_output_counts_as_one_of_the_statistics(run) -> None
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_shadow_of_the_same_norm_does_what_the_norm_does(norm: str, tmp_path: Path) -> None:
-    training = Training(norm, tmp_path, [norm], at=(2, 5))
+def test_a_shadow_of_the_same_norm_does_what_the_norm_does(norm: str) -> None:
+    training = Training(norm, norms=[norm], at=(2, 5))
     hosts = dict(training.model.named_modules())
-    sites = training.measured._shadows.sites
+    sites = training.errors.shadows.sites
     outputs: list[tuple] = []
     for name, site in sites.items():
         own: list[torch.Tensor] = []
@@ -344,8 +334,8 @@ def state_of(training: Training) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("host", NORMS)
-def test_the_training_is_the_same_to_the_last_bit(host: str, tmp_path: Path) -> None:
-    plain, measured = Training(host), Training(host, tmp_path)
+def test_the_training_is_the_same_to_the_last_bit(host: str) -> None:
+    plain, measured = Training(host, measured=False), Training(host)
     for training in (plain, measured):
         random.seed(1)
         np.random.seed(1)
@@ -355,7 +345,7 @@ def test_the_training_is_the_same_to_the_last_bit(host: str, tmp_path: Path) -> 
     assert measured.model.state_dict().keys() == plain.model.state_dict().keys()
     for one, other in zip(state_of(plain), state_of(measured), strict=True):
         assert torch.equal(one, other)
-    assert [line["iteration"] for line in lines(tmp_path)] == [1, 4]
+    assert list(measured.lines) == [1, 4]
 
 
 class Averaging(Net):
@@ -370,11 +360,10 @@ class Averaging(Net):
         return super().forward(x) / self.average
 
 
-def test_numbers_that_modules_keep_of_training_forwards_are_left_alone(tmp_path: Path) -> None:
+def test_numbers_that_modules_keep_of_training_forwards_are_left_alone() -> None:
     model = Averaging("BN")
-    request = Request(("BN", "KN"), at=(0,), images=IMAGES)
-    measured = StatisticsError(model, DoubleForward(model), request, 9, SIZE, tmp_path)
-    measured.measure(0, (torch.randn(SIZE, 3, 8, 8) for _ in range(9)), model)
+    errors = StatisticsError(model, DoubleForward(model), ("BN", "KN"), 9)
+    errors.measure((torch.randn(SIZE, 3, 8, 8) for _ in range(9)), 4, model)
     assert (model.average, model.count, model.latest) == (100.0, 0, None)
     batches = [torch.randn(SIZE, 3, 8, 8) for _ in range(3)]
     before = model.convs[0][1].running_mean.clone()
@@ -384,8 +373,8 @@ def test_numbers_that_modules_keep_of_training_forwards_are_left_alone(tmp_path:
     assert model.convs[0][1].momentum == 0.1
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_measured(tmp_path: Path) -> None:
-    training = Training("BN", tmp_path)
+def test_random_numbers_go_on_as_if_nothing_had_been_measured() -> None:
+    training = Training("BN")
     drawn: list[float] = []
 
     def draw() -> tuple[float, float, float]:
@@ -404,64 +393,23 @@ def test_random_numbers_go_on_as_if_nothing_had_been_measured(tmp_path: Path) ->
     np.random.set_state(states[1])
     random.setstate(states[2])
     for _ in range(2):
-        training.measured.measure(0, truth_batches(), forward)
+        training.measure(forward)
     assert draw() == wanted
     half = len(drawn) // 2
     assert drawn[:half] == drawn[half:], "each time other RoIs"
 
 
-def test_measuring_more_often_changes_no_number(tmp_path: Path) -> None:
-    for name, at in (("few", (4,)), ("many", (1, 2, 3, 4))):
-        (tmp_path / name).mkdir()
-        Training("BN", tmp_path / name, at=at).run(0, 5)
-    assert lines(tmp_path / "few")[-1] == lines(tmp_path / "many")[-1]
+def test_measuring_more_often_changes_no_number() -> None:
+    few, many = Training("BN", at=(4,)), Training("BN", at=(1, 2, 3, 4))
+    for training in (few, many):
+        training.run(0, 5)
+    assert few.lines[4] == many.lines[4]
 
 
-def test_a_resumed_run_measures_the_same(tmp_path: Path) -> None:
-    for name in ("whole", "resumed"):
-        (tmp_path / name).mkdir()
-    Training("BN", tmp_path / "whole").run(0, 5)
-    first = Training("BN", tmp_path / "resumed")
-    first.run(0, 3)
-    saved = copy.deepcopy(
-        [first.model.state_dict(), first.optimizer.state_dict(), first.measured.state_dict()]
-    )
-    again = Training("BN", tmp_path / "resumed")
-    again.model.load_state_dict(saved[0])
-    again.optimizer.load_state_dict(saved[1])
-    again.measured.load_state_dict(saved[2])
-    again.run(3, 5)
-    assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("end", ["", '\n{"iteration": 4, "lay'])
-def test_a_kill_in_the_middle_of_a_line_costs_that_line_only(end: str, tmp_path: Path) -> None:
-    """With everything but the line's end there, not even that."""
-    Training("BN", tmp_path, at=(3, 4)).run(0, 4)
-    before = read_points(tmp_path)
-    file = tmp_path / FILE
-    file.write_text(file.read_text().removesuffix("\n") + end)
-    Training("BN", tmp_path, at=(3, 4)).run(4, 5)
-    after = read_points(tmp_path)
-    assert [point["iteration"] for point in after] == [3, 4] and after[:1] == before
-
-
-def test_removed_shadows_are_gone(tmp_path: Path) -> None:
-    training = Training("BN", tmp_path)
-    training.run(0, 2)
-    training.measured.remove()
-    seen = [int(layer.num_batches_tracked) for layer in training.measured._shadows.layers()]
-    assert min(seen) > 0
-    training.run(2, 4)
-    assert seen == [int(layer.num_batches_tracked) for layer in training.measured._shadows.layers()]
-    for module in list(training.model.modules())[1:]:  # the model itself has Double Forward's
-        assert not module._forward_hooks and not module._forward_pre_hooks
-
-
-def test_a_layer_that_sees_no_data_is_left_out(tmp_path: Path) -> None:
-    training = Training("BN", tmp_path)
-    training.measured.measure(0, [batch[:0] for batch in truth_batches()], training.model)
-    assert lines(tmp_path)[0]["layers"] == {}
+def test_a_layer_that_sees_no_data_is_left_out() -> None:
+    training = Training("BN")
+    empty = [batch[:0] for batch in truth_batches()]
+    assert training.errors.measure(empty, len(empty), training.model) == {}
 
 
 # ---- what is refused --------------------------------------------------------------------------
@@ -480,8 +428,7 @@ def test_norms_that_cannot_be_shadows(norm: str, reason: str) -> None:
     assert norm in str(error.value)
 
 
-def test_batches_that_end_early(tmp_path: Path) -> None:
-    training = Training("BN", tmp_path)
+def test_batches_that_end_early() -> None:
+    training = Training("BN")
     with pytest.raises(ValueError, match="only 3 of 4 mini-batches"):
-        training.measured.measure(0, truth_batches()[:3], training.model)
-    assert not (tmp_path / FILE).exists()
+        training.errors.measure(truth_batches()[:3], 4, training.model)

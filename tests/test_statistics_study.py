@@ -1,4 +1,4 @@
-"""The statistics experiment's command, with a fake launcher that leaves what a real one leaves."""
+"""The statistics experiment's command: its arithmetic, and a measured training."""
 
 from __future__ import annotations
 
@@ -7,162 +7,193 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tiny_run import arguments, run_loggers_removed, tiny_inputs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from cbn_det.launch import main as launch
 
-import statistics_error  # noqa: E402
-from statistics_error import draw, main, make_parser, plan_of, read_points, table  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-LAUNCHER = (sys.executable, str(Path(__file__).with_name("fake_statistics_launcher.py")))
-WORDS = ["--norms", "KN", "MBN(window=4)", "--images", "1", "4", "--iters", "40"]
-
-
-def measure(folder: Path, *words: str) -> int:
-    return main([*WORDS, "--output", str(folder), "--jobs", "4", *words], LAUNCHER)
+pytestmark = pytest.mark.detectron2
+inputs = tiny_inputs
+NORMS = ["CBN(burn_in=0, window=3)", "MBN(burn_in=0)", "KN"]
+KEYS = ("mean", "var", "var_fixed", "running_mean", "running_var")
 
 
-def rows_of(folder: Path) -> dict[tuple[str, str, str], dict[str, str]]:
-    with open(folder / "statistics_error.csv", newline="") as file:
-        return {(r["images"], r["half"], r["norm"]): r for r in csv.DictReader(file)}
+def point(half: str, images: int, norms: list[str], apart: bool = False) -> dict[str, Any]:
+    """Every error is 0.1, times the images, times the place of the norm; KN's mean is half of BN's
+    in the first layer. With a reference, BN's variance has a part of 60 % that all mini-batches
+    share, and norms are 0.008 times the sampling error, times their place, from the reference; in
+    the second layer not at all."""
+    layers = {}
+    for name in ("backbone.stem.norm", "roi_heads.box_head.conv1.norm"):
+        first = name.startswith("backbone")
+        of = {norm: dict.fromkeys(KEYS, 0.1 * images * (i + 1)) for i, norm in enumerate(norms)}
+        if first and "KN" in of:
+            of["KN"]["mean"] = 0.05 * images
+        if apart:
+            of["BN"] |= {"var": 0.1 * images, "var_fixed": 0.06 * images}
+            for place, norm in enumerate(norms):
+                of[norm]["apart_var"] = 0.008 * 0.08 * images * place * first
+        layers[name] = {"channels": 4, "values": 9, "norms": of}
+    return {"iteration": 9, "half": half, "layers": layers}
 
 
-def attempts(folder: Path) -> list[int]:
-    files = sorted((folder / "runs").glob("*/attempts"))
-    return [len(file.read_text().split()) for file in files]
+def rows_of(points: dict[int, list[dict]], reference: str = "") -> dict[tuple, dict[str, Any]]:
+    from statistics_error import table
+
+    return {(r["images"], r["half"], r["norm"]): r for r in table(points, reference)}
 
 
-def numbers(row: dict[str, str], *names: str) -> list[float]:
-    return [float(row[name]) for name in names]
+def numbers(row: dict[str, Any], *names: str) -> list[float]:
+    return [row[name] for name in names]
 
 
-def test_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure(tmp_path, "--seeds", "1", "2") == 0
-    printed = capsys.readouterr().out
-    rows = rows_of(tmp_path)
-    norms = ("BN", "KN", "MBN(window=4)")
+def test_a_row_is_of_a_batch_size_a_half_and_a_norm() -> None:
+    norms = ["BN", "KN", "MBN(window=4)"]
     halves = ("first", "second")
-    assert set(rows) == {(i, half, n) for i in "14" for half in halves for n in norms}
-    row = rows["4", "second", "KN"]
+    rows = rows_of({n: [point(half, n, norms) for half in halves] for n in (1, 4)})
+    assert set(rows) == {(n, half, norm) for n in (1, 4) for half in halves for norm in norms}
+    row = rows[4, "second", "KN"]
     # half of BN's in one of two layers, twice as much in the other
     mean = (0.05 * 4 + 0.2 * 4) / 2
     assert numbers(row, "mean", "mean / BN", "mean better") == pytest.approx([mean, 1, 50])
     assert numbers(row, "var", "var / BN", "var better") == pytest.approx([0.8, 2, 0])
     assert numbers(row, "running mean", "running var") == pytest.approx([0.8, 0.8])
-    assert rows["4", "second", "BN"]["mean / BN"] == "" and "apart: median" not in row
-    assert (tmp_path / "statistics_error.png").read_bytes().startswith(b"\x89PNG")
-    assert "statistics_error.csv" in printed and "geometric mean over layers" in printed
+    assert "mean / BN" not in rows[4, "second", "BN"] and "apart: median" not in row
 
 
-def test_of_a_point_that_was_measured_twice_the_later_one_counts(tmp_path: Path) -> None:
-    measure(tmp_path)
-    points = read_points(next((tmp_path / "runs").iterdir()))
-    at = [point["iteration"] for point in points]
-    assert at == sorted(set(at)) and 99 not in at and max(at) == 39
-    assert "7." not in json.dumps(points), "the line of before the resume"
+def test_points_of_a_half_are_averaged() -> None:
+    points = [{"half": half} for half in ("first", "first", "second", "second")]
+    for each, mean in zip(points, (1.0, 3.0, 5.0, 9.0), strict=True):
+        each["layers"] = {"a": {"norms": {"BN": {"mean": mean}}}}
+    rows = rows_of({2: points})
+    assert [row["mean"] for row in rows.values()] == [2.0, 7.0]
+    assert rows[2, "first", "BN"]["var"] is None, "nothing was measured"
 
 
-def test_distance_from_a_reference_is_in_sampling_errors(tmp_path: Path) -> None:
-    few, many = "CBN(positions=64)", "CBN(positions=512)"
-    reference = "CBN(positions=None)"
-    assert measure(tmp_path, "--reference", reference, "--norms", few, many) == 0
-    rows = rows_of(tmp_path)
+def test_distance_from_a_reference_is_in_sampling_errors() -> None:
+    reference, few, many = "CBN(positions=None)", "CBN(positions=64)", "CBN(positions=512)"
+    rows = rows_of({4: [point("first", 4, ["BN", reference, few, many], apart=True)]}, reference)
     names = [f"apart: {name}" for name in ("median", "below 1 %", "worst", "error added")]
     # var 0.1 with a common part of 0.06: the mini-batches' own part is 0.08; and BN's error is 0.1,
     # the reference's 0.2, theirs 0.3 and 0.4
-    for half in ("first", "second"):
-        found = numbers(rows["4", half, few], *names)
-        assert found == pytest.approx([0.8, 50, 1.6, 50])
-        assert numbers(rows["4", half, many], *names) == pytest.approx([1.2, 50, 2.4, 100])
-        assert rows["4", half, reference]["apart: median"] == ""
+    assert numbers(rows[4, "first", few], *names) == pytest.approx([0.8, 50, 1.6, 50])
+    assert numbers(rows[4, "first", many], *names) == pytest.approx([1.2, 50, 2.4, 100])
+    assert "apart: median" not in rows[4, "first", reference]
 
 
-def test_finished_runs_are_kept_and_failed_ones_tried_again(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FAKE_FAILS", "4")
-    assert measure(tmp_path) == 1
-    assert "it broke" in capsys.readouterr().out
-    assert {images for images, *_ in rows_of(tmp_path)} == {"1"}
-    monkeypatch.delenv("FAKE_FAILS")
-    assert measure(tmp_path) == 0
-    assert sorted(attempts(tmp_path)) == [1, 2]
-    measure(tmp_path, "--truth-images", "50")
-    assert sorted(attempts(tmp_path)) == [1, 1, 1, 2]
+@pytest.mark.parametrize(
+    ("length", "at"), [(2, [1]), (10, [2, 4, 7, 9]), (40, [3, 11, 19, 30, 39])]
+)
+def test_moments_of_a_training(length: int, at: list[int]) -> None:
+    from statistics_error import moments
+
+    assert moments(length) == at
 
 
-def test_a_run_that_diverged_is_in_no_table(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("FAKE_DIVERGES", "4")
-    assert measure(tmp_path) == 0
-    assert {images for images, *_ in rows_of(tmp_path)} == {"1"}
+# ---- a training ------------------------------------------------------------------------------
 
 
-def test_halves_are_of_the_planned_training() -> None:
-    points = [{"iteration": at} for at in (3, 19, 20, 39)]
-    for point, mean in zip(points, (1.0, 3.0, 5.0, 9.0), strict=True):
-        point["layers"] = {"a": {"norms": {"BN": {"mean": mean}}}}
-    rows = table({2: points}, 40, None)
-    assert [(row["half"], row["mean"]) for row in rows] == [("first", 2.0), ("second", 7.0)]
-    assert rows[0]["var"] is None, "nothing was measured"
+def measure(inputs: Path, output: Path, *words: str) -> int:
+    from statistics_error import main
+
+    own = arguments(inputs, "")[:6]  # config and data set
+    own += ["--images", "2", "--truth-images", "6", "--output", str(output)]
+    with run_loggers_removed():
+        return main([*own, *words])
 
 
-def test_a_line_of_the_figure_is_the_ratio_to_bn() -> None:
-    norms = {"BN": {"mean": 0.5, "var": 0.5}, "KN": {"mean": 1.0, "var": 0.25}}
-    points = [{"iteration": at, "layers": {"a": {"norms": norms}}} for at in (3, 9)]
-    figure = draw({2: points}, ["BN", "KN"])
-    for axes, ratio in zip(figure.axes, (2.0, 0.5), strict=True):
-        lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-        assert lines == {"BN": [1.0, 1.0], "KN": [ratio, ratio]}
+def test_a_measured_run_is_the_run(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    import statistics_error
+
+    trained = []
+
+    class Kept(statistics_error.Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            trained.append(self)
+
+    monkeypatch.setattr(statistics_error, "Trainer", Kept)
+    words = ("DATASETS.TEST", "()", "SEED", "1")
+    with run_loggers_removed():
+        start = arguments(inputs, tmp_path / "plain", "--engine", "detectron2", *words)
+        assert launch(start) == 0
+    assert measure(inputs, tmp_path / "out", "--norms", *NORMS) == 0
+    wanted = torch.load(tmp_path / "plain" / "model_final.pth", weights_only=True)["model"]
+    found = trained[0].bare_model.state_dict()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+    text = (tmp_path / "out" / "statistics_error.jsonl").read_text()
+    points = [json.loads(line) for line in text.splitlines()]
+    assert [point["iteration"] for point in points] == [1, 2, 3]
+    assert [point["half"] for point in points] == ["first", "second", "second"]
+    for each in points:
+        assert (each["images"], each["seed"]) == (2, 1)
+        names = list(each["layers"])
+        assert len(names) == sum(name.endswith("running_mean") for name in wanted)
+        assert "roi_heads" in names[-1], "in the order of the forward pass"
+        for layer in each["layers"].values():
+            assert list(layer["norms"]) == ["BN", *NORMS]
+            errors = [x for found in layer["norms"].values() for x in found.values()]
+            assert None not in errors and layer["norms"]["BN"]["mean"] > 0
+    # the truth is of three mini-batches of two images behind the end of training
+    stem = next(layer for name, layer in points[0]["layers"].items() if "stem" in name)
+    assert stem["values"] == 6 * 48 * 48
+    with open(tmp_path / "out" / "statistics_error.csv", newline="") as file:
+        assert {(row["half"], row["norm"]) for row in csv.DictReader(file)} == {
+            (half, norm) for half in ("first", "second") for norm in ("BN", *NORMS)
+        }
+    assert "geometric mean over layers" in capsys.readouterr().out
 
 
-def test_what_a_run_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure(tmp_path, "--images", "2", "--trained-with", "GN", "--dry-run") == 0
-    words = shlex.split(capsys.readouterr().out)
-    request = json.loads(words[words.index("--statistics-error") + 1])
-    wanted = {"norms": ["BN", "KN", "MBN(window=4)"], "at": [3, 11, 19, 30, 39], "images": 200}
-    assert request == wanted
-    options = dict(zip(words[-2::-2], words[:0:-2], strict=False))
-    assert options["SOLVER.MAX_ITER"] == "40" and options["DATASETS.TEST"] == "()"
-    assert options["MODEL.FPN.NORM"] == "GN" and not (tmp_path / "runs").exists()
+def test_a_run_that_diverged_is_in_no_table(inputs: Path, tmp_path: Path, monkeypatch) -> None:
+    import statistics_error
+
+    from cbn_det.run.nonfinite import Diverged
+
+    def train(words: list[str], request: Any) -> list[dict]:
+        if words[words.index("SEED") + 1] == "2":
+            raise Diverged("losses not finite: loss_cls")
+        return [point("first", 2, ["BN", "KN"])]
+
+    monkeypatch.setattr(statistics_error, "train", lambda words, *args: train(list(words), args))
+    assert measure(inputs, tmp_path, "--norms", "KN", "--seeds", "1", "2") == 1
+    lines = (tmp_path / "statistics_error.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [1]
 
 
-@pytest.mark.parametrize(("iters", "moments"), [("2", [1]), ("10", [2, 4, 7, 9])])
-def test_moments_of_short_trainings(iters: str, moments: list[int], tmp_path: Path) -> None:
-    plan = plan_of(make_parser().parse_args(["--iters", iters, "--output", str(tmp_path)]))
-    words = plan.runs()[0].command
-    assert json.loads(words[words.index("--statistics-error") + 1])["at"] == moments
+NO_NORM = [
+    word for part in ("RESNETS", "FPN", "ROI_BOX_HEAD") for word in (f"MODEL.{part}.NORM", "")
+]
 
 
-@pytest.mark.detectron2
-@pytest.mark.parametrize("images", [1, 2])
-def test_a_config_that_scales_its_schedule_is_as_long_as_announced(images: int, tmp_path) -> None:
-    from cbn_det.plugin.config import build_config
-    from cbn_det.run.arguments import argument_parser
-
-    config = REPOSITORY / "configs" / "coco" / "mask_rcnn_R_50_FPN_1x" / "bn_2img.yaml"
-    words = ["--config-file", str(config), "--images", str(images), "--output", str(tmp_path)]
-    plan = plan_of(make_parser().parse_args(words))
-    command = list(plan.runs()[0].command)[2:]
-    at = command.index("--statistics-error")
-    request = json.loads(command[at + 1])
-    args = argument_parser().parse_args([*command[:at], *command[at + 2 :]])
-    args.command = ""
-    cfg, _ = build_config(args, world_size=1)
-    assert cfg.SOLVER.MAX_ITER == plan.iterations == 90_000
-    assert max(request["at"]) == 89_999
-
-
-def test_settings_that_cannot_be_followed_are_a_line(tmp_path, capsys) -> None:
-    assert measure(tmp_path, "--opts", "SOLVER.MAX_ITER", "9") == 2
-    assert "statistics_error: SOLVER.MAX_ITER is set by --iters" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        measure(tmp_path, "--truth-images", "0")
-    assert "argument --truth-images: expected 1 or more" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--norms", "GN"], "GN cannot be measured beside the model's norms"),
+        (["--norms", "KN", "--opts", *NO_NORM], "no BatchNorm2d"),
+        (["--truth-images", "0"], "argument --truth-images: expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_line(
+    inputs: Path, tmp_path: Path, capsys, words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        measure(inputs, tmp_path, *words)
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_the_tool_parses_its_own_examples() -> None:
+    import statistics_error
+
     text = statistics_error.__doc__.replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("python ")]
     assert len(lines) == 5
     for line in lines:
-        make_parser().parse_args(shlex.split(line)[2:])
+        statistics_error.make_parser().parse_args(shlex.split(line)[2:])

@@ -105,7 +105,7 @@ def test_eval_only_repeats_the_ap_and_keeps_what_training_left(inputs: Path, tra
     assert run_here(inputs, trained, "--eval-only", *words) == 0
     assert contents(trained) == files
     left = {path.name for path in (trained / "evaluation").iterdir()}
-    kinds = {"result.json", "config.yaml", "coco_instances_results.json", "pictures", "inference"}
+    kinds = {"result.json", "config.yaml", "coco_instances_results.json", "pictures"}
     assert kinds <= left
     assert "BASE_LR: 7.0" in (trained / "evaluation" / "config.yaml").read_text()
     after = evaluation_of(trained)

@@ -133,18 +133,3 @@ def test_strict_refuses_such_a_key(
     short = ("MODEL.ROI_MASK_HEAD.NORM", "CBN", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
     with run_loggers_removed():
         assert main(words_for(engine, inputs, tmp_path, "--strict", *short)) == 0
-
-
-@pytest.mark.detectron2
-def test_a_config_with_strings_of_their_own_says_the_same() -> None:
-    from detectron2.config import get_cfg
-
-    from cbn_det.plugin.registry import norm_keys, told_apart
-
-    cfg = get_cfg()
-    cfg.MODEL.FPN.NORM = cfg.MODEL.ROI_BOX_HEAD.NORM = "CBN(window=2)"
-    cfg.freeze()
-    copy = told_apart(cfg)
-    assert copy == cfg and copy.is_frozen() and copy.dump() == cfg.dump()
-    assert copy.MODEL.FPN.NORM is not copy.MODEL.ROI_BOX_HEAD.NORM
-    assert {type(value) for _, value in norm_keys(copy)} == {str}

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from fvcore.common.checkpoint import PeriodicCheckpointer
-from torch import nn
 
 from ..norms import norm_diagnostics, sync_running_stats
-from ..run.freeze import FreezeStatistics
+from ..run.metrics_file import cut
 from ..run.nonfinite import check_state
 from ..run.precise_bn import recompute_statistics
 from ..run.signals import Interrupted
-from .loading import place, seed_step
+from .loading import place
 
 _WINDOW = 20  # iterations that a logged value is the median of
 _CLOCKS = ("time", "eta_seconds")  # a new process measures anew
@@ -38,32 +32,6 @@ class PreciseBN(hooks.PreciseBN):
         with EventStorage():  # what heads log of these forwards is dropped
             count = recompute_statistics(self._model, iter(self._data_loader), self._num_iter)
         self._logger.info(f"PreciseBN: {count} layers over {self._num_iter} iterations")
-
-
-class Freeze(HookBase):
-    """Freezes norms with ``freeze`` when their time has come, on the images and random numbers that
-    a resumed run takes, too.
-
-    Args:
-        build_loader: makes a loader of training batches.
-        iterations: how many of them statistics are computed over.
-    """
-
-    def __init__(
-        self, model: nn.Module, max_iter: int, build_loader: Callable[[], Any], iterations: int
-    ) -> None:
-        self._freeze = FreezeStatistics(model, max_iter, self._batches, iterations)
-        self._build_loader = build_loader
-
-    def before_step(self) -> None:
-        with EventStorage():  # what heads log of these forwards is dropped
-            self._freeze.before_step(self.trainer.iter)
-
-    def _batches(self) -> Iterator[Any]:
-        seed_step(self.trainer.seed, comm.get_rank(), self.trainer.iter)
-        loader = self._build_loader()
-        place(loader, self.trainer.seed)
-        return iter(loader)
 
 
 class NormDiagnostics(HookBase):
@@ -127,26 +95,10 @@ class Reports(hooks.PeriodicWriter):
         last = -1
         for writer in self._writers:  # the JSONWriter comes first
             if isinstance(writer, JSONWriter):
-                path = Path(writer._file_handle.name)
-                size = 0
-                for line in path.read_bytes().splitlines(keepends=True):
-                    written = _iteration_of(line)
-                    if written >= iteration:
-                        break  # what stands behind is written again, of earlier iterations too
-                    size, last = size + len(line), max(last, written)
-                os.truncate(path, size)  # the writer appends, wherever the end is
-                writer._last_write = last
+                last = writer._last_write = cut(Path(writer._file_handle.name), iteration)
             elif isinstance(writer, TensorboardXWriter):
                 writer._writer_args["purge_step"] = max(iteration, 0)
                 writer._last_write = last
-
-
-def _iteration_of(line: bytes) -> float:
-    """Infinite for a line that is none."""
-    try:
-        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError):
-        return math.inf
 
 
 def storage_state(storage: EventStorage) -> dict[str, Any]:

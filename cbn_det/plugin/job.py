@@ -22,7 +22,7 @@ from torch import nn
 from ..data import CocoReport
 from ..run.errors import ConfigError
 from ..run.files import replace_file
-from ..run.folder import CONFIG, EVALUATION, describe
+from ..run.folder import CONFIG, describe
 from ..run.job import Job
 from .checkpointer import AtomicCheckpointer
 from .datasets import prepare_datasets
@@ -107,7 +107,7 @@ class Detectron2Job(Job):
         return model
 
     def evaluate(self, model: nn.Module, folder: str | None = None) -> dict[str, Any]:
-        return Trainer.test(self.cfg, model, folder=self._within(folder or "inference"))
+        return Trainer.test(self.cfg, model, output=self.output / (folder or ""))
 
     def training_batches(self) -> Any:
         seed = max(self.cfg.SEED, 0)
@@ -136,9 +136,6 @@ class Detectron2Job(Job):
     def test_files(self) -> tuple[Path, Path]:
         metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
         return Path(metadata.json_file), Path(metadata.get("image_root") or "")
-
-    def _within(self, folder: str) -> str:
-        return f"{EVALUATION}/{folder}" if self.args.eval_only else folder
 
     def verify(self, results: dict[str, Any]) -> bool:
         try:

@@ -37,7 +37,7 @@ from .norm_hook import NormHook
 from .registry import register
 from .step import CheckedStep
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("detectron2.lazy")  # which default_setup sends to the log
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,14 +88,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[str]]:
     register()  # before anything is instantiated, in every process
     with _named(f"--config-file {args.config_file}"):
         cfg = LazyConfig.load(args.config_file)
-    for word in args.opts:
-        with _named(word):
-            LazyConfig.apply_overrides(cfg, [word])
-    with _named("train.device"):
-        device, notes = usable_device("train.device", str(cfg.train.device))
-    if notes and cfg.train.amp.enabled:
-        raise ConfigError("train.amp.enabled needs a GPU, and there is none here: set it to False")
-    cfg.train.device = device
+        for word in args.opts:
+            with _named(word):
+                LazyConfig.apply_overrides(cfg, [word])
+        cfg.train.device, notes = usable_device("train.device", str(cfg.train.device))
+        if notes and cfg.train.amp.enabled:
+            raise ConfigError("train.amp.enabled needs a GPU: set it to False")
     return cfg, notes
 
 
@@ -119,17 +117,9 @@ def _make(cfg: Any, key: str) -> Any:
 
 
 def train(cfg: Any, model: nn.Module, resume: bool = False) -> CheckedStep:
-    """Trains a model of a LazyConfig.
-
-    Args:
-        cfg: with what detectron2's script reads: ``optimizer``, ``lr_multiplier``, ``dataloader``
-            and ``train``.
-        model: instantiated, on its device.
-        resume: go on from the last checkpoint in ``train.output_dir``, with the optimizer's options
-            and the schedule of ``cfg``.
-
-    Returns:
-        The trainer, after its last iteration.
+    """Trains a model, instantiated and on its device, as the rest of a LazyConfig says, and returns
+    the trainer. With ``resume`` it goes on from the last checkpoint in ``train.output_dir``, with
+    the optimizer's options and the schedule of ``cfg``.
 
     Raises:
         ConfigError: something cannot be built from ``cfg``; names its key.
@@ -156,12 +146,11 @@ def train(cfg: Any, model: nn.Module, resume: bool = False) -> CheckedStep:
             hooks.LRScheduler(scheduler=_make(cfg, "lr_multiplier")),
             hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
             hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, model)),
-            hooks.PeriodicWriter(writers, period=options.log_period) if main else None,
+            hooks.PeriodicWriter(writers, options.log_period) if main else None,
         ]
     )
-    weights = options.init_checkpoint
-    with _named(f"train.init_checkpoint {weights}"):
-        checkpointer.resume_or_load(weights, resume=resume)
+    with _named(f"train.init_checkpoint {options.init_checkpoint}"):
+        checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
     return trainer

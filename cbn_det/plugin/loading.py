@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.serialize import PicklableWrapper
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ..data import DataError
-from ..run.signals import ignore_interrupts
+from ..run.loading import Key, read_ahead, seed_random
 
 # What a random number is for: the augmentation of an image, or a training step.
 _AUGMENTATION, _STEP = 1, 2
@@ -27,10 +24,8 @@ _TRIES = 1000  # images, where the mapper refuses one
 # whose order depends on SEED alone; detectron2's others draw a seed of their own
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
-Key = tuple[int, int]  # index of an image and its position in the order of all ranks together
 
-
-class ResumableLoader(Dataset):
+class ResumableLoader:
     """Endless training batches of one rank, the same in a resumed run as in an unbroken one.
 
     The order of the images is the sampler's. Its beginning is replayed up to the batch to start
@@ -81,28 +76,15 @@ class ResumableLoader(Dataset):
             comm.get_rank(),
             comm.get_world_size(),
         )
-        return iter(
-            DataLoader(
-                self,
-                batch_sampler=islice(keys, self.start, None),
-                collate_fn=list,
-                num_workers=self._workers,
-                worker_init_fn=ignore_interrupts,
-                generator=torch.Generator(),  # else the loader draws from the global one
-            )
-        )
+        entropy = [self.seed, _AUGMENTATION, 0]
+        return read_ahead(self._sample, entropy, islice(keys, self.start, None), self._workers)
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        index, position = key
-        with _kept_random_state():
-            # torch.manual_seed would seed the GPU's random numbers too
-            on_cpu = torch.random.default_generator.manual_seed
-            _seed(self.seed, _AUGMENTATION, 0, position, on_cpu)
-            for _ in range(_TRIES):
-                sample = self._mapper(self._records[index])
-                if sample is not None:
-                    return sample
-                index = random.randrange(len(self._records))
+    def _sample(self, index: int) -> dict[str, Any]:
+        for _ in range(_TRIES):
+            sample = self._mapper(self._records[index])
+            if sample is not None:
+                return sample
+            index = random.randrange(len(self._records))
         raise DataError(f"DATASETS.TRAIN: the mapper refused {_TRIES} images in a row")
 
 
@@ -181,24 +163,4 @@ def grouped_keys(
 
 def seed_step(seed: int, rank: int, iteration: int) -> None:
     """Sets torch's, numpy's and Python's random numbers for a training step."""
-    _seed(seed, _STEP, rank, iteration, torch.manual_seed)
-
-
-def _seed(seed: int, use: int, rank: int, number: int, seed_torch: Any) -> None:
-    for_torch, for_numpy, for_python = np.random.SeedSequence(
-        [seed, use, rank, number]
-    ).generate_state(3)
-    seed_torch(int(for_torch))
-    np.random.seed(for_numpy)
-    random.seed(int(for_python))
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+    seed_random([seed, _STEP, rank, iteration])

@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial, reduce, wraps
+from functools import partial, wraps
 from typing import Any
 
 import detectron2.layers.batch_norm as home
@@ -23,7 +23,7 @@ from torch import Size, Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..norm_keys import NORM_KEYS
-from ..norms import SmallBatchNorm2d, build_norm, known_norms, parse_spec, try_norm
+from ..norms import SmallBatchNorm2d, build_norm, known_norms, norm_class, parse_spec, try_norm
 from ..norms.binding import ConvBound
 from ..norms.recalibration import in_backward
 
@@ -37,8 +37,6 @@ NormSpec = str | Callable[[int], nn.Module] | None
 _original: Callable[[NormSpec, int], nn.Module | None] = home.get_norm
 _retinanet_hook: Any = None
 _keys: dict[str, list[str]] = {}  # norm -> the keys that name it in the config checked last
-_key_of: dict[int, tuple[str, str]] = {}  # id of a string of told_apart -> it, and its key
-_built_for: set[str] = set()  # the keys that gave a layer
 
 
 @wraps(_original)
@@ -47,33 +45,15 @@ def get_norm(norm: NormSpec, out_channels: int) -> nn.Module | None:
         return _original(norm, out_channels)
     name, _ = parse_spec(norm)
     if name in known_norms():
-        keys = [_key_of[id(norm)][1]] if id(norm) in _key_of else _keys.get(norm, [])
-        _built_for.update(keys)
         try:
             return build_norm(norm, out_channels)
         except ValueError as error:
-            raise ValueError(f"{', '.join(keys)}: {error}" if keys else str(error)) from None
+            keys = ", ".join(_keys.get(norm, ()))
+            raise ValueError(f"{keys}: {error}" if keys else str(error)) from None
     try:  # a name that this detectron2 knows and we do not
         return _original(norm, out_channels)
     except KeyError:
         raise ValueError(_unknown(norm)) from None
-
-
-def told_apart(cfg: CfgNode) -> CfgNode:
-    """A copy of a config to build a model from, in which every norm key has a string of its own:
-    :func:`get_norm` then knows which key asks for a layer, though another key names the same norm.
-    Code that compares names and falls through to "no norm" for "CBN" would else go unnoticed beside
-    code that builds it."""
-    copy = cfg.clone()
-    copy.defrost()
-    for key, value in list(norm_keys(copy)):
-        *sections, name = key.split(".")
-        own = value[:1] + value[1:]  # equal, but another object
-        setattr(reduce(getattr, sections, copy), name, own)
-        _key_of[id(own)] = own, key
-    if cfg.is_frozen():
-        copy.freeze()
-    return copy
 
 
 def _unknown(norm: str) -> str:
@@ -218,9 +198,9 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check_config_norms(cfg: CfgNode) -> None:
-    """Builds a layer for each norm of a config once, so that a mistake is told with its key; call
-    it before the model is built (:func:`unused_norms` counts from here, and a layer that cannot
-    have as many channels as its place in the model has is told with the keys known from here).
+    """Builds a layer for each norm of a config once, so that a mistake is told with its key. Call
+    it before the model is built: a layer that cannot have as many channels as its place has is told
+    with the keys known from here.
 
     Raises:
         ValueError: an unknown name or option; names the config key and the known values.
@@ -236,8 +216,6 @@ def check_config_norms(cfg: CfgNode) -> None:
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
             _keys.setdefault(value, []).append(key)
-    _key_of.clear()
-    _built_for.clear()
 
 
 def norms_in_use(cfg: CfgNode) -> dict[str, str]:
@@ -256,19 +234,21 @@ def norms_in_use(cfg: CfgNode) -> dict[str, str]:
     return {key: norm for key, norm in norm_keys(cfg) if read.get(key, True)}
 
 
-def unused_norms(cfg: CfgNode) -> list[str]:
-    """Config keys that name one of our norms, but from which no layer was built since
-    :func:`check_config_norms`. Two keys of one norm count as one in a model that was not built from
-    :func:`told_apart`.
+def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
+    """The config keys in use that name one of our norms, but of which the model has no layer:
+    neither where the key's layers are nor at a place that belongs to no key of `NORM_KEYS`.
 
     Some heads take no norm, and some code compares names and falls through to "no norm" for those
     it does not know; nothing else would tell.
     """
-    return [
-        key
-        for key, value in norm_keys(cfg)
-        if value and value not in DETECTRON2_NORMS and key not in _built_for
-    ]
+    unused = []
+    for key, norm in norms_in_use(cfg).items():
+        name = parse_spec(norm)[0] if norm else ""
+        if name in known_norms() and norm not in DETECTRON2_NORMS:
+            layers = [n for n, m in model.named_modules() if isinstance(m, norm_class(name))]
+            if not any(site_of(layer) in (key, "") for layer in layers):
+                unused.append(key)
+    return unused
 
 
 def site_of(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +29,14 @@ from ..norms import (
     resolve_burn_in,
 )
 from ..run.coco_evaluation import detections_counted, number_annotations
-from ..run.folder import PREDICTIONS
+from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
-from .hooks import EvalHook, Freeze, NormDiagnostics, PreciseBN, Reports, Save
+from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
 from .loading import build_loader, place, seed_step
-from .registry import norms_in_use, told_apart, unused_norms
+from .registry import unused_norms
 from .resume import ResumableTrainer
 from .step import CheckedStep
 
@@ -69,7 +68,7 @@ class Trainer(ResumableTrainer):
         # DefaultTrainer's own __init__ cannot wrap a CPU model in DDP
         TrainerBase.__init__(self)
         cfg = scale_schedule(cfg, comm.get_world_size(), accumulate)
-        model = self.build_model(told_apart(cfg))
+        model = self.build_model(cfg)
         check_bindings(model)
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         optimizer = self.build_optimizer(cfg, model)
@@ -87,6 +86,9 @@ class Trainer(ResumableTrainer):
         self._trainer = CheckedStep(wrapped, loader, optimizer, accumulate, mixed)
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
+        self._freeze = FreezeStatistics(
+            model, cfg.SOLVER.MAX_ITER, self._batches_of_freeze, cfg.TEST.PRECISE_BN.NUM_ITER
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(
             model, cfg.OUTPUT_DIR, cfg, trainer=weakref.proxy(self)
@@ -100,10 +102,9 @@ class Trainer(ResumableTrainer):
         self._prepare_to_resume(cfg.SEED)
         self.register_hooks(self.build_hooks())
         logger.info(format_norm_table(norm_rows(model)))
-        self.unused_norms = [key for key in unused_norms(cfg) if key in norms_in_use(cfg)]
-        for key in unused_norms(cfg):
-            logger.log(
-                logging.WARNING if key in self.unused_norms else logging.INFO,
+        self.unused_norms = unused_norms(cfg, model)
+        for key in self.unused_norms:
+            logger.warning(
                 f"{key}: the model has no layer of this norm. Code that knows norms by names of its"
                 " own must ask detectron2.layers.get_norm for the others",
             )
@@ -111,13 +112,7 @@ class Trainer(ResumableTrainer):
     def build_hooks(self) -> list[hooks.HookBase]:
         cfg, main = self.cfg, comm.is_main_process()
         period, precise = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN
-        freeze = Freeze(
-            self.bare_model,
-            cfg.SOLVER.MAX_ITER,
-            lambda: self.build_train_loader(in_process_loading(cfg)),
-            precise.NUM_ITER,
-        )
-        found = [freeze, hooks.IterationTimer(), hooks.LRScheduler()]
+        found = [hooks.IterationTimer(), hooks.LRScheduler()]
         if precise.ENABLED and get_bn_modules(self.bare_model):
             loader = self.build_train_loader(in_process_loading(cfg))
             found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))
@@ -183,6 +178,18 @@ class Trainer(ResumableTrainer):
         with EventStorage() as self.storage:
             self.run_step()
 
+    def before_step(self) -> None:
+        with EventStorage():  # what heads log of these forwards is dropped
+            self._freeze.before_step(self.iter)
+        super().before_step()
+
+    def _batches_of_freeze(self) -> Iterator[Any]:
+        """The same images and random numbers in a resumed run."""
+        seed_step(self.seed, comm.get_rank(), self.iter)
+        loader = self.build_train_loader(in_process_loading(self.cfg))
+        place(loader, self.seed)
+        return iter(loader)
+
     def run_step(self) -> None:
         """One optimiser step, and the second pass over its images where an MBN layer wants it.
 
@@ -243,17 +250,21 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+        cls, cfg: CfgNode, dataset_name: str, output: Path | None = None
     ) -> DatasetEvaluator:
         """COCO evaluation of boxes, masks and keypoints, whichever the model predicts. The limit of
         predictions follows ``TEST.DETECTIONS_PER_IMAGE``, and annotations may have any ids.
+
+        Args:
+            output: folder for the predictions of the first set, those of others go below it; by
+                default ``OUTPUT_DIR``.
 
         Raises:
             ValueError: the data set asks for another kind of evaluation.
         """
         check_evaluable(dataset_name)
-        output = Path(cfg.OUTPUT_DIR, folder)
-        if len(cfg.DATASETS.TEST) > 1:
+        output = output or Path(cfg.OUTPUT_DIR)
+        if dataset_name != cfg.DATASETS.TEST[0]:
             output /= dataset_name
         limit = detections_counted(cfg)
         evaluator = COCOEvaluator(dataset_name, output_dir=str(output), max_dets_per_image=limit)
@@ -263,23 +274,16 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def test(
-        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, folder: str = "inference"
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, output: Path | None = None
     ) -> dict[str, Any]:
-        """Evaluates on ``DATASETS.TEST``; predictions are left in ``OUTPUT_DIR/<folder>``, and if
-        that is an ``inference`` those of the first set beside it."""
+        """Evaluates on ``DATASETS.TEST``; ``output`` is that of :meth:`build_evaluator`."""
         names = cfg.DATASETS.TEST
         if not names:
             return {}
         find_chain_at_call(model)
         if evaluators is None:
-            evaluators = [cls.build_evaluator(cfg, name, folder) for name in names]
-        results = super().test(cfg, model, evaluators)
-        output = Path(cfg.OUTPUT_DIR, folder)
-        if output.name == "inference" and comm.is_main_process():
-            source = output / (names[0] if len(names) > 1 else "") / PREDICTIONS
-            if source.exists():  # absent if there was no prediction at all
-                shutil.copyfile(source, output.with_name(PREDICTIONS))
-        return results
+            evaluators = [cls.build_evaluator(cfg, name, output) for name in names]
+        return super().test(cfg, model, evaluators)
 
 
 def check_evaluable(dataset_name: str) -> None:

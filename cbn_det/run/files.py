@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and lines that are."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ def write_text(path: Path, text: str) -> Path:
     """:func:`replace_file` with a text; returns ``path``."""
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
     return path
-
-
-def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Appends a line of text. What a process that was killed inside here left of a line stays one
-    of its own, which readers can tell is none."""
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(line.encode("utf-8") + b"\n")
 
 
 def remove_parts(folder: Path) -> None:

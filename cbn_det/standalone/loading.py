@@ -1,21 +1,18 @@
-"""Reading ahead: training batches that depend on the iteration alone, and test images in order."""
+"""Training batches that depend on the iteration alone, and test images in order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
 
 import numpy as np
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data import DataError
-from ..run.signals import ignore_interrupts
+from ..run.loading import Key, read_ahead
 
 # What a random number is for: the order of an epoch, or the augmentation of an image.
 _ORDER, _AUGMENTATION = 0, 1
@@ -39,7 +36,8 @@ def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sam
     Raises:
         DataError: an image cannot be read.
     """
-    return _load(dataset, _training_keys(len(dataset), cfg, start), cfg)
+    keys = _training_keys(len(dataset), cfg, start)
+    return _read(dataset, keys, cfg)
 
 
 def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
@@ -49,56 +47,21 @@ def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
         DataError: an image cannot be read.
     """
     keys = [[(index, 0)] for index in range(len(dataset))]
-    for (sample,) in _load(dataset, keys, cfg):
+    for (sample,) in _read(dataset, keys, cfg):
         yield sample
 
 
-def _training_keys(size: int, cfg: CfgNode, start: int) -> Iterator[list[tuple[int, int]]]:
-    """For each batch from ``start`` on: index and augmentation seed of each of its images."""
-
+def _training_keys(size: int, cfg: CfgNode, start: int) -> Iterator[list[Key]]:
     @lru_cache(maxsize=1)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([cfg.SEED, _ORDER, epoch]).permutation(size)
 
-    def key(position: int) -> tuple[int, int]:
-        state = np.random.SeedSequence([cfg.SEED, _AUGMENTATION, position]).generate_state(1)
-        return int(order(position // size)[position % size]), int(state[0])
-
     images = cfg.SOLVER.IMS_PER_BATCH
     for first in count(start * images, images):
-        yield [key(position) for position in range(first, first + images)]
+        positions = range(first, first + images)
+        yield [(int(order(p // size)[p % size]), p) for p in positions]
 
 
-@dataclass
-class _Seeded(Dataset):
-    """A data set whose keys are pairs of index and random seed."""
-
-    dataset: Dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | DataError:
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPU's random numbers too
-            torch.random.default_generator.manual_seed(seed)
-            try:
-                return self.dataset[index]
-            except DataError as e:
-                return e  # raised in a worker, it would reach the user as that worker's traceback
-
-
-def _load(
-    dataset: Dataset, keys: Iterable[list[tuple[int, int]]], cfg: CfgNode
-) -> Iterator[list[Sample]]:
-    loader = DataLoader(
-        _Seeded(dataset),
-        batch_sampler=keys,
-        collate_fn=list,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one
-    )
-    for batch in loader:
-        for sample in batch:
-            if isinstance(sample, DataError):
-                raise sample
-        yield batch
+def _read(dataset: Dataset, keys: Iterable[list[Key]], cfg: CfgNode) -> Iterator[list[Sample]]:
+    entropy = [cfg.SEED, _AUGMENTATION]
+    return read_ahead(dataset.__getitem__, entropy, keys, cfg.DATALOADER.NUM_WORKERS)

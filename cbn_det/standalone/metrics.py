@@ -7,11 +7,11 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..run.files import replace_file
+from ..run.metrics_file import cut
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Metrics:
             whether an earlier part has written its line for iteration ``start - 1``.
         """
         path = self._folder / _FILE
-        written = _cut(path, start)
+        written = cut(path, start) == start - 1 >= 0
         with ExitStack() as stack:
             self._file = stack.enter_context(open(path, "a", encoding="utf-8"))
             self._events = None
@@ -101,16 +101,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         inner = isinstance(value, Mapping)
         flat |= _flat(value, f"{prefix}{key}/") if inner else {f"{prefix}{key}": value}
     return flat
-
-
-def _cut(path: Path, start: int) -> bool:
-    """Drops the lines of iterations that will be done again, and a half-written last line; returns
-    whether iteration ``start - 1`` has a line."""
-    kept: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            iteration = json.loads(line)["iteration"]
-            if iteration < start:
-                kept[iteration] = f"{line}\n"
-    replace_file(path, lambda file: file.write("".join(kept.values()).encode("utf-8")))
-    return start - 1 in kept

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from fvcore.common.config import CfgNode
@@ -35,6 +34,7 @@ from ..run.checkpoint import (
 )
 from ..run.errors import ConfigError, one_line
 from ..run.freeze import FreezeStatistics
+from ..run.loading import seed_random
 from ..run.measure import RunClock
 from ..run.nonfinite import Diverged, check_state
 from ..run.signals import Interrupted, StopRequest, stop_requests
@@ -231,8 +231,7 @@ class Trainer:
         rate = learning_rate(self.cfg, self.iter)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        seed = np.random.SeedSequence([self.cfg.SEED, _SAMPLING, self.iter])
-        torch.manual_seed(int(seed.generate_state(1)[0]))
+        seed_random([self.cfg.SEED, _SAMPLING, self.iter])
         averages: dict[str, float] = {}
         self.optimizer.zero_grad()
         for _ in range(self.accumulate):
