@@ -129,6 +129,14 @@ def test_a_file_that_everybody_may_import(name: str) -> None:
     assert our_files(PACKAGE / f"{name}.py") <= set(EVERYBODYS[name].split())
 
 
+def test_the_package_imports_itself_relatively() -> None:
+    for path in python_files(PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert "cbn_det" not in roots(set(named)), f"{path.name}, line {node.lineno}"
+
+
 def test_no_two_files_need_each_other_to_be_imported() -> None:
     needs = {
         module_of(path): our_files(path, top_level_only=True) for path in python_files(PACKAGE)

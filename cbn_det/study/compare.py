@@ -14,7 +14,6 @@ from .plan import Plan, Run, backbone_file
 from .processes import interruptible, locked
 from .progress import say
 from .report import Comparison
-from .results import reason_of
 from .runner import Active, Outcome, run_all
 
 EXIT_FAILED = 1
@@ -79,7 +78,7 @@ def train(
     with locked(plan.output), interruptible():
         if pretrain:
             say(f"training the backbone, once for all, with the {plan.engine} engine")
-            result = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0].result
+            result = run_all([pretrain], 1, gpus, submit)[0].result
             if result.get("status") != "finished":
                 why = f"the backbone's training {result.get('status')}: {result.get('message')}"
                 return [Outcome(run, {"status": "failed", "message": why}) for run in runs]
@@ -91,24 +90,12 @@ def train(
             f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} at a time"
             f"{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
         )
-        return run_all(runs, jobs, announce, gpus=gpus, submit=submit)
+        return run_all(runs, jobs, gpus, submit)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """1 where a run failed; a diverged one is a result."""
     return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
-
-
-def announce(outcome: Outcome) -> None:
-    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
-    boxes = (result.get("results") or {}).get("bbox") or {}
-    if result.get("status") != "finished":
-        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
-    elif boxes.get("AP") is not None:
-        text = f"finished{kept} AP {boxes['AP']:.1f}"
-    else:
-        text = f"finished{kept} without AP"
-    say(f"{outcome.run.label}: {text}")
 
 
 def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:

@@ -100,7 +100,6 @@ class Plan:
         overrides: KEY VALUE pairs of the config, for every compared run.
         flags: further arguments of the launcher, for every compared run.
         machines: how many machines the ranks of a run are spread over.
-        torchrun: whether torchrun starts the processes of a run, not the launcher itself.
         launcher: how a run is started.
 
     Raises:
@@ -124,7 +123,6 @@ class Plan:
     flags: list[str] = field(default_factory=list)
     sites: list[str] | None = None
     machines: int = 1
-    torchrun: bool = False
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
@@ -253,18 +251,10 @@ class Plan:
         signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")
         folder = self.output / "runs" / f"{slug}-{signature}"
-        head = self._head(config, ranks)
-        command = (*head, *options, "OUTPUT_DIR", str(folder))
+        head = (*self.launcher, "--config-file", str(config), "--engine", self.engine)
+        gpus = ("--num-gpus", str(max(1, ranks // self.machines)))
+        command = (*head, *gpus, *options, "OUTPUT_DIR", str(folder))
         return Run(label, folder, command, ranks, **extra)
-
-    def _head(self, config: Path, ranks: int) -> list[str]:
-        """The command line up to the options that are part of what a run is."""
-        what = ["--config-file", str(config), "--engine", self.engine]
-        if not self.torchrun or ranks == 1:
-            return [*self.launcher, *what, "--num-gpus", str(max(1, ranks // self.machines))]
-        python, *script = self.launcher
-        torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, "--nproc-per-node", str(ranks), *script, *what]
 
 
 def backbone_file(pretrain: Run) -> Path:

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cbn_det.config_files import CONFIGS
-from cbn_det.study.plan import LAUNCHER, Run
-from cbn_det.study.published import TABLES, Published, Table
-from cbn_det.study.recipes import device, read_yaml, schedule
-from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
+from ..config_files import CONFIGS
+from .plan import LAUNCHER, Run
+from .published import TABLES, Published, Table
+from .recipes import device, read_yaml, schedule
+from .results import TASKS, Spread, metrics_with_truth, read_result, spread_of
 
 COCO_TABLES = CONFIGS / "coco"
 #: norms that differences are taken to, where a table has them

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from tabulate import tabulate
 
-from cbn_det.shell import join
-from cbn_det.study.published import CHECKS, TABLES, Check, Published, Table
-from cbn_det.study.reproduce import BASELINES, Measured, Reproduction, Row
-from cbn_det.study.results import Spread
-from cbn_det.study.tables import machines, versions
+from ..shell import join
+from .published import CHECKS, TABLES, Check, Published, Table
+from .reproduce import BASELINES, Measured, Reproduction, Row
+from .results import Spread
+from .tables import machines, versions
 
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
 BASELINE_NAMES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}

@@ -15,7 +15,7 @@ from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
 from .progress import Display, say
-from .results import read_result
+from .results import read_result, reason_of
 
 POLL_SECONDS = 0.5
 
@@ -101,7 +101,6 @@ class Places:
 def run_all(
     runs: list[Run],
     jobs: int,
-    done: Callable[[Outcome], None],
     gpus: Sequence[str] = (),
     submit: Callable[[Run], Active] | None = None,
 ) -> list[Outcome]:
@@ -114,7 +113,6 @@ def run_all(
         runs: what to run.
         jobs: single-rank runs side by side; one with more ranks takes as many places, and runs
             alone where there are fewer.
-        done: called with each outcome as it comes.
         gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs, one a rank as far as there
             are; none: it is left alone.
         submit: starts a run elsewhere, or finds it running there, in place of a process here.
@@ -127,7 +125,7 @@ def run_all(
 
     def ended(run: Run, result: dict, reused: bool = False) -> None:
         outcomes[run.label] = Outcome(run, as_asked_for(run, result), reused)
-        done(outcomes[run.label])
+        _announce(outcomes[run.label])
 
     for run in runs:
         result = read_result(run.folder)
@@ -159,6 +157,18 @@ def run_all(
             if active:
                 _end_all([process for _, process, _ in active.values()])
     return [outcomes[run.label] for run in runs]
+
+
+def _announce(outcome: Outcome) -> None:
+    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
+    boxes = (result.get("results") or {}).get("bbox") or {}
+    if result.get("status") != "finished":
+        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
+    elif boxes.get("AP") is not None:
+        text = f"finished{kept} AP {boxes['AP']:.1f}"
+    else:
+        text = f"finished{kept} without AP"
+    say(f"{outcome.run.label}: {text}")
 
 
 def _end_all(active: list[Active]) -> None:
