@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..data.findings import NOTE, OK, PROBLEM, Finding
-from ..data.progress import shown
 from ..deploy import fold
 from ..norms import kn_chain, memory_state_dict, norm_rows, resolve_burn_in
 from ..norms.binding import ConvBound
 from ..norms.spec import name_of
+from ..progress import shown
 from ..run.errors import one_line
 from ..run.folder import read_result
 from ..run.measure import peak_memory_mb, reset_peak_memory

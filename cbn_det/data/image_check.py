@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ..progress import shown
 from .findings import Findings
-from .progress import shown
 
 # What Pillow raises for a file that it cannot read or decode.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from ..progress import shown
 from .coco_check import CocoReport, check_coco, naming
 from .findings import NOTE, OK, PROBLEM, DataError, Finding
-from .progress import shown
 
 logger = logging.getLogger(__name__)
 

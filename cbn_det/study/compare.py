@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..cli import typed_words
+from ..progress import say
 from ..shell import join
 from .backbone import extract_backbone
 from .plan import Plan, Run, backbone_file
 from .processes import interruptible, locked
-from .progress import say
 from .report import Comparison
 from .runner import Active, Outcome, run_all
 

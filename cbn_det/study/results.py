@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .plan import Split
 
@@ -99,6 +102,25 @@ def read_lines(path: Path) -> list[dict]:
         if "iteration" in entry:
             lines[entry["iteration"]] = lines.get(entry["iteration"], {}) | entry
     return [lines[iteration] for iteration in sorted(lines)]
+
+
+def state_of(folder: Path) -> tuple[int, int | None, str]:
+    """Of a run under way: iterations done, iterations in all or None, and what is going on."""
+    config = folder / "config.yaml"
+    written = config.read_text(encoding="utf-8") if config.exists() else ""
+    found = re.search(r"^\s+MAX_ITER: (\d+)", written, re.MULTILINE)
+    total = int(found[1]) if found else None
+    metrics = [line for line in read_lines(folder / "metrics.json") if "total_loss" in line]
+    if not metrics:
+        return 0, total, "starting"
+    last = metrics[-1]
+    done = last["iteration"] + 1
+    text = f"loss {last['total_loss']:.2f}"
+    if total and done >= total:
+        return done, total, f"{text}, evaluating"
+    if total and "time" in last:
+        text += f", {tqdm.format_interval((total - done) * last['time'])} left"
+    return done, total, text
 
 
 def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..progress import Bars, say
 from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
-from .progress import Display, say
-from .results import read_result, reason_of
+from .results import read_result, reason_of, state_of
 
 POLL_SECONDS = 0.5
 
@@ -135,27 +135,27 @@ def run_all(
             waiting.append(run)
     places = Places(jobs, gpus)
     active: dict[str, tuple[Run, Active, list[str]]] = {}
-    with Display(total=len(runs)) as display:
-        try:
-            while waiting or active:
-                while waiting and (taken := places.take(waiting[0].ranks)) is not None:
-                    run = waiting.pop(0)
-                    sharing = max(jobs, run.ranks)
-                    process = submit(run) if submit else Process(run, sharing, taken)
-                    active[run.label] = (run, process, taken)
-                for label, (run, process, taken) in list(active.items()):
-                    if not process.ended():
-                        continue
+    bars = Bars()
+    try:
+        while waiting or active:
+            while waiting and (taken := places.take(waiting[0].ranks)) is not None:
+                run = waiting.pop(0)
+                sharing = max(jobs, run.ranks)
+                process = submit(run) if submit else Process(run, sharing, taken)
+                active[run.label] = (run, process, taken)
+            for label, (run, process, taken) in list(active.items()):
+                if process.ended():
                     del active[label]
                     places.give_back(taken)
-                    display.forget(label)
                     ended(run, process.result())
-                display.update([run for run, *_ in active.values()], len(outcomes))
-                if active:
-                    time.sleep(POLL_SECONDS)
-        finally:
+            if bars.due():
+                bars.show({label: state_of(run.folder) for label, (run, *_) in active.items()})
             if active:
-                _end_all([process for _, process, _ in active.values()])
+                time.sleep(POLL_SECONDS)
+    finally:
+        bars.show({})
+        if active:
+            _end_all([process for _, process, _ in active.values()])
     return [outcomes[run.label] for run in runs]
 
 

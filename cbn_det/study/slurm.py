@@ -15,9 +15,9 @@ from typing import Any
 
 import submitit
 
+from ..progress import say
 from .plan import Run
 from .processes import Process, locked, prepare_folder, result_of, source_environment
-from .progress import say
 from .results import read_result
 from .runner import Active
 
