@@ -27,8 +27,7 @@ ROOMS = {
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own
 DOORS = {
-    "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained"
-    " sets",
+    "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained sets",
     "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
     " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
