@@ -76,7 +76,7 @@ def _write_graph(
     detector: Detector, format: str, output: Path, inputs: list[Tensor]
 ) -> tuple[Deployment, list[Path]]:
     folded = copy.deepcopy(detector.model)
-    report = fold(folded, partly=True)
+    report = fold(folded)
     with torch.no_grad():
         traced = detector.traceable(inputs[0])
         trained = [traced(image) for image in inputs]
