@@ -27,11 +27,12 @@ ROOMS = {
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own
 DOORS = {
-    "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained sets",
+    "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained"
+    " scenes sets worst_images",
     "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
     " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
-    "run": "arguments checkpoint coco_evaluation command_line detector errors export files"
+    "run": "arguments checkpoint command_line detector errors export files"
     " folder freeze job measure nonfinite precise_bn signals trial",
     "standalone": "detector launch",
 }
@@ -44,7 +45,6 @@ EVERYBODYS = {
     "engines": "run.errors",
     "norm_keys": "",
     "progress": "",
-    "shell": "",
 }
 
 

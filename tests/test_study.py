@@ -317,11 +317,6 @@ def test_the_standalone_engine_takes_one_process_only(tmp_path) -> None:
     make_plan(tmp_path, ["GN"], engine="standalone", splits=[Split(1, 8)])
 
 
-def test_an_unknown_engine_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="engine 'auto': known are detectron2, standalone"):
-        make_plan(tmp_path, ["GN"], engine="auto")
-
-
 @pytest.mark.parametrize(
     ("engine", "own", "others"),
     [("detectron2", False, False), ("standalone", True, False), ("detectron2", True, True)],

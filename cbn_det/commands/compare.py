@@ -55,7 +55,7 @@ from pathlib import Path
 from ..config_files import find_config
 from ..engines import ENGINES, resolve_engine
 from ..run.arguments import share_of_images
-from ..study.compare import STOPPED, STOPPED_WATCHING, compare, guarded
+from ..study.compare import compare, guarded
 from ..study.plan import Plan, Split
 from ..study.recipes import SITES
 from .flags import add_detector, add_places, places, positive
@@ -188,5 +188,4 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.split and args.num_gpus > 1:
         parser.error("--split says how many processes a run has: leave out --num-gpus")
-    stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
-    return guarded("compare", lambda: run(args), stopped)
+    return guarded("compare", lambda: run(args), watching=args.submit == "slurm")

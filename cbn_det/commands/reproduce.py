@@ -39,11 +39,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..cli import typed_words
+from ..cli import join, typed_words
 from ..run.arguments import add_datasets
 from ..run.files import write_text
-from ..shell import join
-from ..study.compare import STOPPED, STOPPED_WATCHING, exit_code, guarded
+from ..study.compare import exit_code, guarded
 from ..study.processes import HOME, interruptible, locked
 from ..study.published import TABLES
 from ..study.reproduce import Reproduction, table_named
@@ -148,5 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TABLE is missing: --list shows the tables")
     if args.precise_bn_iters < 0:
         parser.error("--precise-bn-iters is 0 or more")
-    stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
-    return guarded("reproduce", lambda: reproduce(args), stopped)
+    return guarded("reproduce", lambda: reproduce(args), watching=args.submit == "slurm")

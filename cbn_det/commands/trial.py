@@ -22,7 +22,7 @@ from ..norms.binding import ConvBound
 from ..norms.spec import name_of
 from ..progress import shown
 from ..run.errors import one_line
-from ..run.folder import read_result
+from ..run.files import read_result
 from ..run.measure import peak_memory_mb, reset_peak_memory
 from ..run.nonfinite import Diverged
 from ..run.trial import Trial

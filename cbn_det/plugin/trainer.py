@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from ..data.coco_api import detections_counted, number_annotations
 from ..norms import (
     DoubleForward,
     check_bindings,
@@ -29,7 +30,6 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.folder import PREDICTIONS
 from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests

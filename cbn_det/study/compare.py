@@ -7,24 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from ..cli import typed_words
+from ..cli import join, typed_words
 from ..progress import say
-from ..shell import join
+from ..run.errors import CRASHED, OK, STOPPED, USAGE
 from .backbone import extract_backbone
 from .plan import Plan, Run, backbone_file
 from .processes import interruptible, locked
 from .report import Comparison
 from .runner import Active, Outcome, run_all
 
-EXIT_FAILED = 1
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
-
-STOPPED = (
+_ENDED = (
     "\nStopped; every started run was ended. The same command goes on from here: finished runs are "
     "kept, interrupted ones resume from their last checkpoint."
 )
-STOPPED_WATCHING = (
+_WATCHED = (
     "\nStopped watching; submitted jobs go on (squeue shows them, scancel ends them). The same "
     "command finds them again: finished runs are kept, jobs that are gone are submitted anew."
 )
@@ -95,14 +91,14 @@ def train(
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """1 where a run failed; a diverged one is a result."""
-    return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
+    return CRASHED if any(o.result.get("status") == "failed" for o in outcomes) else OK
 
 
-def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:
+def guarded(tool: str, action: Callable[[], int], watching: bool = False) -> int:
     """Call `action`; what a user can mend becomes one line on stderr and an exit code.
 
     Args:
-        stopped: printed after Ctrl-C.
+        watching: jobs elsewhere go on after Ctrl-C.
 
     Returns:
         what `action` returns; 1 for a full disk and other trouble with files, 2 for settings that
@@ -111,20 +107,20 @@ def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int
     try:
         return action()
     except KeyboardInterrupt:
-        print(stopped, flush=True)
-        return EXIT_INTERRUPTED
+        print(_WATCHED if watching else _ENDED, flush=True)
+        return STOPPED
     except FileNotFoundError as error:
         print(f"{tool}: there is no file {error.filename}", file=sys.stderr)
-        return EXIT_REFUSED
+        return USAGE
     except OSError as error:
         print(f"{tool}: {_advice(error)}", file=sys.stderr)
-        return EXIT_FAILED
+        return CRASHED
     except ModuleNotFoundError:  # the command says what to install
         raise
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"{tool}: {error}", file=sys.stderr)
         # The data room wraps an OSError into words of its own.
-        return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
+        return CRASHED if isinstance(error.__cause__, OSError) else USAGE
 
 
 def _advice(error: OSError) -> str:

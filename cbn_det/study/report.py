@@ -18,8 +18,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..cli import join
 from ..run.files import write_text
-from ..shell import join
 from . import figures, tables
 from .plan import Plan, Run
 from .results import AP_COLUMNS, TASKS, Measured, make_rows
@@ -141,8 +141,8 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
             for caption, figure in drawn
         ],
         scenes=_scenes(comparison),
-        machines=tables.machines(results),
-        versions=tables.versions(results),
+        machines=tables.machines([result for _, result in results]),
+        versions=tables.versions([result for _, result in results]),
         runs=[(run, _run_facts(run, result), result) for run, result in results],
         commands=[(run.label, join(run.command)) for run, _ in results],
         colours=figures.colours([row.norm for row in rows]),

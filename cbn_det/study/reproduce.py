@@ -8,18 +8,17 @@ that train with what they remember: of a step that is several mini-batches then 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from ..config_files import CONFIGS
-from .plan import LAUNCHER, Run, Split
+from ..run.files import read_result
+from .plan import LAUNCHER, Run, Split, dataset_words, signature
 from .published import TABLES, Published, Table
 from .recipes import device, read_yaml, schedule
-from .results import TASKS, Measured, metrics_with_truth, read_result, reason_of
+from .results import TASKS, Measured, metrics_with_truth, reason_of
 
 COCO_TABLES = CONFIGS / "coco"
 #: norms that differences are taken to, where a table has them
@@ -230,7 +229,7 @@ class Reproduction:
     def _changes(self, row: Row) -> list[str]:
         """The options of the launcher that make something else of a row."""
         return [
-            *[word for triple in self.datasets for word in ("--coco-dataset", *triple)],
+            *dataset_words(self.datasets),
             *(schedule(row.config, self.iterations) if self.iterations else []),
             *self.overrides,
         ]
@@ -238,8 +237,7 @@ class Reproduction:
     def _hash(self, row: Row) -> str:
         # Of values, not of the text: a comment in a config changes nothing.
         settings = {key: value for key, value in row.settings.items() if key != "OUTPUT_DIR"}
-        identity = json.dumps([settings, self._changes(row)], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return signature([settings, self._changes(row)])
 
 
 def table_named(name: str) -> Table:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tabulate import tabulate
 
-from ..shell import join
+from ..cli import join
 from .published import CHECKS, TABLES, Check, Published, Table
 from .reproduce import BASELINES, Reproduction, Row, layouts
 from .results import Measured, Spread
@@ -238,7 +238,7 @@ def _remarks(table: Table, rows: Sequence[Row], measured: dict[str, Measured]) -
         for layout in layouts(measured[row.name]):
             found += row.departures(*layout)
         found += [f"{row.name}: {reason}" for reason in measured[row.name].reasons]
-    results = [(None, result) for row in rows for result in measured[row.name].finished]
+    results = [result for row in rows for result in measured[row.name].finished]
     made = [*machines(results), *versions(results)]
     found += [f"Measured with: {'; '.join(made)}"] if made else []
     return ["\n".join(f"- {remark}" for remark in found)] if found else []

@@ -99,15 +99,6 @@ class Measured:
         return next((r["iterations"] for r in self.finished if r.get("iterations")), None)
 
 
-def read_result(folder: Path) -> dict | None:
-    """The content of a run's result.json, or None where it is missing or cut short."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return result if isinstance(result, dict) else None
-
-
 def read_lines(path: Path) -> list[dict]:
     """The lines of JSON that a run has written so far, in the order of iterations; what a killed
     process left of a line is left out.

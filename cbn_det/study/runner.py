@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..progress import Bars, say
+from ..run.files import read_result
 from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
-from .results import read_result, reason_of, state_of
+from .results import reason_of, state_of
 
 POLL_SECONDS = 0.5
 

@@ -16,9 +16,9 @@ from typing import Any
 import submitit
 
 from ..progress import say
+from ..run.files import read_result
 from .plan import Run
 from .processes import Process, locked, prepare_folder, result_of, source_environment
-from .results import read_result
 from .runner import Active
 
 

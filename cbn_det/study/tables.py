@@ -221,18 +221,18 @@ def notes(
     return said
 
 
-def machines(results: list[tuple[Run, dict]]) -> list[str]:
+def machines(results: list[dict]) -> list[str]:
     """What the runs ran on, each machine once: "NAME, N threads a process"."""
     found = []
-    for machine in filter(None, (result.get("machine") for _, result in results)):
+    for machine in filter(None, (result.get("machine") for result in results)):
         name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
         found.append(f"{name}, {machine['threads']} threads a process")
     return list(dict.fromkeys(found))
 
 
-def versions(results: list[tuple[Run, dict]]) -> list[str]:
+def versions(results: list[dict]) -> list[str]:
     """The versions that the runs ran with, each set once: "python 3.11, torch 2.14"."""
-    found = filter(None, (result.get("versions") for _, result in results))
+    found = filter(None, (result.get("versions") for result in results))
     return list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in f.items()) for f in found))
 
 
@@ -263,6 +263,7 @@ def text_report(
     below = notes(rows, config_iterations, expected)
     seeds = sorted({run.seed for run, _ in results if run.seed is not None})
     made = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
-    if made := "; ".join([*made, *machines(results), *versions(results)]):
+    found = [result for _, result in results]
+    if made := "; ".join([*made, *machines(found), *versions(found)]):
         below.append(f"Made with: {made}.")
     return "\n\n".join([*parts, "\n".join(below)]) + "\n"
