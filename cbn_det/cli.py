@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import __version__
@@ -25,6 +27,8 @@ _OF_CONFIG = ("train", "check")
 #: those that need the extra "compare"
 _OF_STUDY = ("compare", "reproduce", "demo")
 _MODULE = "python -m cbn_det"
+# what a shell looks for inside double quotes; an interactive one also looks for !
+_SPECIAL = set('"$`\\!')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +78,16 @@ def typed_words() -> list[str]:
     if program.startswith(("cbn-det ", f"{_MODULE} ")):  # by main()
         return [*program.split(), *words]
     return ["python", program, *words]
+
+
+def join(words: Iterable[str]) -> str:
+    """A command line that a POSIX shell takes apart into the words again: as ``shlex.join``, but a
+    word with single quotes stands in double ones, not in ``'"'"'``."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if "'" in word and not _SPECIAL & set(word) else shlex.quote(word)
 
 
 def _usage() -> str:

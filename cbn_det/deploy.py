@@ -14,8 +14,7 @@ import copy
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .norms.sites import STATE, LeftNorm, reasons, some, survey
+from .norms.sites import STATE, LeftNorm, Site, reasons, some, survey
 from .norms.spec import name_of
 from .norms.trace import find_no_chain_at_call
 
@@ -72,13 +71,12 @@ def to_batchnorm(model: nn.Module) -> Deployment:
             BatchNorm in evaluation (GKN, GN+WS); names the layers. The model is then as it was.
     """
     _refuse_a_norm(model)
-    sites, left = survey(model)
-    layers = dict(model.named_modules())
-    ours = [row for row in left if name_of(type(layers[row.name])) is not None]
+    sites, left = _survey(model)
+    ours = [row for row in left if name_of(type(model.get_submodule(row.name))) is not None]
     if ours:
+        lines = (line.replace("left: ", "", 1) for line in reasons(ours))
         raise ValueError(
-            f"{len(ours)} layers cannot become BatchNorm; nothing was changed:\n"
-            + "\n".join(_of_input_said(ours, layers))
+            f"{len(ours)} layers cannot become BatchNorm; nothing was changed:\n" + "\n".join(lines)
         )
     converted = []
     for site in sites:
@@ -96,7 +94,7 @@ def to_batchnorm(model: nn.Module) -> Deployment:
     return Deployment(tuple(converted), (), tuple(left))
 
 
-def fold(model: nn.Module, *, partly: bool = False) -> Deployment:
+def fold(model: nn.Module) -> Deployment:
     """Folds the BatchNorms of a model in evaluation mode into the convolutions before them, in
     place.
 
@@ -106,34 +104,24 @@ def fold(model: nn.Module, *, partly: bool = False) -> Deployment:
     that convolution's output (found by tracing it). Each pair is tried before and after, on a small
     input. All other BatchNorms become or stay plain ones and are listed with the reason: the norms
     of several feature levels behind one convolution (RetinaNet, FCOS), deformable and transposed
-    convolutions. Outputs agree to rounding. The result is for inference and export: it holds new
-    parameters, and detectron2 has no config for it, as its ResNet has no convolution with a bias.
+    convolutions. Norms that take their statistics from their own input (GN, LN) are left and listed
+    too. Outputs agree to rounding. The result is for inference and export: it holds new parameters,
+    and detectron2 has no config for it, as its ResNet has no convolution with a bias.
 
     Args:
         model: in evaluation mode.
-        partly: norms of others that take their statistics from their own input (GN, LN) are left,
-            and listed.
 
     Raises:
-        ValueError: the model is itself a norm or in training mode, or a norm cannot be folded in
-            principle because it takes its statistics from its own input (GKN, GN+WS; unless
-            ``partly``, GN and LN too); names the layers. The model is then as it was.
+        ValueError: the model is itself a norm or in training mode, or see :func:`to_batchnorm`. The
+            model is then as it was.
     """
     _refuse_a_norm(model)
-    _, left = survey(model)
-    layers = dict(model.named_modules())
-    training = [n for n, m in layers.items() if m.training and isinstance(m, _BatchNorm)]
+    modules = model.named_modules()
+    training = [n for n, m in modules if m.training and isinstance(m, _BatchNorm)]
     if model.training or training:
         raise ValueError(
             "folding is for evaluation: call model.eval() first"
             + (f" ({some(training)}: in training mode)" if training else "")
-        )
-    of_input = [row for row in left if _takes_own_statistics(layers[row.name])]
-    if of_input and not partly:
-        raise ValueError(
-            f"{len(of_input)} norm layers cannot be folded; nothing was changed:\n"
-            + "\n".join(_of_input_said(of_input, layers))
-            + "\nfold(model, partly=True) folds all others."
         )
     converted = to_batchnorm(model).converted
     folded, left = _fold_all(model)
@@ -154,14 +142,13 @@ def _takes_own_statistics(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is None
 
 
-def _of_input_said(rows: list[LeftNorm], layers: dict[str, nn.Module]) -> Iterator[str]:
-    """A line for each kind of layer that is in the way."""
+def _survey(model: nn.Module) -> tuple[list[Site], list[LeftNorm]]:
+    """:func:`~cbn_det.norms.sites.survey`, with this room's own reason for some to be left."""
+    sites, left = survey(model)
     own = "takes its statistics from its own input in evaluation, too"
-    said = [
-        LeftNorm(row.name, row.norm, own if _takes_own_statistics(layers[row.name]) else row.reason)
-        for row in rows
-    ]
-    return (line.replace("left: ", "", 1) for line in reasons(said))
+    layers = dict(model.named_modules())
+    said = [own if _takes_own_statistics(layers[row.name]) else row.reason for row in left]
+    return sites, [replace(row, reason=why) for row, why in zip(left, said, strict=True)]
 
 
 def _plain(layer: nn.Module) -> nn.BatchNorm2d:
@@ -177,7 +164,7 @@ def _plain(layer: nn.Module) -> nn.BatchNorm2d:
 
 def _fold_all(model: nn.Module) -> tuple[list[str], list[LeftNorm]]:
     """Folds whatever can be; names of those layers, and the others with the reason."""
-    sites, left = survey(model)
+    sites, left = _survey(model)
     layers = {site.name: site.layer for site in sites}
     layers |= {name: m for name, m in model.named_modules() if _is_frozen_batchnorm(m)}
     left = [row for row in left if row.name not in layers]

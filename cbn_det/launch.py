@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from .cli import typed_words
+from .cli import join, typed_words
 from .config_files import find_config
 from .engines import resolve_engine
 from .run.arguments import argument_parser
 from .run.errors import ConfigError
-from .shell import join
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,6 @@ def found(train: list[TinySet], test: list[TinySet], masks: bool = False) -> dic
         [(one.path, one.images) for one in train],
         [(one.path, one.images) for one in test],
         masks=masks,
-        decode=100,
     )
     texts = {"ok": [], "note": [], "problem": []}
     for line in lines:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from cbn_det.data import pictures
-from cbn_det.data.pictures import PALETTE, Lettering, Mark, color_of, draw, write_pictures
+from cbn_det.data.pictures import PALETTE, Lettering, Mark, color_of, draw
+from cbn_det.data.scenes import Scenes, write_pictures
 
 LATIN, GERMAN, CHINESE = ["cat", "dog"], ["Katze", "Läufer"], ["cat", "细胞", "核"]
 
@@ -62,7 +63,7 @@ def test_a_font_with_the_glyphs_is_taken(fonts):
 
 def test_worst_images_with_chinese_names(tmp_path: Path, fonts):
     """The same picture as with the numbers for names."""
-    from cbn_det.data.pictures import write_worst_images
+    from cbn_det.data.worst_images import write_worst_images
 
     fonts(None)
     Image.new("RGB", (60, 40)).save(tmp_path / "1.png")
@@ -80,7 +81,7 @@ def test_worst_images_with_chinese_names(tmp_path: Path, fonts):
         made = [{"image_id": 1, "category_id": 10, "bbox": [30, 5, 9, 9], "score": 0.9}]
         (tmp_path / "made.json").write_text(json.dumps(made))
         path = tmp_path / "sheet.png"
-        write_worst_images(tmp_path / "made.json", tmp_path / "set.json", tmp_path, path)
+        write_worst_images(Scenes(tmp_path / "made.json", tmp_path / "set.json", tmp_path), path)
         sheets.append(np.asarray(Image.open(path)))
     assert np.array_equal(*sheets)
 
@@ -178,7 +179,7 @@ def test_pictures_are_of_evenly_spaced_images_and_sure_predictions(tmp_path):
     made = [prediction(1, 0.9), prediction(1, 0.4, x=300)]
     made += [prediction(3, 0.1 * i, x=40 * i) for i in range(1, 5)]
     files = scene(tmp_path, made)
-    paths = write_pictures(*files, tmp_path / "pictures")
+    paths = write_pictures(Scenes(*files), tmp_path / "pictures")
     assert [path.name for path in paths] == ["1.png", "3.png", "5.png", "7.png"]
     first, second, third, _ = (np.asarray(Image.open(path)) for path in paths)
     assert first.shape == (400, 800, 3)
@@ -199,7 +200,9 @@ def test_masks_of_both_sides_are_drawn_where_some_are_predicted(tmp_path):
     rle = mask_util.encode(pixels)
     made = prediction(1, 0.9) | {"bbox": [200, 200, 100, 100]}
     made["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
-    (path,) = write_pictures(*scene(tmp_path, [made], images=1), tmp_path / "pictures", count=1)
+    (path,) = write_pictures(
+        Scenes(*scene(tmp_path, [made], images=1)), tmp_path / "pictures", count=1
+    )
     picture = np.asarray(Image.open(path)).astype(int)
     for at, label in (((250, 250), 0), ((100, 500), 1)):
         expected = 0.6 * 60 + 0.4 * np.array(color_of(label))
@@ -210,5 +213,5 @@ def test_no_predictions_at_all_is_a_picture_of_annotations(tmp_path):
     """detectron2 writes no file then."""
     made, annotations, images = scene(tmp_path, [], images=1)
     made.unlink()
-    (path,) = write_pictures(made, annotations, images, tmp_path / "pictures", count=1)
+    (path,) = write_pictures(Scenes(made, annotations, images), tmp_path / "pictures", count=1)
     assert (np.asarray(Image.open(path))[:, :400] == 60).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import re
@@ -20,7 +19,7 @@ from cbn_det.study.figures import COLOURS, ap_over_images, colours, final_ap, to
 from cbn_det.study.plan import Plan, Run, Split
 from cbn_det.study.recipes import QUICKSTART
 from cbn_det.study.report import MAX_WIDTH, Comparison, picture_strip
-from cbn_det.study.results import Row, Spread
+from cbn_det.study.results import make_rows
 from cbn_det.study.runner import Outcome
 
 ODD = """<b>"X"&'$a$_1"""
@@ -238,29 +237,23 @@ def test_curves_of_ap_want_evaluations_during_training(tmp_path) -> None:
 
 
 def test_figures_take_the_colour_of_the_page(tmp_path) -> None:
-    row = Row(r"$\frac$", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, 1.0, 2)}})
-    svg = to_svg(final_ap([row]))
+    entries = [(r"$\frac$", Split(1, 2), finished(ap)) for ap in (9.0, 11.0)]
+    svg = to_svg(final_ap(make_rows(entries)))
     assert svg.startswith('<svg role="img" fill="currentColor"')
     assert "#000000" not in svg and "#ffffff" not in svg
     assert r"<!-- $\frac$ -->" in svg  # drawn as it is; as a formula it would be an error
 
 
 def test_figures_keep_world_sizes_and_total_batches_apart(tmp_path) -> None:
-    spread = {"bbox": {"AP": Spread(10.0, None, 1)}}
-    small = Row("GN", Split(1, 2), "finished", ap=spread)
-    rows = [small, dataclasses.replace(small, split=Split(1, 8))]
-    assert len(final_ap(rows).axes) == 2
-    rows.append(dataclasses.replace(small, split=Split(4, 2)))
-    assert len(final_ap(rows).axes) == 3
+    entries = [("GN", Split(*sizes), finished(10.0)) for sizes in ((1, 2), (1, 8), (4, 2))]
+    assert len(final_ap(make_rows(entries[:2])).axes) == 2
+    assert len(final_ap(make_rows(entries)).axes) == 3
 
 
 def test_ap_over_images_is_drawn_where_one_thing_stays(tmp_path) -> None:
     """Of 8x1, 1x8 and 1x2: one total batch, and one world size; 8x1 and 1x2 share neither."""
     aps = {Split(8, 1): 30.0, Split(1, 8): 40.0, Split(1, 2): 20.0}
-    rows = [
-        Row("GN", split, "finished", ap={"bbox": {"AP": Spread(ap, None, 1)}})
-        for split, ap in aps.items()
-    ]
+    rows = make_rows([("GN", split, finished(ap)) for split, ap in aps.items()])
     titles = [axes.get_title() for axes in ap_over_images(rows).axes]
     assert titles == ["total batch 8", "world size 1: total batch grows with images"]
     drawn = [axes.lines[0].get_xydata().tolist() for axes in ap_over_images(rows).axes]

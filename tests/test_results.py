@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cbn_det.study.plan import Run, Split
-from cbn_det.study.results import Row, Spread, make_rows, read_lines
+from cbn_det.study.results import Spread, make_rows, read_lines
 from cbn_det.study.tables import make_tables, of_classes, text_report
 
 
@@ -153,13 +153,13 @@ def test_a_run_that_detects_nothing_counts_as_zero() -> None:
             ("GN", split, {"status": "finished", "results": {}}),
         ]
     )
-    assert (row.number().mean, row.number().n) == (10.5, 2)
-    assert row.number("bbox", "AP50").mean == 10.5 and row.number("segm").mean == 9.0
-    assert row.number("bbox", "AP, PreciseBN").mean == 12.0
-    assert row.number("bbox", "APl") is None and row.number("bbox", "AP, image share") is None
-    assert unevaluated.number() is None
+    assert (row.ap().mean, row.ap().n) == (10.5, 2)
+    assert row.ap("bbox", "AP50").mean == 10.5 and row.ap("segm").mean == 9.0
+    assert row.ap("bbox", "AP, PreciseBN").mean == 12.0
+    assert row.ap("bbox", "APl") is None and row.ap("bbox", "AP, image share") is None
+    assert unevaluated.ap() is None
     alone = make_rows([("BN", split, blind)])[0]
-    assert alone.number() is None, "nobody says that there was anything to detect"
+    assert alone.ap() is None, "nobody says that there was anything to detect"
 
 
 @pytest.mark.parametrize("source", ["results_precise_bn", "results_image_share"])
@@ -170,11 +170,11 @@ def test_any_evaluation_shows_that_there_was_something_to_detect(source) -> None
     row, other_row = make_rows([(norm, Split(8, 1), r) for norm, r in (("BN", one), ("GN", other))])
     both = make_rows([("BN", Split(8, 1), one), ("BN", Split(8, 1), other)])[0]
     column = "AP, PreciseBN" if source == "results_precise_bn" else "AP, image share"
-    found, plain = both.number("bbox", column), both.number()
+    found, plain = both.ap("bbox", column), both.ap()
     assert (found.mean, found.n) == (10.0, 2)
     assert (plain.mean, plain.n) == (0.0, 2)
-    assert row.number().mean == other_row.number().mean == 0.0, "of the whole table"
-    assert both.number("segm") is None
+    assert row.ap().mean == other_row.ap().mean == 0.0, "of the whole table"
+    assert both.ap("segm") is None
 
 
 def test_distance_to_gn_of_the_same_split_or_else_of_the_same_total_batch() -> None:
@@ -203,7 +203,7 @@ def test_no_share_where_nothing_was_lost() -> None:
 def test_failed_runs_do_not_enter_the_mean() -> None:
     broken = finished(90.0) | {"status": "failed", "message": "disk full"}
     row = make_rows([("GN", Split(1, 2), finished(10.0)), ("GN", Split(1, 2), broken)])[0]
-    assert (row.number().mean, row.number().n) == (10.0, 1)
+    assert (row.ap().mean, row.ap().n) == (10.0, 1)
     assert row.status == "1 of 2 finished" and row.reasons == ["failed: disk full"]
     assert "1 of 2 finished; failed: disk full" in text_report([row], [], "t")
 
@@ -239,8 +239,8 @@ def test_mask_ap_gets_columns_where_there_is_one() -> None:
     result["results"]["segm"] = {"AP": 7.5, "AP50": 9.0}
     text = text_report(make_rows([("GN", Split(1, 2), result)]), [], "t")
     assert "mask AP" in text and "7.5" in text
-    row = Row("GN", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, None, 1)}})
-    assert "mask AP" not in text_report([row], [], "t")
+    rows = make_rows([("GN", Split(1, 2), finished(10.0))])
+    assert "mask AP" not in text_report(rows, [], "t")
 
 
 def test_metrics_of_a_resumed_run_and_a_half_written_line(tmp_path) -> None:
@@ -264,15 +264,15 @@ def test_a_report_says_what_it_was_made_with(tmp_path: Path) -> None:
     for seed in (1, 2):
         run = Run(f"GN {seed}", tmp_path, (), norm="GN", split=Split(1, 2), seed=seed)
         results.append((run, {"machine": machine, "versions": {"torch": "2"}}))
-    row = Row("GN", Split(1, 2), "finished", ap={"bbox": {"AP": Spread(10.0, 1.0, 2)}})
-    text = text_report([row], results, "t")
+    rows = make_rows([("GN", Split(1, 2), finished(10.0))])
+    text = text_report(rows, results, "t")
     assert "Made with: seeds 1 2; Z80, 1 cores, 1 threads a process; torch 2." in text
 
 
 @pytest.mark.parametrize(("length", "short"), [(2400, True), (600, False), (None, False)])
 def test_a_short_run_is_called_short(length, short) -> None:
-    row = Row("GN", Split(1, 2), "finished", iterations=600)
-    text = text_report([row], [], "t", config_iterations=length)
+    rows = make_rows([("GN", Split(1, 2), finished(10.0) | {"iterations": 600})])
+    text = text_report(rows, [], "t", config_iterations=length)
     assert ("Short runs, 600 of the config's 2400 iterations" in text) == short
     assert ("Short runs" in text) == short
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from cbn_det.shell import join
+from cbn_det.cli import join
 
 WORDS = [
     ["DATASETS.TRAIN", "('cells_train',)", "TEST.EVAL_PERIOD", "200"],

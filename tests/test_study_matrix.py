@@ -58,8 +58,7 @@ def test_folders_of_earlier_versions_are_found_again(tmp_path) -> None:
     settings["overrides"] = ["SOLVER.BASE_LR", "0.04"]
     run = make_plan(tmp_path, ["MBN"], **settings).runs()[0]
     assert run.folder.name == f"MBN_8x1_seed_1-{known}"
-    for change in ({"torchrun": True}, {"machines": 2}):
-        assert make_plan(tmp_path, ["MBN"], **settings, **change).runs()[0].folder == run.folder
+    assert make_plan(tmp_path, ["MBN"], **settings, machines=2).runs()[0].folder == run.folder
 
 
 def test_a_run_is_known_by_all_that_its_config_builds_on(tmp_path) -> None:
@@ -246,15 +245,6 @@ def test_runs_are_short_where_they_were_made_short(tmp_path, capsys, changes, sh
 
 
 # --- processes and GPUs ------------------------------------------------------------------------
-
-
-def test_torchrun_starts_the_processes_of_wide_runs(tmp_path) -> None:
-    plan = make_plan(tmp_path, ["GN"], splits=[Split(1, 2), Split(4, 2)], torchrun=True)
-    one, four = plan.runs()
-    assert "torch.distributed.run" not in one.command
-    at = four.command.index("torch.distributed.run")
-    assert four.command[at + 1 : at + 4] == ("--standalone", "--nproc-per-node", "4")
-    assert four.command.index(LAUNCHER[1]) > at and "--num-gpus" not in four.command
 
 
 def test_machines_share_the_ranks(tmp_path) -> None:

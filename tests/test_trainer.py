@@ -252,7 +252,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
 def test_results_are_plain_json(tmp_path: Path) -> None:
     import numpy as np
 
-    from cbn_det.run.folder import read_result, write_result
+    from cbn_det.run.files import read_result
+    from cbn_det.run.folder import write_result
 
     assert read_result(tmp_path) is None
     write_result(tmp_path, {"AP": np.float64(1.5), "APl": float("nan"), "names": ("ü", None, 3)})

@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_run import arguments, evaluation_of, result_of, run_loggers_removed, write_inputs
 
-from cbn_det.data.pictures import score_images, write_worst_images
+from cbn_det.data.scenes import Scenes
+from cbn_det.data.worst_images import score_images, write_worst_images
 from cbn_det.launch import main
 from cbn_det.run.display import class_table
 
@@ -101,7 +102,7 @@ def test_objects_are_found_whatever_their_ids(ids: tuple[int, int], tmp_path: Pa
     for left_out, found in ((0, {1, 2}), (1, {2})):  # by their place in the file
         (tmp_path / "made.json").write_text(json.dumps(made[left_out:]))
         files = tmp_path / "made.json", tmp_path / "set.json", tmp_path
-        (score,) = write_worst_images(*files, tmp_path / "worst.png")
+        (score,) = write_worst_images(Scenes(*files), tmp_path / "worst.png")
         assert (score.found, score.missed, score.false) == (found, left_out, 1)
 
 
@@ -173,7 +174,7 @@ def files(tmp_path) -> tuple[Path, Path, Path]:
 
 def test_the_sheet_shows_errors_only(files, tmp_path) -> None:
     path = tmp_path / "worst.png"
-    worst = write_worst_images(*files, path)
+    worst = write_worst_images(Scenes(*files), path)
     assert [score.image_id for score in worst] == [2, 3]
     sheet = np.asarray(Image.open(path)).astype(int)
     first, second = sheet[:, 8 : 8 + 640], sheet[:, 656 : 656 + 640]
@@ -187,18 +188,18 @@ def test_the_sheet_shows_errors_only(files, tmp_path) -> None:
     assert has(first[:, :half], red) and has(first[:, half:], orange)
     assert not has(second[:, :half], red) and has(second[:, half:], orange)
     assert not has(sheet, green)
-    assert len(write_worst_images(*files, path, count=1)) == 1
+    assert len(write_worst_images(Scenes(*files), path, count=1)) == 1
     assert Image.open(path).width < sheet.shape[1]
 
 
 def test_nothing_wrong_is_no_sheet_and_a_lost_image_is_grey(files, tmp_path) -> None:
     made = [prediction(1, A, 0.9), prediction(2, A, 0.9), prediction(3, B, 0.9)]
     files[0].write_text(json.dumps(made))
-    assert write_worst_images(*files, tmp_path / "worst.png") == []
+    assert write_worst_images(Scenes(*files), tmp_path / "worst.png") == []
     assert not (tmp_path / "worst.png").exists()
     files[0].write_text("[]")
     (tmp_path / "2.png").unlink()
-    assert len(write_worst_images(*files, tmp_path / "worst.png")) == 3
+    assert len(write_worst_images(Scenes(*files), tmp_path / "worst.png")) == 3
 
 
 def test_a_phone_photo_is_shown_upright_under_its_boxes(tmp_path) -> None:
@@ -213,7 +214,7 @@ def test_a_phone_photo_is_shown_upright_under_its_boxes(tmp_path) -> None:
     (tmp_path / "set.json").write_text(json.dumps(data))
     (tmp_path / "made.json").write_text("[]")
     files = tmp_path / "made.json", tmp_path / "set.json", tmp_path
-    assert len(write_worst_images(*files, tmp_path / "worst.png")) == 1
+    assert len(write_worst_images(Scenes(*files), tmp_path / "worst.png")) == 1
     sheet = np.asarray(Image.open(tmp_path / "worst.png")).astype(int)
     picture = sheet[8 + 20 : 8 + 20 + 320, 8 : 8 + 235]  # 48 x 64 in a place 320 high
     assert (abs(picture[:90] - (255, 0, 0)) < 20).all()
@@ -222,10 +223,10 @@ def test_a_phone_photo_is_shown_upright_under_its_boxes(tmp_path) -> None:
 
 def test_an_older_sheet_goes_where_nothing_is_wrong_any_more(files, tmp_path) -> None:
     path = tmp_path / "worst.png"
-    assert write_worst_images(*files, path) and path.exists()
+    assert write_worst_images(Scenes(*files), path) and path.exists()
     made = [prediction(1, A, 0.9), prediction(2, A, 0.9), prediction(3, B, 0.9)]
     files[0].write_text(json.dumps(made))
-    assert write_worst_images(*files, path) == []
+    assert write_worst_images(Scenes(*files), path) == []
     assert not path.exists()
 
 

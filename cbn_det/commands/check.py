@@ -35,7 +35,7 @@ from ..cli import reader_left
 from ..config_files import find_config
 from ..data import CocoReport
 from ..data.findings import NOTE, OK, PROBLEM, Finding
-from ..data.pretrained import pretrained_file
+from ..data.pretrained import check_weights_file
 from ..data.sets import check_overlap
 from ..engines import resolve_engine
 from ..run.arguments import argument_parser
@@ -175,9 +175,9 @@ def _weights(cfg: CfgNode) -> Iterator[Finding]:
         else:
             yield Finding(OK, "weights: none, training starts from scratch")
         return False
-    file = pretrained_file(spec)
-    yield file.check()
-    return file.is_whole()
+    found = check_weights_file(spec)
+    yield found
+    return found.level == OK
 
 
 @contextmanager

@@ -50,17 +50,15 @@ exit codes
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from ..config_files import find_config
 from ..engines import ENGINES, resolve_engine
 from ..run.arguments import share_of_images
-from ..study.compare import STOPPED, STOPPED_WATCHING, compare, guarded
+from ..study.compare import compare, guarded
 from ..study.plan import Plan, Split
 from ..study.recipes import SITES
-from ..study.runner import visible_gpus
-from .flags import add_detector, add_places, positive, submitter
+from .flags import add_detector, add_places, places, positive
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -153,12 +151,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="what trains: detectron2, or torchvision's parts where there is none (default auto)",
     )
     add_places(parser)
-    add(
-        "--launcher",
-        choices=("detectron2", "torchrun"),
-        default="detectron2",
-        help="what starts the processes of a run with several",
-    )
     add("--output", type=Path, default=Path("output/compare"), help="default output/compare")
     add("--dry-run", action="store_true", help="print the commands and stop")
     return parser
@@ -183,16 +175,12 @@ def run(args: argparse.Namespace) -> int:
         overrides=args.opts,
         flags=[] if args.image_share is None else ["--image-share", str(args.image_share)],
         machines=args.num_machines,
-        torchrun=args.launcher == "torchrun",
     )
-    submit = submitter(args, plan.on_gpu)
+    where = places(args, plan.on_gpu, plan.runs())
     if args.dry_run:
         plan.print_commands()
         return 0
-    gpus = (args.gpus or visible_gpus()) if plan.on_gpu and not submit else []
-    everything = sum(run.ranks for run in plan.runs()) if submit else 0
-    jobs = args.jobs or everything or len(gpus) or os.cpu_count() or 1
-    return compare(plan, jobs, gpus, submit)
+    return compare(plan, **where)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,5 +188,4 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.split and args.num_gpus > 1:
         parser.error("--split says how many processes a run has: leave out --num-gpus")
-    stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
-    return guarded("compare", lambda: run(args), stopped)
+    return guarded("compare", lambda: run(args), watching=args.submit == "slurm")

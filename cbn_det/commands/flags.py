@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..run.arguments import add_datasets
 from ..study.plan import Run
 from ..study.recipes import RECIPES
-from ..study.runner import Active
+from ..study.runner import Active, visible_gpus
 
 SET_BY_THE_TOOL = {"nodes", "ntasks-per-node", "signal", "output", "error", "requeue", "job-name"}
 
@@ -100,6 +101,23 @@ def add_places(parser: argparse.ArgumentParser) -> None:
         help="options of sbatch; time=MINUTES is needed, partition, account, qos, mem, gres, "
         "cpus-per-task, constraint and all others may be given",
     )
+
+
+def places(args: argparse.Namespace, on_gpu: bool, runs: Sequence[Run]) -> dict[str, Any]:
+    """``jobs``, ``gpus`` and ``submit`` of :func:`~cbn_det.study.runner.run_all`, of the flags of
+    :func:`add_places`.
+
+    Args:
+        on_gpu: whether the runs ask for a GPU.
+
+    Raises:
+        RuntimeError, ValueError: see :func:`submitter`.
+    """
+    submit = submitter(args, on_gpu)
+    gpus = (args.gpus or visible_gpus()) if on_gpu and not submit else []
+    everything = sum(run.ranks for run in runs) if submit else 0
+    jobs = args.jobs or everything or len(gpus) or os.cpu_count() or 1
+    return {"jobs": jobs, "gpus": gpus, "submit": submit}
 
 
 def submitter(args: argparse.Namespace, on_gpu: bool) -> Callable[[Run], Active] | None:

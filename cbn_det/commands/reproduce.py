@@ -36,19 +36,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from ..cli import typed_words
+from ..cli import join, typed_words
 from ..run.arguments import add_datasets
 from ..run.files import write_text
-from ..shell import join
-from ..study.compare import STOPPED, STOPPED_WATCHING, guarded
-from ..study.processes import HOME
+from ..study.compare import exit_code, guarded
+from ..study.processes import HOME, interruptible, locked
 from ..study.published import TABLES
 from ..study.reproduce import Reproduction, table_named
 from ..study.reproduce_report import LEGEND, checks_text, document, overview, table_text
-from ..study.reproduce_run import run_rows
-from .flags import add_opts, add_places, positive, submitter
+from ..study.runner import run_all
+from .flags import add_opts, add_places, places, positive
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -118,8 +118,12 @@ def reproduce(args: argparse.Namespace) -> int:
     print(checks_text(reproduction, tables))
     code = 0
     if args.run:
-        submit = submitter(args, reproduction.on_gpu(chosen))
-        code = run_rows(reproduction, chosen, runs, args.jobs, args.gpus, submit)
+        where = places(args, reproduction.on_gpu(chosen), runs)
+        with ExitStack() as held:
+            for name in dict.fromkeys(row.table.name for row in chosen):
+                held.enter_context(locked(args.output / name))
+            held.enter_context(interruptible())
+            code = exit_code(run_all(runs, **where))
         print(f"\n{checks_text(reproduction, tables)}")
     for table in tables:
         print(table_text(reproduction, table, rows[table.name]))
@@ -143,5 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TABLE is missing: --list shows the tables")
     if args.precise_bn_iters < 0:
         parser.error("--precise-bn-iters is 0 or more")
-    stopped = STOPPED_WATCHING if args.submit == "slurm" else STOPPED
-    return guarded("reproduce", lambda: reproduce(args), stopped)
+    return guarded("reproduce", lambda: reproduce(args), watching=args.submit == "slurm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -14,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.coco_folder import disk_of
 from ..data.findings import NOTE, OK, PROBLEM, Finding
-from ..data.progress import shown
 from ..deploy import fold
 from ..norms import kn_chain, memory_state_dict, norm_rows, resolve_burn_in
 from ..norms.binding import ConvBound
 from ..norms.spec import name_of
+from ..progress import shown
 from ..run.errors import one_line
-from ..run.folder import read_result
+from ..run.files import read_result
 from ..run.measure import peak_memory_mb, reset_peak_memory
 from ..run.nonfinite import Diverged
 from ..run.trial import Trial
@@ -165,8 +165,10 @@ def _disk(trial: Trial, model: nn.Module) -> Iterator[Finding]:
     state = [model.state_dict(), trial.optimizer.state_dict(), memory_state_dict(model)]
     number = solver.MAX_ITER // solver.CHECKPOINT_PERIOD + 1
     size = _bytes(state) / 1e6
-    place, free_bytes = disk_of(output)
-    free = free_bytes / 1e6
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e6
     text = (
         f"disk: checkpoints are {number} x {size:.4g} MB = {number * size / 1e3:.1f} GB, and"
         f" {free / 1e3:.1f} GB are free for '{output}'"

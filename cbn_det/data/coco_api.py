@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fvcore.common.config import CfgNode
 from pycocotools.coco import COCO
+
+_LIMIT = 100  # of COCO: more predictions of an image and a category do not count
+_NO_LIMIT = 10**6
 
 
 def open_coco(path: str | os.PathLike[str]) -> COCO:
@@ -39,3 +45,16 @@ def mask_of(coco: COCO, annotation: dict[str, Any]) -> np.ndarray:
     if isinstance(shape, list):
         shape = whole_polygons(shape)
     return coco.annToMask({**annotation, "segmentation": shape})
+
+
+def class_names(annotations: str | os.PathLike[str]) -> list[str]:
+    """Of a COCO file, in the order of the category ids."""
+    categories = json.loads(Path(annotations).read_text(encoding="utf-8"))["categories"]
+    return [one["name"] for one in sorted(categories, key=lambda one: one["id"])]
+
+
+def detections_counted(cfg: CfgNode) -> int:
+    """How many predictions of an image count: as many as ``TEST.DETECTIONS_PER_IMAGE`` allows, and
+    COCO's 100 where that is less, as then all do."""
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    return _NO_LIMIT if most < 0 else max(_LIMIT, most)

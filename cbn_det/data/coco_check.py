@@ -79,7 +79,6 @@ def check_coco(
     masks: bool = False,
     for_training: bool = True,
     for_evaluation: bool = True,
-    decode: int = 5000,
     reader: str | None = None,
 ) -> CocoReport:
     """
@@ -92,8 +91,6 @@ def check_coco(
         for_training: a set without any object is refused.
         for_evaluation: ``area`` and ``iscrowd``, which pycocotools reads, must be there, and a set
             in which nothing counts is refused.
-        decode: at most this many images are read and decoded completely (evenly spaced over the
-            set where it has more). That each file exists is checked for all.
         reader: who reads the images in training: "detectron2", "pillow" (the standalone engine), or
             None where that is not known: what only detectron2 reads wrongly is a warning then.
 
@@ -112,7 +109,7 @@ def check_coco(
     has_rle_masks = check_masks(
         anns, file.images, findings, masks=masks, for_evaluation=for_evaluation
     )
-    num_decoded = check_images(images, file.images, findings, decode=decode, reader=reader)
+    num_decoded = check_images(images, file.images, findings, reader)
     if findings.refused:
         raise DataError("\n".join(f"{annotations}: {line}" for line in findings.refused))
     objects = [a for a in anns if not a.get("iscrowd")]

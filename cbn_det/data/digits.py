@@ -16,8 +16,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from iopath.common.file_io import file_lock
 from PIL import Image
-from tqdm import tqdm
 
+from ..progress import shown
 from .findings import DataError
 
 DIGITS_NAMES = ("digits_train", "digits_val")
@@ -155,7 +155,7 @@ def _write_split(
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
-    for i in tqdm(range(num_images), desc=f"writing digits_{split}", unit="image", mininterval=1):
+    for i in shown(range(num_images), f"writing digits_{split}"):
         rng = np.random.default_rng([SEED, _SPLITS.index(split), i])
         pixels, instances = _compose(rng, digits, labels)
         file_name = f"{i + 1:06d}.png"

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from ..progress import shown
 from .findings import Findings
-from .progress import shown
 
 # What Pillow raises for a file that it cannot read or decode.
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -25,6 +25,9 @@ DETECTRON2, PILLOW = "detectron2", "pillow"
 # Others are of 16 bits: I;16, I;16B, ... Older versions of Pillow have mode I for these, too.
 _MODES = {"F": "32-bit float", "I": "integers of 16 or 32 bits"}
 
+#: images that are read and decoded completely, evenly spaced over the set; that each file exists
+#: is checked for all
+MOST_DECODED = 5000
 _MOST_FOLDERS = 20  # that are looked into for a file which is not where it should be
 
 
@@ -52,18 +55,12 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def check_images(
-    folder: Path,
-    images: dict[Any, dict],
-    findings: Findings,
-    *,
-    decode: int,
-    reader: str | None = None,
+    folder: Path, images: dict[Any, dict], findings: Findings, reader: str | None = None
 ) -> int:
     """
     Args:
         folder: that the ``file_name`` of each image is relative to.
         images: entries with ``file_name``, ``width`` and ``height``, by id.
-        decode: at most this many are decoded, evenly spaced.
         reader: :data:`DETECTRON2`, :data:`PILLOW`, or None where that is not known.
 
     Returns:
@@ -73,8 +70,8 @@ def check_images(
         findings.refuse(f"image folder '{folder}' does not exist: check the path")
         return 0
     present = _check_names(folder, images, findings)
-    if len(present) > decode:
-        present = [present[i] for i in np.linspace(0, len(present) - 1, decode).astype(int)]
+    if len(present) > MOST_DECODED:
+        present = [present[i] for i in np.linspace(0, len(present) - 1, MOST_DECODED).astype(int)]
     broken, turned, wrong_size = [], [], []
     for record in shown(present, f"decoding images of {folder}"):
         label = f"image {record['id']} '{record['file_name']}'"

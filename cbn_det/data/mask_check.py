@@ -11,9 +11,9 @@ from operator import mul
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ..progress import shown
 from .coco_api import whole_polygons
 from .findings import Findings, are_finite
-from .progress import shown
 
 # A box drawn by hand around a mask drawn by hand differs a little, one around all of a half hidden
 # object more: a warning is for other boxes, a refusal for sets most of whose boxes are others.

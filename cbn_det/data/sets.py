@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from ..progress import shown
 from .coco_check import CocoReport, check_coco, naming
 from .findings import NOTE, OK, PROBLEM, DataError, Finding
-from .progress import shown
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +162,14 @@ def without_training_object(train: Sequence[CocoReport]) -> str | None:
 
 
 def check_own_sets(
-    train: Sequence[Files], test: Sequence[Files], *, masks: bool, decode: int
+    train: Sequence[Files], test: Sequence[Files], *, masks: bool
 ) -> Generator[Finding, None, list[CocoReport]]:
     """
     Checks each set, whether their classes are the same, and whether images are in both.
 
     Args:
         train, test: the sets of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        masks, decode: of :func:`~cbn_det.data.check_coco`.
+        masks: of :func:`~cbn_det.data.check_coco`.
 
     Returns:
         the report of each set that can be used.
@@ -183,7 +183,6 @@ def check_own_sets(
                 masks=masks,
                 for_training=files in train,
                 for_evaluation=files in test,
-                decode=decode,
             )
         except DataError as error:
             for line in str(error).splitlines():

@@ -24,8 +24,8 @@ from ..data import (
     names_in_use,
     write_digits,
 )
+from ..data.coco_api import class_names
 from ..data.image_check import DETECTRON2
-from ..data.pictures import class_names
 
 # The key that each of detectron2's own detectors reads its number of classes from. The others
 # (ProposalNetwork, SemanticSegmentor, PanopticDeepLab, a user's own) are not checked.

@@ -20,8 +20,8 @@ from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..run import folder as run_folder
-from ..run.errors import ConfigError, one_line
-from ..run.job import STOPPED, USAGE
+from ..run.errors import STOPPED, USAGE, ConfigError, one_line
+from ..run.files import read_result
 from ..run.measure import usable_cores
 from ..run.trial import Trial
 from . import job
@@ -47,7 +47,7 @@ def launch(args: argparse.Namespace) -> int:
     if death:
         print(f"error: {death}", file=sys.stderr)
         folder = Path(cfg.OUTPUT_DIR)
-        if not args.eval_only and run_folder.read_result(folder) is None:
+        if not args.eval_only and read_result(folder) is None:
             result = job.describe_run(cfg, args, layout.world_size)
             run_folder.write_result(folder, {**result, "message": death})
     return code

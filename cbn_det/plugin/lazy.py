@@ -29,8 +29,7 @@ from torch import nn
 from ..config_files import find_config
 from ..norms import find_chain_at_call, format_norm_table, norm_rows
 from ..run.command_line import usable_device
-from ..run.errors import ConfigError, one_line
-from ..run.job import USAGE
+from ..run.errors import USAGE, ConfigError, one_line
 from .checkpointer import AtomicCheckpointer
 from .launch import is_first, read_layout, run_processes
 from .norm_hook import NormHook

@@ -20,6 +20,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from ..data.coco_api import detections_counted, number_annotations
 from ..norms import (
     DoubleForward,
     check_bindings,
@@ -28,7 +29,6 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.coco_evaluation import detections_counted, number_annotations
 from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests

@@ -16,7 +16,7 @@ from torch import nn
 from ..norms import load_memory_state_dict, memory_state_dict, norm_rows, resolve_burn_in
 from ..norms.freeze import freeze_layers, frozen_layers
 from .errors import ConfigError
-from .files import replace_file
+from .files import replace_file, write_text
 
 # a resumed training is the same whatever these are
 _INDIFFERENT = ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE")
@@ -46,10 +46,7 @@ class AtomicSave:
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        replace_file(
-            Path(self.save_dir) / "last_checkpoint",
-            lambda file: file.write(last_filename_basename.encode()),
-        )
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
 
 def norm_state(model: nn.Module) -> dict[str, Any]:

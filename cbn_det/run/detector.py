@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data import image_check
 from .errors import ConfigError, one_line
-from .folder import read_result
+from .files import read_result
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 

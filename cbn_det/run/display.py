@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from tabulate import tabulate
 
-from ..data.pictures import write_pictures, write_worst_images
+from ..data.scenes import Scenes, write_pictures
+from ..data.worst_images import write_worst_images
 from .folder import PREDICTIONS, WORST_IMAGES
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,10 @@ def write_all_pictures(output: Path, annotations: Path, images: Path, trainer: A
         annotations, images: COCO file and image folder of the set.
         trainer: with its ``iter``; None after an evaluation on its own.
     """
-    files = (output / PREDICTIONS, annotations, images)
-    pictures = write_pictures(*files, output / "pictures")
+    scenes = Scenes(output / PREDICTIONS, annotations, images)
+    pictures = write_pictures(scenes, output / "pictures")
     if trainer is None:
-        worst = write_worst_images(*files, output / WORST_IMAGES)
+        worst = write_worst_images(scenes, output / WORST_IMAGES)
         if worst:
             logger.info(f"the {len(worst)} images with the lowest F1: {output / WORST_IMAGES}")
         return

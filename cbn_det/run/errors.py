@@ -1,4 +1,9 @@
-"""Mistakes of the user, told in one line."""
+"""Mistakes of the user, told in one line, and exit codes.
+
+0 finished, 1 crashed or failed, 2 refused, 3 diverged; 130 is what shells give to Ctrl-C.
+"""
+
+OK, CRASHED, USAGE, NOT_FINITE, STOPPED = 0, 1, 2, 3, 130
 
 
 class ConfigError(ValueError):

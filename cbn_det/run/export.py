@@ -18,7 +18,7 @@ from torch import Tensor
 from ..deploy import Deployment, fold
 from .detector import Detector, read_rgb
 from .errors import ConfigError, one_line
-from .files import replace_file
+from .files import replace_file, write_text
 from .folder import PREDICTIONS
 
 #: largest difference of an output: of boxes relative to the image's longest side, else absolute
@@ -65,7 +65,7 @@ def export(
             report, files = _write_graph(detector, format, output, inputs)
         described = output / "model.json"
         text = json.dumps(_describe(detector, format), indent=2, ensure_ascii=False) + "\n"
-        replace_file(described, lambda file: file.write(text.encode()))
+        write_text(described, text)
     except BaseException:
         shutil.rmtree(output)
         raise
@@ -76,7 +76,7 @@ def _write_graph(
     detector: Detector, format: str, output: Path, inputs: list[Tensor]
 ) -> tuple[Deployment, list[Path]]:
     folded = copy.deepcopy(detector.model)
-    report = fold(folded, partly=True)
+    report = fold(folded)
     with torch.no_grad():
         traced = detector.traceable(inputs[0])
         trained = [traced(image) for image in inputs]

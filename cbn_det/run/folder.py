@@ -17,12 +17,11 @@ import torchvision
 from fvcore.common.config import CfgNode
 
 from .. import __version__
-from .files import replace_file
+from .files import RESULT, read_result, write_text
 from .measure import machine
 
 logger = logging.getLogger(__name__)
 
-RESULT = "result.json"
 CONFIG = "config.yaml"
 PREDICTIONS = "coco_instances_results.json"
 #: folder of ``--eval-only``: of an earlier checkpoint than the last, or while training goes on
@@ -138,15 +137,7 @@ def start_evaluation(folder: Path) -> None:
 def write_config(folder: Path, cfg: CfgNode) -> None:
     """Writes ``config.yaml``."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / CONFIG, lambda file: file.write(cfg.dump().encode("utf-8")))
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The folder's ``result.json``, or None."""
-    try:
-        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    write_text(folder / CONFIG, cfg.dump())
 
 
 def result_stamp(folder: Path) -> tuple[int, int] | None:
@@ -162,7 +153,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes ``result.json``; numbers that are not finite become null."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False)
-    replace_file(folder / RESULT, lambda file: file.write(text.encode("utf-8")))
+    write_text(folder / RESULT, text)
 
 
 def keep_training_facts(result: dict[str, Any], folder: Path) -> None:

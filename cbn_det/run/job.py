@@ -19,13 +19,13 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..data import CocoReport
-from ..data.pictures import class_names
+from ..data.coco_api import class_names
 from ..norms import image_share
 from ..norms.freeze import with_freeze
 from . import folder as run_folder
 from .display import class_table, write_all_pictures
-from .errors import ConfigError, one_line
-from .files import remove_parts
+from .errors import CRASHED, NOT_FINITE, OK, STOPPED, USAGE, ConfigError, one_line
+from .files import RESULT, read_result, remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
 from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
@@ -33,9 +33,6 @@ from .precise_bn import kept_statistics, recompute_statistics
 from .signals import Interrupted, sigterm_interrupts
 
 logger = logging.getLogger(__name__)
-
-#: exit codes of a run; 130 is what shells give to Ctrl-C
-OK, CRASHED, USAGE, NOT_FINITE, STOPPED = 0, 1, 2, 3, 130
 
 T = TypeVar("T")
 
@@ -213,7 +210,7 @@ class Job(ABC):
             if self.args.image_share == "auto" and not self._training_is_known:
                 raise ConfigError(
                     "--image-share auto: the images per GPU of the training are not known, as"
-                    f" {self.folder / run_folder.RESULT} is not of a training; give a number"
+                    f" {self.folder / RESULT} is not of a training; give a number"
                 )
             if self.args.eval_only:
                 model = built(self.build_trained)
@@ -292,7 +289,7 @@ class Job(ABC):
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
             run_folder.write_result(self.output, self.result)
-            logger.info(f"{self.result['status']}: {self.output / run_folder.RESULT}")
+            logger.info(f"{self.result['status']}: {self.output / RESULT}")
         return self.gather(code)[0]  # the others wait here
 
     def _measure(self, model: nn.Module) -> None:
@@ -333,13 +330,13 @@ class Job(ABC):
         found = run_folder.result_stamp(self.folder)
         if self.args.eval_only or found in (None, self._earlier):
             self._write_failure(status, message)
-        elif run_folder.read_result(self.folder)["status"] == DIVERGED:
+        elif read_result(self.folder)["status"] == DIVERGED:
             return NOT_FINITE
         return code
 
     def _write_failure(self, status: str, message: str, prefix: str = "") -> None:
         print(f"{prefix}{message}", file=sys.stderr, flush=True)
-        earlier = None if self._started else run_folder.read_result(self.folder)
+        earlier = None if self._started else read_result(self.folder)
         if self.args.eval_only or (earlier and earlier["status"] == FINISHED):
             return  # what training left in the folder stays valid
         if self.trainer is not None:

@@ -60,7 +60,7 @@ class StandaloneDetector(Detector):
 
     def write_plain(self, folder: Path, images: list[Tensor]) -> tuple[Any, list[Path]]:
         expected = _of_each(images, self.model)
-        report = fold(self.model, partly=True)
+        report = fold(self.model)
         plain = plain_torchvision(self.model).cpu()
         path = folder / "model.pth"
         replace_file(path, lambda file: torch.save(plain, file))

@@ -18,8 +18,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from ..data.progress import shown
-from ..run.coco_evaluation import detections_counted
+from ..data.coco_api import detections_counted
+from ..progress import shown
 from ..run.files import replace_file
 from ..run.folder import PREDICTIONS
 from .datasets import DetectionDataset

@@ -12,8 +12,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from ..run.command_line import check_run
-from ..run.errors import ConfigError, one_line
-from ..run.job import USAGE
+from ..run.errors import USAGE, ConfigError, one_line
 from ..run.trial import Trial
 from .config import read_config
 from .job import StandaloneJob

@@ -7,25 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from ..cli import typed_words
-from ..shell import join
+from ..cli import join, typed_words
+from ..progress import say
+from ..run.errors import CRASHED, OK, STOPPED, USAGE
 from .backbone import extract_backbone
 from .plan import Plan, Run, backbone_file
 from .processes import interruptible, locked
-from .progress import say
 from .report import Comparison
-from .results import reason_of
 from .runner import Active, Outcome, run_all
 
-EXIT_FAILED = 1
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
-
-STOPPED = (
+_ENDED = (
     "\nStopped; every started run was ended. The same command goes on from here: finished runs are "
     "kept, interrupted ones resume from their last checkpoint."
 )
-STOPPED_WATCHING = (
+_WATCHED = (
     "\nStopped watching; submitted jobs go on (squeue shows them, scancel ends them). The same "
     "command finds them again: finished runs are kept, jobs that are gone are submitted anew."
 )
@@ -79,7 +74,7 @@ def train(
     with locked(plan.output), interruptible():
         if pretrain:
             say(f"training the backbone, once for all, with the {plan.engine} engine")
-            result = run_all([pretrain], 1, announce, gpus=gpus, submit=submit)[0].result
+            result = run_all([pretrain], 1, gpus, submit)[0].result
             if result.get("status") != "finished":
                 why = f"the backbone's training {result.get('status')}: {result.get('message')}"
                 return [Outcome(run, {"status": "failed", "message": why}) for run in runs]
@@ -91,31 +86,19 @@ def train(
             f"{len(runs)} run{'s' * (len(runs) > 1)}, up to {at_a_time} at a time"
             f"{' on GPU ' * bool(gpus)}{' '.join(gpus)}, in {plan.output / 'runs'}"
         )
-        return run_all(runs, jobs, announce, gpus=gpus, submit=submit)
+        return run_all(runs, jobs, gpus, submit)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """1 where a run failed; a diverged one is a result."""
-    return EXIT_FAILED if any(o.result.get("status") == "failed" for o in outcomes) else 0
+    return CRASHED if any(o.result.get("status") == "failed" for o in outcomes) else OK
 
 
-def announce(outcome: Outcome) -> None:
-    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
-    boxes = (result.get("results") or {}).get("bbox") or {}
-    if result.get("status") != "finished":
-        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
-    elif boxes.get("AP") is not None:
-        text = f"finished{kept} AP {boxes['AP']:.1f}"
-    else:
-        text = f"finished{kept} without AP"
-    say(f"{outcome.run.label}: {text}")
-
-
-def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int:
+def guarded(tool: str, action: Callable[[], int], watching: bool = False) -> int:
     """Call `action`; what a user can mend becomes one line on stderr and an exit code.
 
     Args:
-        stopped: printed after Ctrl-C.
+        watching: jobs elsewhere go on after Ctrl-C.
 
     Returns:
         what `action` returns; 1 for a full disk and other trouble with files, 2 for settings that
@@ -124,20 +107,20 @@ def guarded(tool: str, action: Callable[[], int], stopped: str = STOPPED) -> int
     try:
         return action()
     except KeyboardInterrupt:
-        print(stopped, flush=True)
-        return EXIT_INTERRUPTED
+        print(_WATCHED if watching else _ENDED, flush=True)
+        return STOPPED
     except FileNotFoundError as error:
         print(f"{tool}: there is no file {error.filename}", file=sys.stderr)
-        return EXIT_REFUSED
+        return USAGE
     except OSError as error:
         print(f"{tool}: {_advice(error)}", file=sys.stderr)
-        return EXIT_FAILED
+        return CRASHED
     except ModuleNotFoundError:  # the command says what to install
         raise
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"{tool}: {error}", file=sys.stderr)
         # The data room wraps an OSError into words of its own.
-        return EXIT_FAILED if isinstance(error.__cause__, OSError) else EXIT_REFUSED
+        return CRASHED if isinstance(error.__cause__, OSError) else USAGE
 
 
 def _advice(error: OSError) -> str:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .plan import Run
-from .results import Row, read_lines
+from .results import Measured, read_lines
 from .tables import by_split, in_words
 
 # Okabe and Ito's palette, without black: told apart by colour-blind readers, in print, and on dark
@@ -79,9 +79,9 @@ def ap_curves(results: list[tuple[Run, dict]]) -> Figure | None:
     return _draw_curves(results, curves, "box AP", marker="o")
 
 
-def final_ap(rows: list[Row]) -> Figure | None:
+def final_ap(rows: list[Measured]) -> Figure | None:
     """Bars for each norm, one panel a split; None where no row has an AP."""
-    groups = by_split([row for row in rows if row.number()])
+    groups = by_split([row for row in rows if row.ap()])
     if not groups:
         return None
     colour = colours([row.norm for row in rows])
@@ -91,14 +91,14 @@ def final_ap(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def ap_over_images(rows: list[Row]) -> Figure | None:
+def ap_over_images(rows: list[Measured]) -> Figure | None:
     """Lines over images per GPU for each norm; None where they do not vary.
 
     A panel is a total batch that was split in several ways, or a world size that had several
     numbers of images: there the total batch grows with them.
     """
-    known = [row for row in rows if row.number()]
-    groups: dict[str, list[Row]] = {}
+    known = [row for row in rows if row.ap()]
+    groups: dict[str, list[Measured]] = {}
     for total in sorted({row.split.total for row in known}):
         groups[f"total batch {total}"] = [row for row in known if row.split.total == total]
     for ranks in sorted({row.split.ranks for row in known}):
@@ -160,11 +160,11 @@ def _draw_curves(
     return figure
 
 
-def _draw_bars(axes: Axes, rows: list[Row], colour: dict[str, str]) -> None:
+def _draw_bars(axes: Axes, rows: list[Measured], colour: dict[str, str]) -> None:
     many = len(rows) > MANY
     hatched = ""
     for place, row in enumerate(rows):
-        plain, precise = row.number(), row.number(column="AP, PreciseBN")
+        plain, precise = row.ap(), row.ap(column="AP, PreciseBN")
         style = {"capsize": 3, "ecolor": "#808080", "edgecolor": colour[row.norm]}
         left = place - 0.2 if precise else place
         bars = [axes.bar(left, plain.mean, 0.4, yerr=plain.std, color=colour[row.norm], **style)]
@@ -181,11 +181,11 @@ def _draw_bars(axes: Axes, rows: list[Row], colour: dict[str, str]) -> None:
     axes.grid(False, axis="x")
 
 
-def _draw_lines(axes: Axes, rows: list[Row], colour: dict[str, str]) -> None:
+def _draw_lines(axes: Axes, rows: list[Measured], colour: dict[str, str]) -> None:
     for norm in dict.fromkeys(row.norm for row in rows):
         points = sorted((r for r in rows if r.norm == norm), key=lambda row: row.split.images)
         for column, style in (("AP", "-"), ("AP, PreciseBN", ":")):
-            known = [(p.split.images, s) for p in points if (s := p.number(column=column))]
+            known = [(p.split.images, s) for p in points if (s := p.ap(column=column))]
             if known:
                 axes.errorbar(
                     [images for images, _ in known],

@@ -11,11 +11,11 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
+from ..cli import join
 from ..coco_sets import check_coco_sets
-from ..engines import ENGINES
-from ..shell import join
 from .recipes import (
     RECIPES,
     batch,
@@ -100,11 +100,10 @@ class Plan:
         overrides: KEY VALUE pairs of the config, for every compared run.
         flags: further arguments of the launcher, for every compared run.
         machines: how many machines the ranks of a run are spread over.
-        torchrun: whether torchrun starts the processes of a run, not the launcher itself.
         launcher: how a run is started.
 
     Raises:
-        ValueError: an unknown engine or site, an engine that cannot run a split, ranks that the
+        ValueError: an unknown site, an engine that cannot run a split, ranks that the
             machines cannot share, an override of what the plan sets, or a data set that is missing
             or not used.
     """
@@ -124,13 +123,9 @@ class Plan:
     flags: list[str] = field(default_factory=list)
     sites: list[str] | None = None
     machines: int = 1
-    torchrun: bool = False
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
-        known = [name for name in ENGINES if name != "auto"]
-        if self.engine not in known:
-            raise ValueError(f"engine {self.engine!r}: known are {', '.join(known)}")
         wide = [str(split) for split in self.splits if split.ranks > 1]
         if wide and self.engine == "standalone":
             raise ValueError(
@@ -207,7 +202,7 @@ class Plan:
                     options = [
                         *(["--precise-bn-iters", str(self.precise_bn)] if self.precise_bn else []),
                         *self.flags,
-                        *self._datasets(),
+                        *dataset_words(self.datasets),
                         *self._norm_words(norm),
                         *batch(config, split.ranks, split.images, self.iterations),
                         *("SEED", str(seed)),
@@ -241,30 +236,29 @@ class Plan:
         config = self.config_of(norm) if self.config is not None else None
         return norm_words(norm_keys(config, self.recipe, self.engine, self.sites), norm)
 
-    def _datasets(self) -> list[str]:
-        return [word for triple in self.datasets for word in ("--coco-dataset", *triple)]
-
     def _run(self, label: str, config: Path, ranks: int, options: list[str], **extra) -> Run:
         # The folder's place and how the processes are started are no part of what a run is; the
         # configs' contents and our version are.
         place = str(self.output)
         identity = [*config_texts(config), __version__, self.engine, str(ranks)]
         identity += [option.replace(place, "") for option in options]
-        signature = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.=x-]+", "_", label).strip("_")
-        folder = self.output / "runs" / f"{slug}-{signature}"
-        head = self._head(config, ranks)
-        command = (*head, *options, "OUTPUT_DIR", str(folder))
+        folder = self.output / "runs" / f"{slug}-{signature(identity)}"
+        head = (*self.launcher, "--config-file", str(config), "--engine", self.engine)
+        gpus = ("--num-gpus", str(max(1, ranks // self.machines)))
+        command = (*head, *gpus, *options, "OUTPUT_DIR", str(folder))
         return Run(label, folder, command, ranks, **extra)
 
-    def _head(self, config: Path, ranks: int) -> list[str]:
-        """The command line up to the options that are part of what a run is."""
-        what = ["--config-file", str(config), "--engine", self.engine]
-        if not self.torchrun or ranks == 1:
-            return [*self.launcher, *what, "--num-gpus", str(max(1, ranks // self.machines))]
-        python, *script = self.launcher
-        torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
-        return [*torchrun, "--nproc-per-node", str(ranks), *script, *what]
+
+def dataset_words(datasets: list[list[str]]) -> list[str]:
+    """``--coco-dataset`` for (name, annotations, images) triples."""
+    return [word for triple in datasets for word in ("--coco-dataset", *triple)]
+
+
+def signature(identity: Any) -> str:
+    """Tells runs apart by what makes them what they are, in the names of their folders."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def backbone_file(pretrain: Run) -> Path:

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..run.errors import USAGE
+from ..run.files import RESULT, read_result
 from .plan import Run
-from .results import read_result
 
 CHILD = (sys.executable, "-m", "cbn_det.study.child")
-EXIT_USAGE = 2  # of the launcher, where it left no result.json
 # Where a run that failed says why: a traceback fits in.
 LAST_LINES = 60
 # The last is what torch.save says of it.
@@ -98,7 +98,7 @@ class Process:
         code = self._process.returncode
         if code < 0:
             return result_of(self._run, f"killed by {signal.Signals(-code).name}")
-        what = "refused" if code == EXIT_USAGE else "crashed"
+        what = "refused" if code == USAGE else "crashed"
         return result_of(self._run, f"{what} (exit code {code})")
 
     def stop(self) -> bool:
@@ -153,7 +153,7 @@ def interruptible() -> Iterator[None]:
 def prepare_folder(run: Run) -> None:
     """Make a run's folder ready for an attempt, which writes a result of its own."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "result.json").unlink(missing_ok=True)
+    (run.folder / RESULT).unlink(missing_ok=True)
 
 
 def result_of(run: Run, ending: str) -> dict:

@@ -11,17 +11,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..cli import join
 from ..run.files import write_text
-from ..shell import join
 from . import figures, tables
 from .plan import Plan, Run
-from .results import make_rows
+from .results import AP_COLUMNS, TASKS, Measured, make_rows
 from .runner import Outcome
 
 TEMPLATE = "report.html.jinja"
@@ -100,7 +101,7 @@ class Comparison:
         summary = {
             "engine": self.plan.engine,
             "command": self.command,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": [_summary(row) for row in self.rows],
             "runs": [dataclasses.asdict(run) | {"result": result} for run, result in self.results],
         }
         return [
@@ -140,13 +141,29 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
             for caption, figure in drawn
         ],
         scenes=_scenes(comparison),
-        machines=tables.machines(results),
-        versions=tables.versions(results),
+        machines=tables.machines([result for _, result in results]),
+        versions=tables.versions([result for _, result in results]),
         runs=[(run, _run_facts(run, result), result) for run, result in results],
         commands=[(run.label, join(run.command)) for run, _ in results],
         colours=figures.colours([row.norm for row in rows]),
         words=tables.in_words,
     )
+
+
+def _summary(row: Measured) -> dict[str, Any]:
+    spreads = {task: {c: row.ap(task, c) for c in AP_COLUMNS} for task in TASKS}
+    return {
+        "norm": row.norm,
+        "split": dataclasses.asdict(row.split),
+        "status": row.status,
+        "reasons": row.reasons,
+        "ap": {
+            task: {column: one and dataclasses.asdict(one) for column, one in columns.items()}
+            for task, columns in spreads.items()
+        },
+        "gains": row.gains,
+        "cost": {key: row.cost(key) for key, *_ in tables.COSTS.values()},
+    }
 
 
 def _headline(plan: Plan) -> str:

@@ -8,18 +8,17 @@ that train with what they remember: of a step that is several mini-batches then 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cbn_det.config_files import CONFIGS
-from cbn_det.study.plan import LAUNCHER, Run
-from cbn_det.study.published import TABLES, Published, Table
-from cbn_det.study.recipes import device, read_yaml, schedule
-from cbn_det.study.results import TASKS, Spread, metrics_with_truth, read_result, spread_of
+from ..config_files import CONFIGS
+from ..run.files import read_result
+from .plan import LAUNCHER, Run, Split, dataset_words, signature
+from .published import TABLES, Published, Table
+from .recipes import device, read_yaml, schedule
+from .results import TASKS, Measured, metrics_with_truth, reason_of
 
 COCO_TABLES = CONFIGS / "coco"
 #: norms that differences are taken to, where a table has them
@@ -28,6 +27,7 @@ _CBN = ("cbn", "cbn_naive", "cbn_as_released")
 _ORDER = (*BASELINES, "gn+ws", "brn", *_CBN, "kn", "gkn", "mbn", "bgn")
 #: norms that train with what they remember of earlier steps
 _REMEMBERING = ("brn", *_CBN, "mbn")
+NOT_FINISHED = {"status": "not finished", "message": "it runs, or was interrupted"}
 _SET_HERE = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SEED", "OUTPUT_DIR")
 
 
@@ -94,29 +94,10 @@ class Row:
         return found
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the runs of a row have left so far.
-
-    Attributes:
-        results: of the finished runs, one a seed, however many GPUs they ran on.
-        states: of the others: "not finished", "failed: ...", "diverged: ...".
-        asked: tasks and metrics that the table's data have objects for.
-    """
-
-    results: list[dict]
-    states: list[str]
-    asked: set[tuple[str, str]]
-
-    def ap(self, task: str, metric: str = "AP", source: str = "results") -> Spread | None:
-        """Over the seeds that finished; None where there is no such number."""
-        return spread_of(self.results, source, task, metric, self.asked)
-
-    @property
-    def splits(self) -> list[tuple[int, int]]:
-        """(GPUs, accumulated mini-batches) of the finished runs."""
-        found = ((one["world_size"], one.get("accumulate") or 1) for one in self.results)
-        return list(dict.fromkeys(found))
+def layouts(measured: Measured) -> list[tuple[int, int]]:
+    """(GPUs, accumulated mini-batches) of the finished runs of a row."""
+    found = ((one["world_size"], one.get("accumulate") or 1) for one in measured.finished)
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -213,26 +194,26 @@ class Reproduction:
         return row.departures(*self._split(row))
 
     def measured(self, table: Table) -> dict[str, Measured]:
-        """By row name."""
-        left = {row.name: self._left(row) for row in self.rows(table)}
-        asked = metrics_with_truth(result for finished, _ in left.values() for result in finished)
-        return {name: Measured(*both, asked) for name, both in left.items()}
+        """What runs have left so far by row name, however many GPUs they ran on."""
+        left = [(row, self._results(row)) for row in self.rows(table)]
+        asked = metrics_with_truth(result for _, results in left for result in results)
+        measured = {}
+        for row, results in left:
+            split = Split(row.gpus, row.images)
+            known = measured[row.name] = Measured(row.norm, split, [], [], asked)
+            for result in results:
+                if result.get("status") != "finished":
+                    known.reasons.append(reason_of(result))
+                elif result.get("images_per_gpu") != row.images:
+                    why = f"trained at {result.get('images_per_gpu')} images per GPU"
+                    known.reasons.append(why)
+                else:
+                    known.finished.append(result)
+        return measured
 
-    def _left(self, row: Row) -> tuple[list[dict], list[str]]:
-        """The results of a row's finished runs, and the states of the others."""
-        finished, states = [], []
-        pattern = f"{row.name}_seed*-{self._hash(row)}"
-        for folder in sorted((self.output / row.table.name).glob(pattern)):
-            result = read_result(folder)
-            if result is None:
-                states.append("not finished")
-            elif result.get("status") != "finished":
-                states.append(f"{result.get('status')}: {result.get('message')}")
-            elif result.get("images_per_gpu") != row.images:
-                states.append(f"trained at {result.get('images_per_gpu')} images per GPU")
-            else:
-                finished.append(result)
-        return finished, states
+    def _results(self, row: Row) -> list[dict]:
+        folders = (self.output / row.table.name).glob(f"{row.name}_seed*-{self._hash(row)}")
+        return [read_result(folder) or NOT_FINISHED for folder in sorted(folders)]
 
     def _split(self, row: Row) -> tuple[int, int]:
         """(GPUs, mini-batches that each accumulates) of a run."""
@@ -248,7 +229,7 @@ class Reproduction:
     def _changes(self, row: Row) -> list[str]:
         """The options of the launcher that make something else of a row."""
         return [
-            *[word for triple in self.datasets for word in ("--coco-dataset", *triple)],
+            *dataset_words(self.datasets),
             *(schedule(row.config, self.iterations) if self.iterations else []),
             *self.overrides,
         ]
@@ -256,8 +237,7 @@ class Reproduction:
     def _hash(self, row: Row) -> str:
         # Of values, not of the text: a comment in a config changes nothing.
         settings = {key: value for key, value in row.settings.items() if key != "OUTPUT_DIR"}
-        identity = json.dumps([settings, self._changes(row)], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return signature([settings, self._changes(row)])
 
 
 def table_named(name: str) -> Table:

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from tabulate import tabulate
 
-from cbn_det.shell import join
-from cbn_det.study.published import CHECKS, TABLES, Check, Published, Table
-from cbn_det.study.reproduce import BASELINES, Measured, Reproduction, Row
-from cbn_det.study.results import Spread
-from cbn_det.study.tables import machines, versions
+from ..cli import join
+from .published import CHECKS, TABLES, Check, Published, Table
+from .reproduce import BASELINES, Reproduction, Row, layouts
+from .results import Measured, Spread
+from .tables import cell, machines, versions
 
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
 BASELINE_NAMES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}
 NOT_RUN = "not run yet"
+PRECISE = "AP, PreciseBN"
 
 LEGEND = (
     "AP on COCO val2017, 0-100. A number in brackets is published, one without is measured here; "
@@ -49,12 +50,12 @@ def _checked(reproduction: Reproduction, check: Check) -> str:
     table = TABLES[check.table]
     (row,) = plain.rows(table, [check.row])
     measured = plain.measured(table)[check.row]
-    found = {task: measured.ap(task, source="results_precise_bn") for task in check.expected}
+    found = {task: measured.ap(task, PRECISE) for task in check.expected}
     wanted = ", ".join(
         f"{TASK_NAMES[task]} AP {ap} ± {within}" for task, (ap, within) in check.expected.items()
     )
-    departures = [text for split in measured.splits for text in row.departures(*split)]
-    if not measured.results:
+    departures = [text for layout in layouts(measured) for text in row.departures(*layout)]
+    if not measured.finished:
         outcome = _state(None, measured)
     elif None in found.values():
         outcome = "NOT CHECKED, its runs were not evaluated with PreciseBN"
@@ -64,7 +65,7 @@ def _checked(reproduction: Reproduction, check: Check) -> str:
         missed = [
             t for t, (ap, within) in check.expected.items() if abs(found[t].mean - ap) > within
         ]
-        numbers = ", ".join(f"{TASK_NAMES[task]} AP {_spread(ap)}" for task, ap in found.items())
+        numbers = ", ".join(f"{TASK_NAMES[task]} AP {cell(ap)}" for task, ap in found.items())
         outcome = f"{'FAILED' if missed else 'passed'}, {numbers}"
     return f"{check.table} {check.row}, {wanted}: {outcome}"
 
@@ -74,7 +75,7 @@ def overview(reproduction: Reproduction, tables: Sequence[Table]) -> str:
     lines = []
     for table in tables:
         rows = reproduction.rows(table)
-        done = sum(bool(one.results) for one in reproduction.measured(table).values())
+        done = sum(bool(one.finished) for one in reproduction.measured(table).values())
         lines.append(
             {
                 "table": table.name,
@@ -123,7 +124,7 @@ def table_text(reproduction: Reproduction, table: Table, rows: Sequence[Row]) ->
 def document(reproduction: Reproduction, tables: Sequence[Table], command: str) -> str:
     """Several tables as one page of Markdown: rows with a number, published or measured."""
     measured = {table.name: reproduction.measured(table) for table in tables}
-    done = sum(bool(one.results) for rows in measured.values() for one in rows.values())
+    done = sum(bool(one.finished) for rows in measured.values() for one in rows.values())
     parts = [
         "# Model zoo",
         f"<!-- written by {command}; do not edit -->",
@@ -138,7 +139,7 @@ def document(reproduction: Reproduction, tables: Sequence[Table], command: str) 
     nothing = []
     for table in tables:
         known, everything = measured[table.name], reproduction.rows(table)
-        rows = [row for row in everything if row.published or known[row.name].results]
+        rows = [row for row in everything if row.published or known[row.name].finished]
         if not (rows or table.elsewhere):
             nothing.append({"table": f"`{table.name}`", "what": table.title})
             continue
@@ -192,14 +193,14 @@ def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> lis
 def _zoo_line(row: Row, measured: Measured) -> dict[str, str]:
     line = {"row": row.name, "GPUs x images": _splits(row, measured)}
     for task in row.tasks:
-        own = _state(measured.ap(task), measured) if measured.results else ""
+        own = _state(measured.ap(task), measured) if measured.finished else ""
         line[f"{TASK_NAMES[task]} AP"] = _both(own, row.published_ap(task))
     return {**line, "published in": _place(row.published, "github")}
 
 
 def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, str]:
     name, own, published = TASK_NAMES[task], measured.ap(task), row.published_ap(task)
-    precise = measured.ap(task, source="results_precise_bn")
+    precise = measured.ap(task, PRECISE)
     like = precise if row.published and row.published.precise_bn else own
     gap = None if changed or like is None or published is None else like.mean - published
     line = {
@@ -208,7 +209,7 @@ def _line(row: Row, measured: Measured, task: str, changed: bool) -> dict[str, s
         f"published {name} AP": _number(published),
         f"measured {name} AP": _state(own, measured),
         "difference": "-" if gap is None else f"{gap:+.1f}",
-        "AP, PreciseBN": _spread(precise),
+        PRECISE: cell(precise),
     }
     for metric in ("AP50", "AP75"):
         own = measured.ap(task, metric)
@@ -234,10 +235,10 @@ def _remarks(table: Table, rows: Sequence[Row], measured: dict[str, Measured]) -
     """The table's, and what the runs say about themselves."""
     found = list(table.remarks)
     for row in rows:
-        for split in measured[row.name].splits:
-            found += row.departures(*split)
-        found += [f"{row.name}: {state}" for state in measured[row.name].states]
-    results = [(None, result) for row in rows for result in measured[row.name].results]
+        for layout in layouts(measured[row.name]):
+            found += row.departures(*layout)
+        found += [f"{row.name}: {reason}" for reason in measured[row.name].reasons]
+    results = [result for row in rows for result in measured[row.name].finished]
     made = [*machines(results), *versions(results)]
     found += [f"Measured with: {'; '.join(made)}"] if made else []
     return ["\n".join(f"- {remark}" for remark in found)] if found else []
@@ -255,20 +256,20 @@ def _place(published: Published | None, style: str = "simple") -> str:
 
 
 def _splits(row: Row, measured: Measured) -> str:
-    if not measured.splits:
+    if not measured.finished:
         return f"({row.gpus}x{row.images})"
     return ", ".join(
         f"{gpus}x{row.images}" + (f", {accumulated} accumulated" if accumulated > 1 else "")
-        for gpus, accumulated in measured.splits
+        for gpus, accumulated in layouts(measured)
     )
 
 
 def _state(own: Spread | None, measured: Measured) -> str:
     if own is not None:
-        return _spread(own)
-    if measured.states:
-        return ", ".join(dict.fromkeys(state.partition(":")[0] for state in measured.states))
-    return "no AP" if measured.results else NOT_RUN
+        return cell(own)
+    if measured.reasons:
+        return ", ".join(dict.fromkeys(why.partition(":")[0] for why in measured.reasons))
+    return "no AP" if measured.finished else NOT_RUN
 
 
 def _both(own: str, published: float | None) -> str:
@@ -282,12 +283,6 @@ def _number(value: float | None) -> str:
         return "-"
     text = f"{value:.2f}"
     return f"({text[:-1] if text.endswith('0') else text})"
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.mean:.1f}" + (f" ± {spread.std:.1f}" if spread.std is not None else "")
 
 
 def _text(lines: list[dict[str, str]], style: str = "simple") -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from .plan import Split
 
@@ -21,7 +24,6 @@ AP_COLUMNS = {
 }
 # The AP of a class in a result: "AP-person".
 OF_CLASS = "AP-"
-COSTS = ("sec_per_iter", "peak_memory_mb", "parameters", "flops")
 # A small-batch loss has to be larger than so many standard deviations over seeds.
 LOSS_IN_SPREADS = 2.0
 
@@ -48,39 +50,53 @@ class Spread:
 
 
 @dataclass
-class Row:
-    """One line of a table: a norm at one split, over seeds.
+class Measured:
+    """What the runs of one setting have left, one a seed: of a norm at a split.
 
     Attributes:
-        reasons: of the runs that did not finish.
-        ap: by task and column of `AP_COLUMNS`, on the 0-100 scale.
-        ap_of_class: by task and class, likewise.
+        finished: content of result.json of the finished runs.
+        reasons: why the others did not finish.
+        asked: what :func:`metrics_with_truth` finds in all runs on the same data.
         gains: by task and column of `tables.GAINS`; see :func:`fill_gains`.
-        cost: by key of `COSTS`, in seconds, MiB, parameters and multiply-adds.
     """
 
     norm: str
     split: Split
-    status: str
-    reasons: list[str] = field(default_factory=list)
-    ap: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
-    ap_of_class: dict[str, dict[str, Spread | None]] = field(default_factory=dict)
+    finished: list[dict]
+    reasons: list[str]
+    asked: set[tuple[str, str]]
     gains: dict[str, dict[str, float]] = field(default_factory=dict)
-    cost: dict[str, Spread | None] = field(default_factory=dict)
-    iterations: int | None = None
 
-    def number(self, task: str = "bbox", column: str = "AP") -> Spread | None:
-        """A number of `ap`; None where there is none."""
-        return self.ap.get(task, {}).get(column)
+    def ap(self, task: str = "bbox", column: str = "AP") -> Spread | None:
+        """A column of `AP_COLUMNS`, or "AP-CLASS", on the 0-100 scale; None: no such number.
 
+        A model that detects nothing has no AP in its result; where another one has, it is 0.
+        """
+        evaluation, metric = AP_COLUMNS.get(column, ("results", column))
+        nothing = 0.0 if (task, metric) in self.asked else None
+        values = []
+        for result in self.finished:
+            if found := result.get(evaluation):  # else there was no evaluation
+                # without any detection detectron2 leaves out masks altogether
+                value = (found.get(task) or {}).get(metric)
+                values.append(nothing if value is None else value)
+        return Spread.of(values)
 
-def read_result(folder: Path) -> dict | None:
-    """The content of a run's result.json, or None where it is missing or cut short."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return result if isinstance(result, dict) else None
+    def cost(self, key: str) -> float | None:
+        """Mean of a number of result.json, in seconds, MiB, parameters or multiply-adds."""
+        spread = Spread.of(result.get(key) for result in self.finished)
+        return spread and spread.mean
+
+    @property
+    def status(self) -> str:
+        runs = len(self.finished) + len(self.reasons)
+        if self.reasons:
+            return f"{len(self.finished)} of {runs} finished"
+        return "finished" if runs == 1 else f"{runs} finished"
+
+    @property
+    def iterations(self) -> int | None:
+        return next((r["iterations"] for r in self.finished if r.get("iterations")), None)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -101,43 +117,38 @@ def read_lines(path: Path) -> list[dict]:
     return [lines[iteration] for iteration in sorted(lines)]
 
 
-def make_rows(results: list[tuple[str, Split, dict]]) -> list[Row]:
-    """Group (norm, split, result) of single runs into rows, in the order of first appearance.
+def state_of(folder: Path) -> tuple[int, int | None, str]:
+    """Of a run under way: iterations done, iterations in all or None, and what is going on."""
+    config = folder / "config.yaml"
+    written = config.read_text(encoding="utf-8") if config.exists() else ""
+    found = re.search(r"^\s+MAX_ITER: (\d+)", written, re.MULTILINE)
+    total = int(found[1]) if found else None
+    metrics = [line for line in read_lines(folder / "metrics.json") if "total_loss" in line]
+    if not metrics:
+        return 0, total, "starting"
+    last = metrics[-1]
+    done = last["iteration"] + 1
+    text = f"loss {last['total_loss']:.2f}"
+    if total and done >= total:
+        return done, total, f"{text}, evaluating"
+    if total and "time" in last:
+        text += f", {tqdm.format_interval((total - done) * last['time'])} left"
+    return done, total, text
 
-    AP, times and memory are over finished runs only; the others are counted in `status`. A model
-    that detects nothing at all has no AP in its result; where another evaluation has one, it is 0.
-    """
+
+def make_rows(results: list[tuple[str, Split, dict]]) -> list[Measured]:
+    """Group (norm, split, result) of single runs, in the order of first appearance."""
     asked = metrics_with_truth(result for _, _, result in results)
-    classes = {task: _class_metrics([result for _, _, result in results], task) for task in TASKS}
-    groups: dict[tuple[str, Split], list[dict]] = {}
+    rows: dict[tuple[str, Split], Measured] = {}
     for norm, split, result in results:
-        groups.setdefault((norm, split), []).append(result)
-    rows = []
-    for (norm, split), group in groups.items():
-        good = [result for result in group if result.get("status") == "finished"]
-        row = Row(norm, split, status=_status(len(good), len(group)))
-        row.reasons = [reason_of(r) for r in group if r.get("status") != "finished"]
-        for task in TASKS:
-            row.ap[task] = {
-                column: spread_of(good, evaluation, task, metric, asked)
-                for column, (evaluation, metric) in AP_COLUMNS.items()
-            }
-            row.ap_of_class[task] = {
-                metric.removeprefix(OF_CLASS): spread_of(good, "results", task, metric, asked)
-                for metric in classes[task]
-            }
-        row.cost = {key: Spread.of(result.get(key) for result in good) for key in COSTS}
-        row.iterations = next((r["iterations"] for r in good if r.get("iterations")), None)
-        rows.append(row)
+        row = rows.setdefault((norm, split), Measured(norm, split, [], [], asked))
+        if result.get("status") == "finished":
+            row.finished.append(result)
+        else:
+            row.reasons.append(reason_of(result))
     for task in TASKS:
-        fill_gains(rows, task)
-    return rows
-
-
-def _class_metrics(results: list[dict], task: str) -> list[str]:
-    """Names of the metrics of single classes, in the order of the first run that has them."""
-    found = ((result.get("results") or {}).get(task) or {} for result in results)
-    return list(dict.fromkeys(name for one in found for name in one if name.startswith(OF_CLASS)))
+        fill_gains(list(rows.values()), task)
+    return list(rows.values())
 
 
 def metrics_with_truth(results: Iterable[dict]) -> set[tuple[str, str]]:
@@ -152,26 +163,7 @@ def metrics_with_truth(results: Iterable[dict]) -> set[tuple[str, str]]:
     }
 
 
-def spread_of(
-    results: Iterable[dict], evaluation: str, task: str, metric: str, asked: set[tuple[str, str]]
-) -> Spread | None:
-    """A number of finished runs: 0 for one that detects nothing.
-
-    Args:
-        evaluation: one of `EVALUATIONS`.
-        asked: what :func:`metrics_with_truth` finds in all runs on the same data.
-    """
-    nothing = 0.0 if (task, metric) in asked else None
-    values = []
-    for result in results:
-        if found := result.get(evaluation):  # else there was no evaluation
-            # without any detection detectron2 leaves out masks altogether
-            value = (found.get(task) or {}).get(metric)
-            values.append(nothing if value is None else value)
-    return Spread.of(values)
-
-
-def fill_gains(rows: list[Row], task: str) -> None:
+def fill_gains(rows: list[Measured], task: str) -> None:
     """Set what each row's plain AP is above that of others, where these were trained.
 
     "AP - SyncBN" is to SyncBN at the same split, "AP - GN" to GN there or else, as GN normalises
@@ -184,10 +176,10 @@ def fill_gains(rows: list[Row], task: str) -> None:
     gains is visible as a share of its own. A loss within `LOSS_IN_SPREADS` spreads over seeds
     (where there are several) is none, and has no share.
     """
-    ap = {(row.norm, row.split): spread for row in rows if (spread := row.number(task))}
+    ap = {(row.norm, row.split): spread for row in rows if (spread := row.ap(task))}
     gn_of_total = {split.total: gn for (norm, split), gn in reversed(ap.items()) if norm == "GN"}
     for row in rows:
-        own, split = row.number(task), row.split
+        own, split = row.ap(task), row.split
         gains = row.gains[task] = {}
         if own is None:
             continue
@@ -202,14 +194,8 @@ def fill_gains(rows: list[Row], task: str) -> None:
         loss = whole.mean - small.mean
         if loss > LOSS_IN_SPREADS * max(small.std or 0.0, whole.std or 0.0):
             gains["recovered"] = (own.mean - small.mean) / loss
-            if precise := row.number(task, "AP, PreciseBN"):
+            if precise := row.ap(task, "AP, PreciseBN"):
                 gains["recovered, PreciseBN"] = (precise.mean - small.mean) / loss
-
-
-def _status(finished: int, runs: int) -> str:
-    if finished < runs:
-        return f"{finished} of {runs} finished"
-    return "finished" if runs == 1 else f"{finished} finished"
 
 
 def reason_of(result: dict) -> str:

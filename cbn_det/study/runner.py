@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..progress import Bars, say
+from ..run.files import read_result
 from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
-from .progress import Display, say
-from .results import read_result
+from .results import reason_of, state_of
 
 POLL_SECONDS = 0.5
 
@@ -101,7 +102,6 @@ class Places:
 def run_all(
     runs: list[Run],
     jobs: int,
-    done: Callable[[Outcome], None],
     gpus: Sequence[str] = (),
     submit: Callable[[Run], Active] | None = None,
 ) -> list[Outcome]:
@@ -114,7 +114,6 @@ def run_all(
         runs: what to run.
         jobs: single-rank runs side by side; one with more ranks takes as many places, and runs
             alone where there are fewer.
-        done: called with each outcome as it comes.
         gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs, one a rank as far as there
             are; none: it is left alone.
         submit: starts a run elsewhere, or finds it running there, in place of a process here.
@@ -127,7 +126,7 @@ def run_all(
 
     def ended(run: Run, result: dict, reused: bool = False) -> None:
         outcomes[run.label] = Outcome(run, as_asked_for(run, result), reused)
-        done(outcomes[run.label])
+        _announce(outcomes[run.label])
 
     for run in runs:
         result = read_result(run.folder)
@@ -137,28 +136,40 @@ def run_all(
             waiting.append(run)
     places = Places(jobs, gpus)
     active: dict[str, tuple[Run, Active, list[str]]] = {}
-    with Display(total=len(runs)) as display:
-        try:
-            while waiting or active:
-                while waiting and (taken := places.take(waiting[0].ranks)) is not None:
-                    run = waiting.pop(0)
-                    sharing = max(jobs, run.ranks)
-                    process = submit(run) if submit else Process(run, sharing, taken)
-                    active[run.label] = (run, process, taken)
-                for label, (run, process, taken) in list(active.items()):
-                    if not process.ended():
-                        continue
+    bars = Bars()
+    try:
+        while waiting or active:
+            while waiting and (taken := places.take(waiting[0].ranks)) is not None:
+                run = waiting.pop(0)
+                sharing = max(jobs, run.ranks)
+                process = submit(run) if submit else Process(run, sharing, taken)
+                active[run.label] = (run, process, taken)
+            for label, (run, process, taken) in list(active.items()):
+                if process.ended():
                     del active[label]
                     places.give_back(taken)
-                    display.forget(label)
                     ended(run, process.result())
-                display.update([run for run, *_ in active.values()], len(outcomes))
-                if active:
-                    time.sleep(POLL_SECONDS)
-        finally:
+            if bars.due():
+                bars.show({label: state_of(run.folder) for label, (run, *_) in active.items()})
             if active:
-                _end_all([process for _, process, _ in active.values()])
+                time.sleep(POLL_SECONDS)
+    finally:
+        bars.show({})
+        if active:
+            _end_all([process for _, process, _ in active.values()])
     return [outcomes[run.label] for run in runs]
+
+
+def _announce(outcome: Outcome) -> None:
+    result, kept = outcome.result, " (kept from before)" if outcome.reused else ""
+    boxes = (result.get("results") or {}).get("bbox") or {}
+    if result.get("status") != "finished":
+        text = f"{reason_of(result)}{kept}; see {outcome.run.folder / 'console.log'}"
+    elif boxes.get("AP") is not None:
+        text = f"finished{kept} AP {boxes['AP']:.1f}"
+    else:
+        text = f"finished{kept} without AP"
+    say(f"{outcome.run.label}: {text}")
 
 
 def _end_all(active: list[Active]) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import submitit
 
+from ..progress import say
+from ..run.files import read_result
 from .plan import Run
 from .processes import Process, locked, prepare_folder, result_of, source_environment
-from .progress import say
-from .results import read_result
 from .runner import Active
 
 
@@ -39,7 +39,7 @@ class Cluster:
     on_gpu: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
-    def submit(self, run: Run) -> Job:
+    def submit(self, run: Run) -> Submitted:
         """Submit a run, or find the job that an earlier comparison has submitted for it.
 
         Raises:
@@ -53,7 +53,7 @@ class Cluster:
             job.get_info(mode="force")
             if not job.done():
                 say(f"{run.label}: job {job.job_id} of an earlier call is {job.state}")
-                return Job(run, job)
+                return Submitted(run, job)
         with locked(run.folder):  # nothing trains there
             prepare_folder(run)
         os.environ.update(source_environment())  # jobs get it, and find this package as we do
@@ -65,11 +65,11 @@ class Cluster:
         asked["slurm_additional_parameters"] = {"requeue": True, **self.options}
         asked["slurm_signal_delay_s"] = 180  # for the iteration at hand and a checkpoint
         executor.update_parameters(name=run.folder.name, stderr_to_stdout=True, **asked)
-        return Job(run, executor.submit(Training(run)))
+        return Submitted(run, executor.submit(Training(run)))
 
 
 @dataclass
-class Job(Active):
+class Submitted(Active):
     """A submitted run; a local one ends by itself where :meth:`kill` would end it."""
 
     run: Run

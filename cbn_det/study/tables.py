@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .plan import Run, Split
-from .results import TASKS, Row, Spread
+from .results import AP_COLUMNS, OF_CLASS, TASKS, Measured, Spread
 
 TASK_NAMES = {"bbox": "", "segm": "mask "}
 # What :func:`~cbn_det.study.results.fill_gains` sets -> its unit and how it is written.
@@ -23,7 +23,7 @@ GAINS = {
     "recovered": (0.01, "{:.0f} %"),
     "recovered, PreciseBN": (0.01, "{:.0f} %"),
 }
-# A column -> key of `Row.cost`, its unit and how it is written.
+# A column -> key of a result.json, its unit and how it is written.
 COSTS = {
     "s/iter": ("sec_per_iter", 1, ".3f"),
     "peak MB": ("peak_memory_mb", 1, ".0f"),
@@ -51,26 +51,26 @@ EXPLAINED = {
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table as text: `lines` are column -> cell, one for each of `rows`.
+class Grid:
+    """Cells to be printed: `lines` are column -> text, one for each of `rows`.
 
     One with a column "status" is where to say why runs did not finish.
     """
 
     heading: str
-    rows: list[Row]
+    rows: list[Measured]
     lines: list[dict[str, str]]
 
 
-def by_split(rows: list[Row]) -> dict[Split, list[Row]]:
+def by_split(rows: list[Measured]) -> dict[Split, list[Measured]]:
     """Rows grouped by split, in the order of total batch, then of world size."""
-    groups: dict[Split, list[Row]] = {}
+    groups: dict[Split, list[Measured]] = {}
     for row in sorted(rows, key=lambda row: (row.split.total, row.split.ranks)):
         groups.setdefault(row.split, []).append(row)
     return groups
 
 
-def heading(split: Split, rows: list[Row]) -> str:
+def heading(split: Split, rows: list[Measured]) -> str:
     """What the rows of one table have in common."""
     lengths = sorted({row.iterations for row in rows if row.iterations})
     length = f", {' / '.join(map(str, lengths))} iterations" if lengths else ""
@@ -83,28 +83,28 @@ def in_words(split: Split) -> str:
     return f"world size {split.ranks}, {images}"
 
 
-def make_tables(rows: list[Row]) -> list[Table]:
+def make_tables(rows: list[Measured]) -> list[Grid]:
     """An overview where there are several splits; then for each split accuracy and cost."""
     groups = by_split(rows)
     found = [overview(rows)] if len(groups) > 1 else []
     for split, group in groups.items():
         for task in tasks_of(group):
             what = "" if task == "bbox" else ": mask AP"
-            found.append(Table(heading(split, group) + what, group, accuracy(group, task)))
-        if any(any(row.cost.values()) for row in group):
-            found.append(Table(heading(split, group) + ": cost", group, cost(group)))
+            found.append(Grid(heading(split, group) + what, group, accuracy(group, task)))
+        if len((lines := cost(group))[0]) > 1:
+            found.append(Grid(heading(split, group) + ": cost", group, lines))
     return found
 
 
-def tasks_of(rows: list[Row]) -> list[str]:
+def tasks_of(rows: list[Measured]) -> list[str]:
     """What any of the rows has an AP of; boxes where none has any."""
-    return [task for task in TASKS if any(row.number(task) for row in rows)] or ["bbox"]
+    return [task for task in TASKS if any(row.ap(task) for row in rows)] or ["bbox"]
 
 
-def overview(rows: list[Row]) -> Table:
+def overview(rows: list[Measured]) -> Grid:
     """AP of each norm with a column for each split. A line's row is the norm's first."""
     known = {(row.norm, row.split): row for row in rows}
-    first: dict[str, Row] = {}
+    first: dict[str, Measured] = {}
     for row in rows:
         first.setdefault(row.norm, row)
     lines = []
@@ -112,14 +112,14 @@ def overview(rows: list[Row]) -> Table:
         line = {"norm": norm}
         for task in tasks_of(rows):
             for split in by_split(rows):
-                cell = known.get((norm, split))
+                row = known.get((norm, split))
                 column = f"{TASK_NAMES[task]}AP, {split.ranks} x {split.images}"
-                line[column] = _text(cell.number(task)) if cell else ""
+                line[column] = cell(row.ap(task)) if row else ""
         lines.append(line)
-    return Table("AP by world size x images per GPU", list(first.values()), lines)
+    return Grid("AP by world size x images per GPU", list(first.values()), lines)
 
 
-def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
+def accuracy(rows: list[Measured], task: str) -> list[dict[str, str]]:
     """AP of one task, the lines of one table.
 
     Why a run did not finish is no part of them: it is as long as it has to be.
@@ -128,8 +128,8 @@ def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
     lines = []
     for row in rows:
         line = {"norm": row.norm, f"{name}AP": "-"}
-        for column, spread in row.ap.get(task, {}).items():
-            line[f"{name}{column}"] = _text(spread)
+        for column in AP_COLUMNS:
+            line[f"{name}{column}"] = cell(row.ap(task, column))
         for column, (unit, form) in GAINS.items():
             gain = row.gains.get(task, {}).get(column)
             line[column] = "-" if gain is None else form.format(gain / unit)
@@ -139,24 +139,27 @@ def accuracy(rows: list[Row], task: str) -> list[dict[str, str]]:
     return _with_numbers(lines, f"{name}AP")
 
 
-def of_classes(rows: list[Row]) -> list[Table]:
+def of_classes(rows: list[Measured]) -> list[Grid]:
     """AP of each class, a column a norm, for each split and task; none for a single class."""
     found = []
     for split, group in by_split(rows).items():
         for task in tasks_of(group):
+            evaluated = [one["results"].get(task) or {} for row in rows for one in row.finished]
+            metrics = dict.fromkeys(m for one in evaluated for m in one if m.startswith(OF_CLASS))
             lines = [
-                {"class": name} | {row.norm: _text(row.ap_of_class[task][name]) for row in group}
-                for name in group[0].ap_of_class[task]  # all rows have the same
+                {"class": metric.removeprefix(OF_CLASS)}
+                | {row.norm: cell(row.ap(task, metric)) for row in group}
+                for metric in metrics
             ]
             what = f"{TASK_NAMES[task]}AP of each class"
             if lines:
-                found.append(Table(f"{heading(split, group)}: {what}", group, lines))
+                found.append(Grid(f"{heading(split, group)}: {what}", group, lines))
     return found
 
 
-def cost(rows: list[Row]) -> list[dict[str, str]]:
+def cost(rows: list[Measured]) -> list[dict[str, str]]:
     """What training and the model take, the lines of one table."""
-    means = [{key: spread and spread.mean for key, spread in row.cost.items()} for row in rows]
+    means = [{key: row.cost(key) for key, *_ in COSTS.values()} for row in rows]
     lines = [{"norm": row.norm} | cost_cells(mean) for row, mean in zip(rows, means, strict=True)]
     return _with_numbers(lines)
 
@@ -179,11 +182,13 @@ def _with_numbers(lines: list[dict[str, str]], *always: str) -> list[dict[str, s
     return [{name: line[name] for name in kept} for line in lines]
 
 
-def _text(spread: Spread | None) -> str:
+def cell(spread: Spread | None) -> str:
     return "-" if spread is None else str(spread)
 
 
-def notes(rows: list[Row], config_iterations: int | None = None, expected: str = "") -> list[str]:
+def notes(
+    rows: list[Measured], config_iterations: int | None = None, expected: str = ""
+) -> list[str]:
     """What the numbers mean and what they do not say, a sentence each.
 
     Args:
@@ -192,9 +197,9 @@ def notes(rows: list[Row], config_iterations: int | None = None, expected: str =
         expected: what short runs reach.
     """
     said = ["AP on the 0-100 scale. '-': no such number."]
-    if any("finished" in row.status and row.iterations and not row.number() for row in rows):
+    if any("finished" in row.status and row.iterations and not row.ap() for row in rows):
         said.append("A finished run without AP detected nothing, or was not evaluated.")
-    if any(spread.n > 1 for row in rows if (spread := row.number())):
+    if any(spread.n > 1 for row in rows if (spread := row.ap())):
         said.append("mean ± sample standard deviation over the seeds that finished.")
     else:
         said.append("One seed: small differences mean nothing.")
@@ -216,23 +221,23 @@ def notes(rows: list[Row], config_iterations: int | None = None, expected: str =
     return said
 
 
-def machines(results: list[tuple[Run, dict]]) -> list[str]:
+def machines(results: list[dict]) -> list[str]:
     """What the runs ran on, each machine once: "NAME, N threads a process"."""
     found = []
-    for machine in filter(None, (result.get("machine") for _, result in results)):
+    for machine in filter(None, (result.get("machine") for result in results)):
         name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
         found.append(f"{name}, {machine['threads']} threads a process")
     return list(dict.fromkeys(found))
 
 
-def versions(results: list[tuple[Run, dict]]) -> list[str]:
+def versions(results: list[dict]) -> list[str]:
     """The versions that the runs ran with, each set once: "python 3.11, torch 2.14"."""
-    found = filter(None, (result.get("versions") for _, result in results))
+    found = filter(None, (result.get("versions") for result in results))
     return list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in f.items()) for f in found))
 
 
 def text_report(
-    rows: list[Row],
+    rows: list[Measured],
     results: list[tuple[Run, dict]],
     title: str,
     style: str = "simple",
@@ -258,6 +263,7 @@ def text_report(
     below = notes(rows, config_iterations, expected)
     seeds = sorted({run.seed for run, _ in results if run.seed is not None})
     made = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
-    if made := "; ".join([*made, *machines(results), *versions(results)]):
+    found = [result for _, result in results]
+    if made := "; ".join([*made, *machines(found), *versions(found)]):
         below.append(f"Made with: {made}.")
     return "\n\n".join([*parts, "\n".join(below)]) + "\n"
