@@ -19,11 +19,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from cbn_det.data.progress import shown
 from torch import nn
 
 from cbn_det import __version__
 from cbn_det.norms import SmallBatchNorm2d, resolve_burn_in
+from cbn_det.progress import shown
 from cbn_det.run.errors import one_line
 from cbn_det.run.measure import machine, peak_memory_mb
 
