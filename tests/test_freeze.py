@@ -15,11 +15,13 @@ from ranks import run_ranks
 from same_run import same
 from torch import Tensor, nn
 
+from cbn_det.deploy import fold
 from cbn_det.norms import (
     DoubleForward,
     build_norm,
     clock,
     convert_norm,
+    find_chain_at_call,
     format_norm_table,
     image_share,
     memory_state_dict,
@@ -269,6 +271,18 @@ def test_converted_models_freeze() -> None:
     convert_norm(model, "BN(freeze=0.6)", max_iter=ITERATIONS)
     expected = Training(network("BN(freeze=0.6)")).iterate().model
     alike(Training(model).iterate().model, expected, 0.0)
+
+
+@every_norm
+def test_a_frozen_model_folds(spec: str) -> None:
+    model = network(spec)
+    find_chain_at_call(model)
+    Training(model).iterate()
+    x = images(77)
+    trained = model(x)  # still in training mode, in which a frozen layer is what it is in evaluation
+    fold(model.eval())
+    assert not norms_of(model)
+    torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_that_are_not_trained_keep_their_statistics() -> None:
