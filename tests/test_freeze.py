@@ -279,7 +279,9 @@ def test_a_frozen_model_folds(spec: str) -> None:
     find_chain_at_call(model)
     Training(model).iterate()
     x = images(77)
-    trained = model(x)  # still in training mode, in which a frozen layer is what it is in evaluation
+    trained = model(
+        x
+    )  # still in training mode, in which a frozen layer is what it is in evaluation
     fold(model.eval())
     assert not norms_of(model)
     torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-5)
