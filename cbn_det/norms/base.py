@@ -106,6 +106,8 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     #: memory is neither read nor written, and running statistics move by the mini-batch's own
     #: (:class:`~cbn_det.norms.recalibration.Recalibration` has the rule)
     recomputing_statistics = False
+    #: whether the running statistics average :func:`~.functional.moments` of mini-batches
+    averages_batch = False
 
     def __init__(
         self,
@@ -156,14 +158,9 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         return moments(y)
 
     def estimate(self, batch: Moments) -> Estimate:
-        """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
-        raise NotImplementedError
-
-    @property
-    def averages_batch(self) -> bool:
-        """Whether the running statistics average :func:`~.functional.moments` of mini-batches, in
-        the present forward, and :meth:`batch_moments` and :meth:`averaged` are left as they are."""
-        return False
+        """Statistics of this layer now, from this mini-batch's moments and what is remembered. By
+        default: BatchNorm's."""
+        return Estimate(batch.mean, batch.var, 1.0)
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         """What the running statistics average. By default: the mini-batch's own moments."""

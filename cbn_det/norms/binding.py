@@ -164,15 +164,17 @@ class ConvBound:
         if not recorded:
             return None
         node, call = operation_of(y), None
+        plain = "weight" in conv._parameters
         if node is not None:
             problem = mismatch(conv, node)
             if problem is not None:
                 raise self._binding_error(f"is bound to {self._conv_name()}, but {problem}")
-            call = self._call_by(node)
+            if not plain:
+                self._take_weight(node)
+            call = call_by(node, conv.kernel_size)
         by_graph = call is not None
         if call is None:
             call = self._call_seen(y, conv_input)
-        plain = "weight" in conv._parameters
         if not (by_graph and plain):
             self._check_numbers(call, y, (by_graph, plain))
         return call
@@ -193,12 +195,6 @@ class ConvBound:
         # autocast's copy has lost the small changes that statistics are carried over by
         if weight is not None and weight.dtype == statistics_dtype(weight):
             self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
-
-    def _call_by(self, node: Any) -> ConvCall | None:
-        conv = self.conv
-        if "weight" not in conv._parameters:
-            self._take_weight(node)
-        return call_by(node, conv.kernel_size)
 
     def _call_seen(self, y: Tensor, conv_input: Tensor | None) -> ConvCall:
         if conv_input is not None:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from .base import Forward, is_number
-from .functional import Estimate, Moments, filled_like
-from .memory import instead_of
+from .functional import Estimate, Moments, filled_like, statistics_dtype
+from .memory import instead_of, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -61,6 +61,7 @@ class BRN2d(RememberingNorm2d):
         ValueError: an option out of range.
     """
 
+    averages_batch = True
     timed = ("burn_in", "ramp")
 
     def __init__(
@@ -116,15 +117,11 @@ class BRN2d(RememberingNorm2d):
         self._require_times()
         return self.limits() == (1.0, 0.0)
 
-    @property
-    def averages_batch(self) -> bool:
-        return True
-
     def estimate(self, batch: Moments) -> Estimate:
         if self.is_batchnorm:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         dtype = batch.mean.dtype
-        mean, reference = (self.memory.kept[key].to(dtype) for key in ("mean", "invstd"))
+        mean, reference = (v.to(dtype) for v in (self.memory.older[0], self.memory.kept["invstd"]))
         r_max, d_max = self.limits()
         minus_eps = filled_like(mean, -self.eps)
         invstd, distance = torch._foreach_sub([batch.var, batch.mean], [minus_eps, mean])
@@ -146,17 +143,13 @@ class BRN2d(RememberingNorm2d):
 
     @classmethod
     def commit(cls, layers: list[BRN2d]) -> None:
-        mean, var = now = _put_back(layers)
-        invstd = ((var if now.dtype == torch.float64 else var.float()) + layers[0].eps).rsqrt_()
+        now = _put_back(layers)
+        share_out(layers, now)
+        invstd = (now[1].to(statistics_dtype(now)) + layers[0].eps).rsqrt_()
         widths = [layer.num_features for layer in layers]
-        parts = (values.split(widths) for values in (mean, var, invstd))
-        for layer, *reference in zip(layers, *parts, strict=True):
-            layer.memory.kept = dict(zip(("mean", "var", "invstd"), reference, strict=True))
+        for layer, part in zip(layers, invstd.split(widths), strict=True):
+            layer.memory.kept["invstd"] = part
             layer.memory.pushed = 1
-
-    def instead(self) -> tuple[Tensor, Tensor]:
-        kept = self.memory.kept
-        return (kept["mean"], kept["var"]) if kept else super().instead()
 
     def group_for_commit(self) -> Hashable:
         return *super().group_for_commit(), self.eps

@@ -94,6 +94,8 @@ class CBN2d(FollowingNorm2d):
             convolution or to the wrong one.
     """
 
+    averages_batch = True
+
     def __init__(
         self,
         num_features: int,
@@ -119,10 +121,6 @@ class CBN2d(FollowingNorm2d):
         return 1.0 / self.window
 
     @property
-    def averages_batch(self) -> bool:
-        return True
-
-    @property
     def needs_conv(self) -> bool:
         return self.compensation != "none" and self.window > 1
 
@@ -145,7 +143,7 @@ class CBN2d(FollowingNorm2d):
 
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         memory = self.memory
         mean, var = memory.older
         share = 1.0 / (1 + len(memory))

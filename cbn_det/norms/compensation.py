@@ -10,7 +10,7 @@ layers, :func:`carry` says how much the means and variances of all their entries
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,20 +85,6 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
     return change
 
 
-class Derivative(Protocol):
-    """Of the variance by the weight."""
-
-    def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
-        """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
-        one, with its anchor."""
-
-    def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
-        """Makes of these what the entry is remembered with."""
-
-    def products(self, memory: Memory, weight: Tensor) -> Tensor:
-        """[entries or 1, C]: with the present weight [C, d]."""
-
-
 class Seen(NamedTuple):
     """What a forward shows of the convolution before a layer.
 
@@ -126,14 +112,17 @@ class OwnDerivative:
     positions."""
 
     def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
+        """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
+        one, with its anchor."""
         x, geometry = seen.call.x, seen.call.geometry
         gradient = variance_gradient(x, seen.y, seen.mean, geometry, layer.weight_shape)
         return seen.anchored(gradient)
 
     def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
-        pass
+        """Makes of these what the entry is remembered with."""
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
+        """[entries or 1, C]: with the present weight [C, d]."""
         return products_with(memory.stacked["gradient"][: len(memory)], weight)
 
 
@@ -163,14 +152,9 @@ class AveragedDerivative:
         # fewer for each further forward of an iteration: all of them count the same
         positions = max(1, self.positions * EVERY // (memory.forwards + 1))
         crops = choose_crops(tuple(seen.y.shape), positions, steps)
+        call, shape = seen.call, layer.weight_shape
         gradient = sampled_variance_gradient(
-            seen.call.x,
-            seen.y,
-            seen.mean,
-            seen.patch,
-            seen.call.geometry,
-            layer.weight_shape,
-            crops,
+            call.x, seen.y, seen.mean, seen.patch, call.geometry, shape, crops
         )
         return seen.anchored(gradient)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -178,9 +177,8 @@ class DoubleForward:
         self._handled = id(sys.exc_info()[1])
         layers = [m for m in self._layers() if m.training]
         if layers:
-            self._recording = _Forward.of(args, kwargs, layers)
+            self._recording = _Forward(args, kwargs, layers, self._proposals)
             self._forwards.append(self._recording)
-            self._recording.begin(self._proposals)
 
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recording is None or self._running or in_backward():
@@ -222,52 +220,37 @@ class _Hooks:
         return {"owner": None}  # a copied DoubleForward puts itself here
 
 
-@dataclass
 class _Forward:
     """One recorded forward.
 
     Attributes:
         calls: how often it called each MBN layer with anything to stage; known at its end.
-        before: what :func:`_counts` said of the layers at its start.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    random_state: RandomState
-    autocast: dict[str, Any]
-    calls: dict[RememberingNorm2d, int]
-    before: dict[RememberingNorm2d, tuple[int, int]]
-    proposals: FirstProposals | None = None
-
-    @staticmethod
-    def of(
-        args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[RememberingNorm2d]
-    ) -> _Forward:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layers: list[RememberingNorm2d],
+        proposals: nn.Module | None,
+    ) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.calls = dict.fromkeys(layers, 0)
+        self._before = {layer: _counts(layer) for layer in layers}
         device = layers[0].running_mean.device
-        return _Forward(
-            args,
-            kwargs,
-            RandomState.now(device),
-            {
-                "device_type": device.type,
-                "enabled": torch.is_autocast_enabled(device.type),
-                "dtype": torch.get_autocast_dtype(device.type),
-                "cache_enabled": False,  # casts of the weights before the step may be in the cache
-            },
-            {layer: 0 for layer in layers},
-            {layer: _counts(layer) for layer in layers},
-        )
-
-    def begin(self, proposals: nn.Module | None) -> None:
+        self._random_state = RandomState.now(device)
+        self._autocast = {
+            "device_type": device.type,
+            "enabled": torch.is_autocast_enabled(device.type),
+            "dtype": torch.get_autocast_dtype(device.type),
+            "cache_enabled": False,  # casts of the weights before the step may be in the cache
+        }
+        self.proposals = None
         if proposals is not None:
-            self.proposals = FirstProposals(
-                proposals,
-                self.random_state.device,
-                lambda: [_counts(layer) for layer in self.calls],
-            )
+            self.proposals = FirstProposals(proposals, device, lambda: [*map(_counts, layers)])
 
     def end(self) -> None:
-        for layer, (staged_before, waiting_before) in self.before.items():
+        for layer, (staged_before, waiting_before) in self._before.items():
             staged, waiting = _counts(layer)
             if waiting >= waiting_before:  # else nothing waited: a forward with gradient dropped it
                 waiting -= waiting_before
@@ -276,9 +259,9 @@ class _Forward:
             self.proposals.keep_no_more()
 
     def replay(self, model: nn.Module) -> None:
-        self.random_state.restore()
+        self._random_state.restore()
         given = self.proposals.given() if self.proposals is not None else nullcontext()
-        with torch.autocast(**self.autocast), given:
+        with torch.autocast(**self._autocast), given:
             model(*self.args, **self.kwargs)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def image_share(
             own = _batch_share(layer) / images_per_gpu
             own /= world_size if "SyncBatchNorm" in type(layer).__name__ else 1
         if own > 0.0:
-            handles.append(layer.register_forward_hook(_Weighing(own)))
+            handles.append(layer.register_forward_hook(partial(_weighed, own)))
             names.append(name)
     try:
         yield names
@@ -100,44 +101,25 @@ def _batch_share(layer: nn.Module) -> float:
     return layer.batch_share if layer.freeze == 1 else 0.0  # it was trained as it is tested
 
 
-class _Weighing:
+def _weighed(share: float, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """A forward hook that normalises anew."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        x = args[0]
-        if layer.training or x.numel() == 0:
-            return None
-        mean, var = self._statistics(layer, x)
-        count, channels = mean.shape
-        # images side by side as channels: one call of BatchNorm's own kernel, which takes
-        # statistics and affine parameters of one dtype only
-        flat = F.batch_norm(
-            x.reshape(1, count * channels, *x.shape[2:]),
-            mean.flatten(),
-            var.flatten(),
-            *(
-                None if p is None else p.to(mean.dtype).repeat(count)
-                for p in (layer.weight, layer.bias)
-            ),
-            eps=layer.eps,
-        )
-        return flat.view(x.shape)
-
-    def _statistics(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C] each."""
-        take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
-        images = [take(image) for image in x.split(1)]
-        means = torch.stack([image.mean for image in images])
-        variances = torch.stack([image.var for image in images])
-        running = (
-            b.to(means.dtype).expand_as(means) for b in (layer.running_mean, layer.running_var)
-        )
-        running_means, running_variances = running
-        return mixture(
-            torch.stack([means, running_means]),
-            torch.stack([variances, running_variances]),
-            means.new_tensor([self.share, 1.0 - self.share]).view(2, 1, 1),
-        )
+    x = args[0]
+    if layer.training or x.numel() == 0:
+        return None
+    take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
+    images = [take(image) for image in x.split(1)]
+    means = torch.stack([image.mean for image in images])  # [N, C]
+    variances = torch.stack([image.var for image in images])
+    mean, var = mixture(
+        torch.stack([means, layer.running_mean.to(means).expand_as(means)]),
+        torch.stack([variances, layer.running_var.to(means).expand_as(means)]),
+        means.new_tensor([share, 1.0 - share]).view(2, 1, 1),
+    )
+    # images side by side as channels: one call of BatchNorm's own kernel, which takes statistics
+    # and affine parameters of one dtype only
+    weight, bias = (
+        None if p is None else p.to(mean.dtype).repeat(len(x)) for p in (layer.weight, layer.bias)
+    )
+    flat = x.reshape(1, mean.numel(), *x.shape[2:])
+    flat = F.batch_norm(flat, mean.flatten(), var.flatten(), weight, bias, eps=layer.eps)
+    return flat.view(x.shape)

@@ -97,13 +97,9 @@ class MBN2d(RememberingNorm2d):
     def _share_beside(self, entries: int) -> float:
         return 1.0 / sum(self.decay**age for age in range(1 + entries))
 
-    @property
-    def averages_batch(self) -> bool:
-        return self.is_batchnorm
-
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         share = self._share_beside(len(self.memory))
         return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
 

@@ -99,20 +99,21 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             self.advance()
         super()._begin(input, how)
         memory = self.memory
-        if memory.capacity and not (memory.pushed or memory.held or self.is_batchnorm):
+        if memory.capacity and memory.held is None and not (memory.pushed or self.is_batchnorm):
             self._hold_running_statistics()  # before this forward moves them
 
     def _hold_running_statistics(self) -> None:
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        self.memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
+        self.memory.held = torch.stack([self.running_mean, self.running_var])
+        for values, number in zip(self.memory.held, (0.0, 1.0), strict=True):
+            values.nan_to_num_(number)
 
-    def instead(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] that are remembered in place of those that are not finite: what was
+    def instead(self) -> Tensor:
+        """Mean and variance [2, C] to remember in place of those that are not finite: what was
         remembered before, or the running statistics."""
         memory = self.memory
-        if memory.older is None and not memory.held:  # entries were forgotten since
+        if memory.older is None and memory.held is None:  # entries were forgotten since
             self._hold_running_statistics()
-        return memory.older or tuple(memory.held.values())
+        return memory.held if memory.older is None else memory.older
 
     def _will_record(self, how: Forward) -> bool:
         """Whether :meth:`stage` will be called in this forward, if there is anything to stage."""
@@ -248,7 +249,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""
-        return self.memory.state_dict()
+        return {**self.memory.state_dict(), "channels": self.num_features}
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`memory_state_dict` returned.
@@ -273,13 +274,9 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 f"the saved memory has window={state['capacity'] + 1}, this layer has"
                 f" window={self.window}"
             )
-        per_channel = [
-            v for name in ("pending", "held", "rows", "kept") for v in state[name].values()
-        ]
-        widths = {v.shape[-1] for v in per_channel if v.dim() in (1, 3)} - {self.num_features}
-        if widths:
+        if state["channels"] != self.num_features:
             raise ValueError(
-                f"the saved memory has {widths.pop()} channels, not {self.num_features}"
+                f"the saved memory has {state['channels']} channels, not {self.num_features}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> RememberingNorm2d:
