@@ -38,24 +38,21 @@ from .spec import register_norm
 class BRN2d(RememberingNorm2d):
     """Batch Renormalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
 
-    The running statistics take part in training, so forwards without gradient in training mode,
-    which move them as they move BatchNorm's, are seen by the iterations after. Where a mini-batch
-    made them nan or infinite, they are put back, before the next iteration and before evaluation,
-    to those that the iteration began with. Where a DistributedDataParallel broadcasts buffers, as
-    torch's does by default, rank 0's are the reference on all ranks.
+    The running statistics take part in training: forwards without gradient in training mode move
+    them, too. Where a mini-batch made them nan or infinite, they are put back, before the next
+    iteration and before evaluation, to those that the iteration began with. Where a
+    DistributedDataParallel broadcasts buffers, as torch's does, rank 0's are the reference of all.
 
     Args:
         num_features: channels C.
         r_max: upper limit of r, its inverse the lower one; 1 or more.
         d_max: limit of the size of d, in running standard deviations; 0 or more.
-        burn_in: how long to train as plain BatchNorm. An int is a number of optimiser steps, a
-            float in (0, 1) a fraction of the schedule (:func:`cbn_det.norms.resolve_burn_in`).
+        burn_in: how long to train as plain BatchNorm: optimiser steps (int), or a fraction of the
+            schedule (float in (0, 1)) that :func:`cbn_det.norms.resolve_burn_in` turns into steps.
         ramp: how long, after that, the limits grow from (1, 0) to (r_max, d_max); likewise.
-        freeze: see :class:`SmallBatchNorm2d`.
-        ema: likewise. The paper's is nearer to ``'batch'``.
-        momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The running statistics
-            serve as the reference, so they should be smoother than BatchNorm's usual momentum makes
-            them.
+        momentum: of the running statistics; smaller than BatchNorm's, as they are the reference.
+        freeze, ema, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The paper's average
+            is nearer to ``ema='batch'``.
 
     Raises:
         ValueError: an option out of range.

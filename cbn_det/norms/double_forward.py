@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
-from .base import SmallBatchNorm2d
+from .base import SmallBatchNorm2d, unchanged
 from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
 from .numbers import kept_numbers
@@ -37,39 +37,32 @@ class DoubleForward:
             optimizer.step()  # or scaler.step(optimizer)
             double_forward.refresh()
 
-    A forward pre-hook on the model keeps the inputs of every training forward, the state of torch's
-    random generators (those of the CPU and of the model's device) and of autocast. Only references
-    are kept, until :meth:`refresh`: inputs must not be changed in place before it. The second pass
-    draws the same random numbers, and a detector whose ``proposals`` are named has the very RoIs of
-    the first (:class:`~cbn_det.norms.first_proposals.FirstProposals`). It runs in training mode
-    without gradient; layers update in order, so that deeper ones see what refreshed ones put out.
-    Each MBN layer replaces what it staged in the iteration, and with it its running statistics.
-    Everything else is as before: the statistics and memory of all other layers, every other buffer,
-    numbers that modules keep as plain attributes (detectron2's ``loss_normalizer``), the random
-    state, and what layers report of their latest forward
-    (:func:`cbn_det.norms.norm_diagnostics`). Hooks on the modules run as in any forward.
+    Recorded are the inputs of every training forward (references: they must not be changed in place
+    before :meth:`refresh`), the state of torch's random generators, of the CPU and of the model's
+    device, and that of autocast. The second pass runs in training mode without gradient, draws the
+    same random numbers, and a detector whose ``proposals`` are named has the very RoIs of the first
+    (:class:`~cbn_det.norms.first_proposals.FirstProposals`). Layers update in order, so that deeper
+    ones see what refreshed ones put out. Each MBN layer replaces what it staged in the iteration,
+    and with it its running statistics. Everything else is as before: the other layers, every other
+    buffer, numbers that modules keep as plain attributes (detectron2's ``loss_normalizer``), the
+    random state, and what layers report of their latest forward. Hooks run as in any forward.
 
-    It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
-    that has something to refresh: predictors, losses, heads without such layers are left out. There
-    is no second pass at all where no MBN layer asks for one: during burn-in, after they were
-    frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told
-    from the optimiser's steps (the mini-batch then belongs to the next iteration, and is run again
-    with it, unless :meth:`forget` is called). A forward that raised is not run again: a loop may
-    catch the error and go on.
+    It costs about a forward pass, less what follows the last layer that has something to refresh.
+    There is none where no MBN layer asks for one (in burn-in, frozen, ``double_forward=False``),
+    nor after a step that a GradScaler skipped: the mini-batch then belongs to the next iteration,
+    and is run again with it, unless :meth:`forget` is called. A forward that raised is not run
+    again: a loop may catch the error and go on.
 
-    Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
-    MBN would, in the second pass too, where ranks need not agree on where it ends: do not mix them.
-
-    A model that is itself called through a re-entrant activation checkpoint is not recorded; parts
-    of it may be. A copy of the model is not recorded, unless the DoubleForward is copied with it.
+    Our layers communicate nothing between ranks. Synchronising norms beside MBN would, in the
+    second pass too, where ranks need not agree on where it ends: do not mix them. A model that is
+    itself called through a re-entrant activation checkpoint is not recorded; parts of it may be.
+    A copy of the model is not recorded, unless the DoubleForward is copied with it.
 
     Args:
-        model: of a DistributedDataParallel, the module inside is
-            used.
+        model: that the training loop calls, or the module inside a DistributedDataParallel.
         proposals: the submodule of a two-stage detector that makes region proposals: detectron2's
             ``model.proposal_generator``, torchvision's ``model.rpn``. Its proposals of the first
-            pass serve the second, so that statistics differ from the first's by the weights alone:
-            a choice of ours, as there is no code of the authors to look at.
+            pass serve the second (a choice of ours: there is no code of the authors).
     """
 
     def __init__(self, model: nn.Module, proposals: nn.Module | None = None) -> None:
@@ -118,9 +111,8 @@ class DoubleForward:
             self.forget()
 
     def forget(self) -> None:
-        """Forgets the inputs that were recorded. After a step that was skipped, its mini-batches
-        then stay out of the second pass, and with it out of memory: for a training that is to go on
-        from a checkpoint as it would have, since inputs are in none."""
+        """Forgets the inputs that were recorded. Mini-batches of a skipped step then stay out of
+        memory, as in a training that resumes from a checkpoint, which has no inputs."""
         self._drop_unfinished()
         self._forwards = []
 
@@ -199,9 +191,9 @@ class DoubleForward:
 
 
 class _Hooks:
-    """A DoubleForward's hooks on its model. A copy of the model has copies of these, which do
-    nothing where the DoubleForward was not copied, too: nobody would refresh what they record. They
-    are no part of a compiled graph, which would be compiled anew with every step of the clock."""
+    """A DoubleForward's hooks on its model. In a copy of the model they do nothing, unless the
+    DoubleForward was copied, too: nobody would refresh what they record. They are no part of a
+    compiled graph, which would be compiled anew with every step of the clock."""
 
     def __init__(self, owner: DoubleForward) -> None:
         self.owner: DoubleForward | None = owner
@@ -326,20 +318,16 @@ def _staging_anew(model: nn.Module, wanting: list[RememberingNorm2d]) -> Iterato
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
     layers = {m for m in (*norms, *wanting) if isinstance(m, SmallBatchNorm2d)}
     pending = {layer: layer.memory.begin_again() for layer in wanting}
-    for layer in layers:
-        layer._unchanged = True
     for layer in wanting:
         layer._after_refresh = _pass
     refreshed: set[nn.Module] = set()
     try:
-        with kept_numbers(model):
+        with unchanged(layers), kept_numbers(model):
             yield
         refreshed = {layer for layer in wanting if layer.memory.pending}
         for layer in refreshed:
             layer.memory.refreshed = True
     finally:
-        for layer in layers:
-            layer._unchanged = False
         for layer in wanting:
             layer._after_refresh = None
         for layer in pending.keys() - refreshed:  # not reached (no RoI), or the model raised

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import SmallBatchNorm2d
+from .base import SmallBatchNorm2d, unchanged
 from .binding import ConvBound
 from .remembering import RememberingNorm2d
 from .sites import some
@@ -61,13 +61,11 @@ def sync_running_stats(model: nn.Module) -> None:
     """Pools the running statistics of all ranks, in place: the mean of the variances plus the
     variance of the means.
 
-    Our norms never communicate in forward, and torch's BatchNorm does not either, so ranks'
-    statistics drift apart until this runs: before every evaluation and checkpoint. Without it each
-    rank would evaluate its share of the images as another model, and a checkpoint be rank 0's.
-    Every rank must call it. Ranks whose layer has seen no data (a mask head without a RoI) do not
-    count, and BatchNorms in evaluation mode (frozen ones) are left as they are, as are those that
-    ``freeze`` has fixed. Does nothing
-    without an initialised process group.
+    Neither our norms nor torch's BatchNorm communicate in forward, so ranks' statistics drift apart
+    until this runs: before every evaluation and checkpoint, on every rank. Ranks whose layer has
+    seen no data (a mask head without a RoI) do not count; BatchNorms in evaluation mode and layers
+    that ``freeze`` has fixed are left as they are. Does nothing without an initialised process
+    group.
 
     A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, puts rank 0's
     statistics in the place of the others' before every forward: what is pooled is then of rank 0's
@@ -117,14 +115,8 @@ def reading_memory(model: nn.Module) -> Iterator[None]:
     """Within it, forwards in training mode normalise as the next iteration's would, with what is
     remembered, and leave the norms as they are: for measurements, under ``torch.no_grad()``."""
     settle(model)
-    layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
-    for layer in layers:
-        layer._unchanged = True
-    try:
+    with unchanged([m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]):
         yield
-    finally:
-        for layer in layers:
-            layer._unchanged = False
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -154,17 +146,9 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def norm_diagnostics(model: nn.Module) -> dict[str, float]:
-    """What the norms report of their latest forward: ``{"norm/clamped": ...}`` is the average over
-    layers, ``"norm/clamped_worst"`` the largest.
-
-    For CBN: ``clamped``, the share of (entry, channel) pairs whose compensated variance was
-    negative; ``compensation_mean``, the size of the
-    compensation in standard deviations; ``compensation_var``, relative to the variance. For BRN:
-    ``r_at_limit`` and ``d_at_limit``, the shares of channels whose correction is cut off. Empty
-    before burn-in ends. For MBN: ``second_pass``, the share of remembered iterations that Double
-    Forward has put right. For KN and GKN: ``guarded``, the share of predictions that were refused;
-    ``prediction_mean``, the error of the mean in the mini-batch's standard deviations;
-    ``prediction_var``, the variance relative to the mini-batch's.
+    """What the norms report of their latest forward, each value (``layer.diagnostics`` of CBN, BRN,
+    MBN, KN and GKN says which) as ``{"norm/clamped": ...}``, its average over layers, and
+    ``"norm/clamped_worst"``, the largest. Empty before burn-in ends.
     """
     values: dict[str, list[torch.Tensor]] = {}
     for layer in model.modules():
