@@ -121,12 +121,11 @@ class ConvBound:
 
     def flat_weight(self, dtype: torch.dtype) -> Tensor:
         """[C, d]: the convolution's present weight, without gradient."""
-        return _flat(self._conv_weight()[0], dtype)
+        return self._conv_weight()[0].flatten(1).to(dtype)
 
-    def trained_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The same; None if it is not trained."""
-        weight, is_trained = self._conv_weight()
-        return _flat(weight, dtype) if is_trained else None
+    @property
+    def weight_is_trained(self) -> bool:
+        return self._conv_weight()[1]
 
     @property
     def weight_is_at_hand(self) -> bool:
@@ -239,11 +238,6 @@ class ConvBound:
             f' convolution before it. Use NORM: "{self.without_conv}" at this site, or call'
             " norm.bind(conv)."
         )
-
-
-def _flat(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.flatten(1)
-    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

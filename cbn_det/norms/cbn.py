@@ -149,8 +149,8 @@ class CBN2d(FollowingNorm2d):
     def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
         entry = {"mean": batch.mean, "var": batch.var}
         call = self.call
-        weight = None if call is None else self.trained_weight(batch.mean.dtype)
-        if weight is not None:
+        if call is not None and self.weight_is_trained:
+            weight = self.flat_weight(batch.mean.dtype)
             patch = mean_patch(call.x, call.geometry, tuple(y.shape[2:]))
             seen = Seen(call, y, batch.mean, patch, weight)
             anchor = products_with_patches(patch[None], weight)[0]

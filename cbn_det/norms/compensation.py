@@ -1,11 +1,5 @@
-"""How remembered statistics are carried over to the present weight of a convolution.
-
-The mean by the mean input patch of the entry's own iteration, the variance by one of the two
-derivatives below.
-
-A layer's pending entry gets what a derivative needs in :meth:`stage`; with the commit of several
-layers, :func:`carry` says how much the means and variances of all their entries have changed since.
-"""
+"""How remembered statistics are carried over to the present weight of a convolution: the mean by
+the mean input patch of the entry's own iteration, the variance by one of the derivatives below."""
 
 from __future__ import annotations
 
@@ -49,10 +43,7 @@ ROW = ("mean", "var", "mean_change", "var_change", "anchor", "gradient_anchor")
 
 def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
     """Carries statistics over to the present weights, to first order: those of all entries, and the
-    running statistics.
-
-    Those are averages over iterations, as the window is, and would otherwise belong to weights of
-    ten iterations ago: they change by what the newest entry has changed by since the latest commit.
+    running statistics, which change by what the newest entry has since the latest commit.
 
     Args:
         layers: that are committed together, with the same kind of derivative.
@@ -128,15 +119,12 @@ class OwnDerivative:
 
 class AveragedDerivative:
     """All entries have the same derivative, an exponential average ``G`` over iterations of
-    estimates on few positions. When it is refreshed, entries keep what they have changed by before,
-    so that their change is made of steps with the derivative of the time::
+    estimates on few positions. When it is refreshed, entries keep what they have changed by::
 
         dvar_{t-tau -> t} = sum of < G_s, W_{s+1} - W_s > over s = t-tau ... t-1
 
-    In expectation the derivative of one mini-batch's variance is that of any other's, and the
-    deviation of one's own from the average is noise of the size of the sampling error, times the
-    small weight change. So one tensor of the weight's size is kept in place of one an entry, and
-    longer windows cost nothing.
+    In expectation every mini-batch's derivative is the same; the deviation of one's own is noise,
+    times the small weight change. One tensor of the weight's size is kept in place of one an entry.
 
     Args:
         positions: of one layer in one iteration, on average.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -124,7 +124,7 @@ class DoubleForward:
         ]
         if not (self._forwards and wanting and self.model.training):
             return False
-        ends = _ends(self._forwards, wanting)
+        calls = _calls(self._forwards, wanting)
         devices = {layer.running_mean.device for layer in wanting}
         gpus = [device for device in devices if device.type == "cuda"]
         with (
@@ -134,8 +134,8 @@ class DoubleForward:
         ):
             self._running = True
             try:
-                for forward, end in zip(self._forwards, ends, strict=True):
-                    with end:
+                for forward, expected in zip(self._forwards, calls, strict=True):
+                    with _ending(expected):
                         forward.replay(self.model)
             finally:
                 self._running = False
@@ -269,33 +269,34 @@ class _NothingLeft(BaseException):
     model's error handling takes it for one."""
 
 
-class _End:
-    """Context of one mini-batch's second pass, which it ends as soon as each layer has been called
-    as often as in the first pass; with no layers, the pass runs to its own end."""
+@contextmanager
+def _ending(calls: dict[RememberingNorm2d, int]) -> Iterator[None]:
+    """One mini-batch's second pass, which ends as soon as each layer has been called so often; with
+    no layers, it runs to its own end."""
+    left = dict(calls)
 
-    def __init__(self, calls: dict[RememberingNorm2d, int]) -> None:
-        self._left = dict(calls)
-
-    def __enter__(self) -> None:
-        for layer in self._left:
-            layer._after_refresh = partial(self._called, layer)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
-        for layer in self._left:
-            layer._after_refresh = _pass
-        return kind is _NothingLeft
-
-    def _called(self, layer: RememberingNorm2d) -> None:
-        self._left[layer] -= 1
-        if max(self._left.values()) <= 0:
+    def called(layer: RememberingNorm2d) -> None:
+        left[layer] -= 1
+        if max(left.values()) <= 0:
             raise _NothingLeft
+
+    for layer in left:
+        layer._after_refresh = partial(called, layer)
+    try:
+        with suppress(_NothingLeft):
+            yield
+    finally:
+        for layer in left:
+            layer._after_refresh = _pass
 
 
 def _pass() -> None: ...
 
 
-def _ends(forwards: list[_Forward], wanting: list[RememberingNorm2d]) -> list[_End]:
-    """Where the second pass of each forward ends.
+def _calls(
+    forwards: list[_Forward], wanting: list[RememberingNorm2d]
+) -> list[dict[RememberingNorm2d, int]]:
+    """After how many calls of the layers the second pass of each forward ends; {}: it does not.
 
     A forward that did not call one of the layers is repeated as a whole, since the layer may be
     called this time (a head that had no RoI); all are, if what layers staged in the iteration is
@@ -303,11 +304,8 @@ def _ends(forwards: list[_Forward], wanting: list[RememberingNorm2d]) -> list[_E
     """
     counted = {layer: sum(f.calls.get(layer, 0) for f in forwards) for layer in wanting}
     known = all(count == layer.memory.forwards for layer, count in counted.items())
-    ends = []
-    for forward in forwards:
-        calls = {layer: forward.calls.get(layer, 0) for layer in wanting}
-        ends.append(_End(calls if known and min(calls.values()) > 0 else {}))
-    return ends
+    calls = [{layer: forward.calls.get(layer, 0) for layer in wanting} for forward in forwards]
+    return [each if known and min(each.values()) > 0 else {} for each in calls]
 
 
 @contextmanager

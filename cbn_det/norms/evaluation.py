@@ -1,12 +1,10 @@
 """Evaluation in which a test image has a share in the statistics that normalise it.
 
-In training an image is normalised with statistics that it is part of: at one image per GPU it is
-all of BatchNorm's, half at two. Evaluation leaves it out, and the smaller the batch was, the
-further what the layers then put out is from what the next ones were trained with. Mixing the image
-back in, with the share that it had in training, closes that gap without training anything anew. The
-cause and the remedy are published: EvalNorm (Singh, Shrivastava; ICCV 2019, arXiv 1904.06031) and
-inference example weighing (Summers, Dinneen; ICLR 2020, arXiv 1906.03548). With the image's own
-moments ``m`` and ``v``, the running ``mu`` and ``sigma^2`` and the share ``s``, per channel::
+In training an image is part of the statistics that normalise it: all of BatchNorm's at one image
+per GPU, half at two. Evaluation leaves it out, so that layers see other inputs than in training.
+Mixing the image back in with its share of then closes that gap: EvalNorm (Singh, Shrivastava; ICCV
+2019, arXiv 1904.06031), inference example weighing (Summers, Dinneen; ICLR 2020, arXiv 1906.03548).
+With the image's moments ``m`` and ``v``, the running ``mu`` and ``sigma^2`` and the share ``s``::
 
     mean = s m + (1 - s) mu
     var  = s (v + (m - mean)^2) + (1 - s) (sigma^2 + (mu - mean)^2)
@@ -29,8 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .base import SmallBatchNorm2d
 from .functional import mixture, moments
 
-#: Norms below a module of this name see regions, not images. Those proposed at test time are
-#: another selection than those sampled in training: their own moments say nothing about it.
+#: norms below a module of this name see regions, not images
 _REGIONS = "roi_heads"
 
 
@@ -45,18 +42,17 @@ def image_share(
     """While the block runs, BatchNorm layers in evaluation mode normalise each image by a mixture
     of its own moments and the running statistics.
 
-    Ours and torch's BatchNorms take part, but not those of RoI heads (see this module's source for
-    the reason), nor frozen ones, nor, without a given ``share``, BRN and layers with ``freeze``:
-    their training already looks like their evaluation.
+    Ours and torch's BatchNorms take part, but not those of RoI heads (regions proposed at test time
+    are another selection than those sampled in training), nor frozen ones, nor, without a given
+    ``share``, BRN and layers with ``freeze``, whose training already looks like their evaluation.
 
     Args:
         model: any; nothing in it is changed.
         share: weight of the image, in [0, 1], for all layers: 0 is plain evaluation, 1 leaves the
             running statistics out (instance normalisation). None: each layer's share in training,
             which is ``layer.batch_share / images_per_gpu``.
-        images_per_gpu: in training; for ``share=None``.
-        world_size: of the training; SyncBN's statistics were those of ``world_size *
-            images_per_gpu`` images.
+        images_per_gpu, world_size: of the training, for ``share=None``; SyncBN's statistics were of
+            ``world_size * images_per_gpu`` images.
 
     Yields:
         Names of the layers that take part.

@@ -3,10 +3,8 @@
 One optimiser step is one iteration. Every training forward adds its statistics to the *pending*
 entry; the first training forward after ``optimizer.step()`` commits it, that of all layers at once.
 With gradient accumulation, N forwards make one entry; forwards under ``no_grad`` are not recorded;
-an activation checkpoint that runs a forward twice is recorded once. Within an iteration memory is
-read-only.
-
-Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it alone
+an activation checkpoint's two runs of a forward are recorded once. Within an iteration memory is
+read-only. It is neither parameter nor buffer, so that ``broadcast_buffers=True`` leaves it alone
 and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
 """
 
@@ -108,18 +106,14 @@ class Memory:
         """Whether a forward will be recorded; ``repeated``: it recomputes an earlier one."""
         return with_grad and (not repeated or self.unrecorded > 0)
 
-    def count(self, with_grad: bool, repeated: bool) -> bool:
-        """The same, of a forward that has run: it counts."""
+    def count(self, with_grad: bool, repeated: bool) -> None:
+        """A forward has run."""
         if not with_grad:
             self.unrecorded += 1
-            return False
-        if not repeated:
+        elif not repeated:
             self.unrecorded = 0
-        elif self.unrecorded:
+        elif self.unrecorded:  # else it was recorded when it ran for the first time
             self.unrecorded -= 1
-        else:
-            return False  # recorded when it ran for the first time
-        return True
 
     # ---- round trip ----
 

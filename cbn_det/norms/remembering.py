@@ -122,11 +122,10 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         return not self.recomputing_statistics and self.memory.records(*how)
 
     def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
-        memory = self.memory
-        if self._unchanged:
-            if self._after_refresh is None:
-                return
-        elif self.recomputing_statistics or not memory.count(*how):
+        memory, recorded = self.memory, self._will_record(how)
+        if not (self._unchanged or self.recomputing_statistics):
+            memory.count(*how)
+        if not recorded:
             return
         if not memory.forwards:
             _add_pending(self)
