@@ -296,10 +296,7 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             # an average begun anew is of what was shown, not of the 0 and 1 that it begins with
             momentum = (1.0 / self.num_batches_tracked).clamp(min=momentum).to(mean.dtype)
         # BatchNorm keeps the unbiased variance; a single value has none
-        if isinstance(count, Tensor):
-            var = var * (count / (count - 1.0).clamp(min=1.0))
-        else:
-            var = var * (count / max(count - 1.0, 1.0))
+        var = var * (count / max(count - 1.0, 1.0))
         old_mean, old_var = self.running_mean, self.running_var
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
             difference = mean - old_mean

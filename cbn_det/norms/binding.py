@@ -1,11 +1,10 @@
 """Which convolution feeds a norm.
 
-A norm is called as ``norm(y)`` and sees neither the weight nor the input of the convolution that
-made ``y``. torch calls a hook whenever a submodule is assigned to its parent, which is enough to
-see that a norm was put into a convolution (detectron2's ``Conv2d`` wrapper) or right after one
-(``nn.Sequential``, torchvision's blocks). Nothing is patched, and what was inferred is checked in
-each training forward against the autograd graph or, where there is none to be seen, by the numbers
-of the first ones.
+A norm is called as ``norm(y)`` and does not see the convolution that made ``y``. torch calls a hook
+whenever a submodule is assigned to its parent, which shows that a norm was put into a convolution
+(detectron2's ``Conv2d`` wrapper) or right after one (``nn.Sequential``, torchvision's blocks). What
+was inferred is checked in each training forward against the autograd graph or, where there is none
+to be seen, by the numbers of the first ones.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from .recalibration import in_backward
 
 __all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
 
-# Two forwards whose numbers agree are proof; after so many that said nothing (constant outputs) no
-# more is expected of them. Reading numbers waits for the device.
+# Forwards whose numbers are read, which waits for the device: two that agree are proof, the others
+# are constant.
 _ENOUGH = 50
 
 # of the latest call of a layer's convolution
@@ -54,8 +53,8 @@ def install() -> None:
 class ConvBound:
     """Mixin of a norm (an ``nn.Module`` with ``num_features``) that can be bound to a convolution.
 
-    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm, not
-    the reverse. It is made of bound methods only, so that deepcopy and pickling carry it over.
+    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm. It
+    is made of bound methods only, so that deepcopy and pickling carry it over.
     """
 
     num_features: int
@@ -143,13 +142,8 @@ class ConvBound:
         return type(weight) is not nn.Parameter and type(weight.detach()) is not Tensor
 
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
-        """The call of the convolution that made ``y``; None for a forward that is not recorded,
-        which needs none.
-
-        Args:
-            y: the input of this layer.
-            conv_input: what the convolution was seen to be called with last.
-            recorded: whether something is to be remembered of this forward.
+        """The call of the convolution that made ``y``, which was last seen to be called with
+        ``conv_input``; None for a forward that is not recorded, which needs none.
 
         Raises:
             RuntimeError: the layer is bound to no convolution, or ``y`` is not its output.

@@ -77,21 +77,13 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What a forward shows of the convolution before a layer.
-
-    Attributes:
-        call: of the convolution.
-        y: its output.
-        mean: [C], of ``y``.
-        patch: [groups, d], the mean patch of its input.
-        weight: [C, d]
-    """
+    """What a forward shows of the convolution before a layer."""
 
     call: ConvCall
-    y: Tensor
-    mean: Tensor
-    patch: Tensor
-    weight: Tensor
+    y: Tensor  # its output
+    mean: Tensor  # [C], of y
+    patch: Tensor  # [groups, d], the mean patch of its input
+    weight: Tensor  # [C, d]
 
     def anchored(self, gradient: Tensor) -> dict[str, Tensor]:
         anchor = products_with(gradient[None], self.weight)[0]

@@ -64,10 +64,6 @@ class ConvGeometry:
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
         return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
 
-    def without_padding(self) -> ConvGeometry:
-        """Of the same convolution of an input that is padded already."""
-        return replace(self, pad=(0, 0, 0, 0), pad_mode="constant")
-
     def padded(self, x: Tensor) -> Tensor:
         """``x`` with the convolution's padding made explicit."""
         return F.pad(x, self.pad, mode=self.pad_mode) if any(self.pad) else x
@@ -303,7 +299,7 @@ def sampled_variance_gradient(
     if crops is None:
         return variance_gradient(x, y, mean, geometry, weight_shape)
     x, y = x.detach(), y.detach()
-    unpadded = geometry.without_padding()
+    unpadded = replace(geometry, pad=(0, 0, 0, 0), pad_mode="constant")
     total, offset = None, None
     for crop in crops:  # each counts the same, whatever its size
         inputs, outputs = _cropped(x, y, geometry, crop)

@@ -28,10 +28,9 @@ def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = No
 
     Args:
         model: any.
-        max_iter: length of the schedule, in optimiser steps, that a fractional burn-in or ramp is a
-            fraction of.
-        start_iter: optimiser steps that were taken before, where training goes on without what the
-            norms remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
+        max_iter: optimiser steps of the schedule that a burn-in or ramp is a fraction of.
+        start_iter: optimiser steps taken before, where training resumes without what the norms
+            remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
     """
     for layer in _remembering(model).values():
         layer.resolve_burn_in(max_iter)
@@ -67,10 +66,9 @@ def sync_running_stats(model: nn.Module) -> None:
     that ``freeze`` has fixed are left as they are. Does nothing without an initialised process
     group.
 
-    A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, puts rank 0's
-    statistics in the place of the others' before every forward: what is pooled is then of rank 0's
-    images and each rank's last ones (MBN's, which are the memory's, are each rank's own). Training
-    is the same either way, but for BRN.
+    A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, gives all ranks rank
+    0's before every forward: what is pooled is then of rank 0's images and each rank's last ones
+    (MBN's are each rank's own). Training is the same either way, but for BRN.
     """
     layers = [m for m in model.modules() if _gathers_statistics(m)]
     if not layers or not dist.is_available() or not dist.is_initialized():
@@ -180,8 +178,7 @@ class NormRow:
     Attributes:
         name: of the layer in the model.
         norm: as a config names it where it has a name there, else the class.
-        options: of a layer of ours, as a config spells them, with what they have come to at this
-            layer: a burn-in in optimiser steps, the number of groups that its channels allow.
+        options: of a layer of ours (:func:`~.spec.shown_options`).
         channels: of its input.
         conv: name of the convolution it is bound to, "" if none.
         trainable: whether it has a parameter that is trained, or statistics that move.

@@ -138,8 +138,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             self._watch_clock()
 
     def _watch_clock(self) -> None:
-        """Warns where weights change and no iteration is counted. Looks at the weights in few
-        forwards, and in none after the clock has moved once."""
+        """Warns where weights change and no iteration is counted; looks in few forwards only."""
         forwards = self.memory.forwards
         if forwards < 8 or forwards & (forwards - 1) or self.weight is None:
             return
@@ -191,8 +190,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         self.advance()
 
     def _find_place(self) -> None:
-        """Takes the count of steps from the optimiser's own, in the first iteration of which nobody
-        told the layer: training may have been resumed, or the layer converted in the middle."""
+        """Takes the count of steps from the optimiser's own where nobody told the layer: training
+        may have been resumed, or the layer converted in the middle."""
         self.memory.placed = True
         if self.weight is None or not self._waits:
             return

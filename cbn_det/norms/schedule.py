@@ -13,8 +13,8 @@ UNRESOLVED_SCHEDULE = 3000
 class Scheduled:
     """Mixin of a :class:`~.base.SmallBatchNorm2d` whose options ``timed`` are times.
 
-    An int is a number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned
-    into steps by :func:`cbn_det.norms.resolve_burn_in`. An option ``burn_in`` has its steps in
+    They are optimiser steps (int) or a fraction of the schedule (float in (0, 1)) that
+    :func:`cbn_det.norms.resolve_burn_in` turns into steps. Those of ``burn_in`` are in
     ``burn_in_steps``, None until they are known.
     """
 
@@ -29,8 +29,7 @@ class Scheduled:
 
     @property
     def in_burn_in(self) -> bool:
-        """Whether burn-in is not over in the present iteration. It is not before its length is
-        known, as in statistics that are computed anew without a schedule."""
+        """Whether burn-in is not over in the present iteration, or its length unknown."""
         return self.burn_in_steps is None or self.steps < self.burn_in_steps
 
     def _set_times(self, **times: int | float) -> None:
