@@ -59,7 +59,6 @@ class BRN2d(RememberingNorm2d):
     """
 
     averages_batch = True
-    timed = ("burn_in", "ramp")
 
     def __init__(
         self,
