@@ -62,7 +62,7 @@ from cbn_det.norms import (
     SmallBatchNorm2d,
     reading_memory,
 )
-from cbn_det.norms.functional import group_moments
+from cbn_det.norms.functional import group_mean
 from cbn_det.run.precise_bn import PooledMoments, kept_statistics
 
 #: mini-batches that estimates are made of; more would cost time and say little more
@@ -207,11 +207,18 @@ def used_statistics(found: Estimate, eps: float) -> tuple[Tensor, Tensor]:
     return mean - shift * var.sqrt() / scale, var / scale**2
 
 
+def _of_groups(batch: Moments, groups: int) -> Moments:
+    """Moments of groups of neighbouring channels, expanded to [C], from those of the channels."""
+    mean = group_mean(batch.mean, groups)
+    var = group_mean(batch.var + (batch.mean - mean).square(), groups)
+    return Moments(mean, var, batch.count * (len(mean) // groups))
+
+
 def _errors(spread: _Spread, truth: Moments) -> dict[str, float | None]:
     """Numbers of six digits for JSON, None for one that is not finite."""
     layer, count = spread.layer, spread.mean.count
     if spread.groups is not None:
-        truth = group_moments(truth, spread.groups)
+        truth = _of_groups(truth, spread.groups)
     scale, log_truth = truth.var + layer.eps, (truth.var + layer.eps).log()
     mean_fixed = (spread.mean.mean - truth.mean).square() / scale
     var_fixed = (spread.log_var.mean - log_truth).square()

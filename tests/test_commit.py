@@ -207,3 +207,33 @@ def test_a_layer_that_was_absent_while_its_weight_moved(positions: int | None, b
             evaluated = [value.clone() for value in running]
             carry(evaluated, then, conv)
             check_running(evaluated)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "CBN(window=3, burn_in=0, compensation='none')",
+        "MBN(window=3, burn_in=0, double_forward=False)",
+    ],
+)
+def test_what_an_iteration_began_with_is_part_of_what_is_saved(spec: str) -> None:
+    """Saved before the commit of a first entry that is not finite in one channel."""
+    norm, other = (build_norm(spec, 3) for _ in range(2))
+    norm.running_mean.fill_(2.0), norm.running_var.fill_(5.0)
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 1, 0, 0] = torch.inf
+    norm(x)
+    other.load_state_dict(norm.state_dict())
+    other.load_memory_state_dict(norm.memory_state_dict())
+    tick()
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(other(x), norm(x)) and norm(x).isfinite().all()
+    assert other.memory.older[:, 1].tolist() == [2.0, 5.0]
+
+
+def test_a_copy_of_a_layer_leaves_what_others_have_a_part_of() -> None:
+    layers = build(["d", "e"])
+    train(layers, ITERATIONS - 2)
+    memory = pickle.loads(pickle.dumps(layers["d"][1])).memory
+    for part in (memory.rows, memory.older):
+        assert part.untyped_storage().nbytes() == part.nbytes

@@ -311,7 +311,9 @@ def test_its_name_is_read_with_and_without_options() -> None:
             parse_spec(wrong)
     layer = build_norm("GN+WS", 64)
     assert (layer.num_groups, layer.eps) == (32, 1e-5) and isinstance(layer, nn.GroupNorm)
-    assert repr(layer) == "GNWS2d(64, groups=32, eps=1e-05, affine=True)"
+    assert repr(layer) == "GNWS2d(64, groups=32, eps=1e-05)"
+    bare = build_norm("GN+WS(affine=False)", 64)
+    assert repr(bare) == "GNWS2d(64, groups=32, eps=1e-05, affine=False)"
     for spec, told in (
         ("GN+WS(groups=0)", "groups=0: expected"),
         ("GN+WS(eps=-1)", "eps=-1: expected"),

@@ -740,7 +740,8 @@ def test_accumulated_forwards_pool_to_one_of_the_whole_batch(spec, parts):
     a, b = memory(model).get("1"), memory(whole).get("1")
     if a is not None:
         assert a["steps"] == b["steps"] and a["forwards"] == parts and b["forwards"] == 1
-        for key in ("pending", "rows", "stacked", "older"):
+        of_entries = ("pending", "rows", "stacked", *([] if "BRN" in spec else ["older"]))
+        for key in of_entries:  # BRN's older are running statistics, which each forward moves
             assert_same(a[key], b[key], rtol=1e-9, atol=1e-11)
 
 

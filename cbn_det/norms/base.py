@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,18 @@ def _exporting() -> bool:
 _is_exported = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
+@contextmanager
+def unchanged(layers: Collection[SmallBatchNorm2d]) -> Iterator[None]:
+    """Within it, forwards in training mode leave these layers as they are."""
+    for layer in layers:
+        layer._unchanged = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._unchanged = False
+
+
 class SmallBatchNorm2d(Unscriptable, Freezable):
     """BatchNorm2d whose training statistics come from :meth:`estimate` instead of one mini-batch.
 
@@ -75,12 +89,10 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     - statistics are float32 whatever the activations' dtype; the gradient is exact;
     - empty input is returned as it is, with zero gradients and unchanged state;
     - one value per channel is allowed (its variance is 0 where nothing else is remembered);
-    - training forwards that only gather statistics are BatchNorm's
-      (:attr:`recomputing_statistics`): PreciseBN, ``update_bn`` and any other recalibration end
-      with what BatchNorm's would, and the copy of a model that runs without gradient beside its
-      training (mean teacher) is a BatchNorm;
-    - nothing is communicated between ranks in forward. :func:`cbn_det.norms.sync_running_stats`
-      pools the running statistics of all ranks, and should run before evaluation and saving.
+    - training forwards that only gather statistics (:attr:`recomputing_statistics`) are
+      BatchNorm's: those of PreciseBN, ``update_bn``, or a mean teacher;
+    - nothing is communicated between ranks in forward:
+      :func:`cbn_det.norms.sync_running_stats` pools running statistics.
 
     What a method remembers from iteration to iteration is in
     :class:`~cbn_det.norms.memory.RememberingNorm2d`.
@@ -90,13 +102,11 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         freeze: fraction of the schedule, in (0, 1], from which on the layer normalises with fixed
             statistics (:mod:`cbn_det.norms.freeze`) and remembers nothing; 1: never.
         ema: what running statistics average. ``'pooled'``: first and second moments, so that the
-            variance *between* mini-batches counts, which one image's variance lacks; ``'batch'``:
-            BatchNorm's rule.
+            variance *between* mini-batches counts; ``'batch'``: BatchNorm's rule.
         momentum: of the running statistics; None for a cumulative average.
         eps: added to the variance.
         affine: whether there are a weight and a bias.
-        device, dtype: of weight, bias and running statistics, as BatchNorm2d takes them; the layers
-            that derive from this one take them too.
+        device, dtype: of weight, bias and running statistics.
 
     Raises:
         ValueError: an option out of range; names the option and what it takes.
@@ -106,6 +116,8 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     #: memory is neither read nor written, and running statistics move by the mini-batch's own
     #: (:class:`~cbn_det.norms.recalibration.Recalibration` has the rule)
     recomputing_statistics = False
+    #: whether the running statistics average :func:`~.functional.moments` of mini-batches
+    averages_batch = False
 
     def __init__(
         self,
@@ -156,14 +168,9 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         return moments(y)
 
     def estimate(self, batch: Moments) -> Estimate:
-        """Statistics of this layer now, from this mini-batch's moments and what is remembered."""
-        raise NotImplementedError
-
-    @property
-    def averages_batch(self) -> bool:
-        """Whether the running statistics average :func:`~.functional.moments` of mini-batches, in
-        the present forward, and :meth:`batch_moments` and :meth:`averaged` are left as they are."""
-        return False
+        """Statistics of this layer now, from this mini-batch's moments and what is remembered. By
+        default: BatchNorm's."""
+        return Estimate(batch.mean, batch.var, 1.0)
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         """What the running statistics average. By default: the mini-batch's own moments."""
@@ -289,10 +296,7 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             # an average begun anew is of what was shown, not of the 0 and 1 that it begins with
             momentum = (1.0 / self.num_batches_tracked).clamp(min=momentum).to(mean.dtype)
         # BatchNorm keeps the unbiased variance; a single value has none
-        if isinstance(count, Tensor):
-            var = var * (count / (count - 1.0).clamp(min=1.0))
-        else:
-            var = var * (count / max(count - 1.0, 1.0))
+        var = var * (count / max(count - 1.0, 1.0))
         old_mean, old_var = self.running_mean, self.running_var
         if self.ema == "pooled":  # variance of a mixture: within plus between its parts
             difference = mean - old_mean

@@ -11,10 +11,9 @@ give many values. With ``G`` groups of ``C / G`` neighbouring channels, ``c`` in
 is remembered, and no parameter is added. Running statistics are those of the groups, kept a channel
 each, so that evaluation is BatchNorm's and folds into the convolution.
 
-The paper merges channels, height and width into one axis and cuts that into G pieces. Where G does
-not divide C, its pieces would end in the middle of a channel; here the layer takes ``gcd(G, C)``
-groups. Where G exceeds C, its pieces are horizontal slabs of one channel, whose statistics depend
-on the place in the image and on its size; such a G is refused.
+The paper merges channels, height and width into one axis and cuts that into G pieces. Where these
+would end in the middle of a channel, the layer takes ``gcd(G, C)`` groups; a G above C, whose
+pieces would be slabs of one feature map, is refused.
 """
 
 from __future__ import annotations
@@ -42,10 +41,8 @@ class BGN2d(SmallBatchNorm2d):
 
     Args:
         num_features: channels C.
-        groups: G, the number of groups of channels; fewer groups pool more values. A layer whose C
-            it does not divide takes ``gcd(groups, C)`` groups, its attribute ``groups_used``. None:
-            ``DEFAULT_GROUPS``, 32, or C in a layer of fewer channels; ours by measurement, and more
-            groups than the paper's direction asks for at so few images.
+        groups: G, the number of groups of channels; fewer groups pool more values. The layer has
+            ``groups_used``, ``gcd(groups, C)``. None: ``DEFAULT_GROUPS``, or C if that is less.
         freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
@@ -75,7 +72,7 @@ class BGN2d(SmallBatchNorm2d):
 
     def estimate(self, batch: GroupMoments) -> Estimate:
         known = {"invstd": batch.invstd, "of_groups": batch.of_groups}
-        return Estimate(batch.mean, batch.var, 1.0, groups=self.groups_used, **known)
+        return Estimate(batch.mean, batch.var, 1.0, self.groups_used, **known)
 
     @property
     def is_batchnorm(self) -> bool:

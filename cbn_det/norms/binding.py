@@ -1,11 +1,10 @@
 """Which convolution feeds a norm.
 
-A norm is called as ``norm(y)`` and sees neither the weight nor the input of the convolution that
-made ``y``. torch calls a hook whenever a submodule is assigned to its parent, which is enough to
-see that a norm was put into a convolution (detectron2's ``Conv2d`` wrapper) or right after one
-(``nn.Sequential``, torchvision's blocks). Nothing is patched, and what was inferred is checked in
-each training forward against the autograd graph or, where there is none to be seen, by the numbers
-of the first ones.
+A norm is called as ``norm(y)`` and does not see the convolution that made ``y``. torch calls a hook
+whenever a submodule is assigned to its parent, which shows that a norm was put into a convolution
+(detectron2's ``Conv2d`` wrapper) or right after one (``nn.Sequential``, torchvision's blocks). What
+was inferred is checked in each training forward against the autograd graph or, where there is none
+to be seen, by the numbers of the first ones.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from .recalibration import in_backward
 
 __all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
 
-# Two forwards whose numbers agree are proof; after so many that said nothing (constant outputs) no
-# more is expected of them. Reading numbers waits for the device.
+# Forwards whose numbers are read, which waits for the device: two that agree are proof, the others
+# are constant.
 _ENOUGH = 50
 
 # of the latest call of a layer's convolution
@@ -54,8 +53,8 @@ def install() -> None:
 class ConvBound:
     """Mixin of a norm (an ``nn.Module`` with ``num_features``) that can be bound to a convolution.
 
-    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm, not
-    the reverse. It is made of bound methods only, so that deepcopy and pickling carry it over.
+    The binding lives in ``__dict__``, not among the submodules: the convolution owns the norm. It
+    is made of bound methods only, so that deepcopy and pickling carry it over.
     """
 
     num_features: int
@@ -121,12 +120,11 @@ class ConvBound:
 
     def flat_weight(self, dtype: torch.dtype) -> Tensor:
         """[C, d]: the convolution's present weight, without gradient."""
-        return _flat(self._conv_weight()[0], dtype)
+        return self._conv_weight()[0].flatten(1).to(dtype)
 
-    def trained_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """The same; None if it is not trained."""
-        weight, is_trained = self._conv_weight()
-        return _flat(weight, dtype) if is_trained else None
+    @property
+    def weight_is_trained(self) -> bool:
+        return self._conv_weight()[1]
 
     @property
     def weight_is_at_hand(self) -> bool:
@@ -144,13 +142,8 @@ class ConvBound:
         return type(weight) is not nn.Parameter and type(weight.detach()) is not Tensor
 
     def _find_call(self, y: Tensor, conv_input: Tensor | None, recorded: bool) -> ConvCall | None:
-        """The call of the convolution that made ``y``; None for a forward that is not recorded,
-        which needs none.
-
-        Args:
-            y: the input of this layer.
-            conv_input: what the convolution was seen to be called with last.
-            recorded: whether something is to be remembered of this forward.
+        """The call of the convolution that made ``y``, which was last seen to be called with
+        ``conv_input``; None for a forward that is not recorded, which needs none.
 
         Raises:
             RuntimeError: the layer is bound to no convolution, or ``y`` is not its output.
@@ -164,15 +157,17 @@ class ConvBound:
         if not recorded:
             return None
         node, call = operation_of(y), None
+        plain = "weight" in conv._parameters
         if node is not None:
             problem = mismatch(conv, node)
             if problem is not None:
                 raise self._binding_error(f"is bound to {self._conv_name()}, but {problem}")
-            call = self._call_by(node)
+            if not plain:
+                self._take_weight(node)
+            call = call_by(node, conv.kernel_size)
         by_graph = call is not None
         if call is None:
             call = self._call_seen(y, conv_input)
-        plain = "weight" in conv._parameters
         if not (by_graph and plain):
             self._check_numbers(call, y, (by_graph, plain))
         return call
@@ -193,12 +188,6 @@ class ConvBound:
         # autocast's copy has lost the small changes that statistics are carried over by
         if weight is not None and weight.dtype == statistics_dtype(weight):
             self.__dict__["_computed_weight"] = (weight.detach(), weight.requires_grad)
-
-    def _call_by(self, node: Any) -> ConvCall | None:
-        conv = self.conv
-        if "weight" not in conv._parameters:
-            self._take_weight(node)
-        return call_by(node, conv.kernel_size)
 
     def _call_seen(self, y: Tensor, conv_input: Tensor | None) -> ConvCall:
         if conv_input is not None:
@@ -243,11 +232,6 @@ class ConvBound:
             f' convolution before it. Use NORM: "{self.without_conv}" at this site, or call'
             " norm.bind(conv)."
         )
-
-
-def _flat(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.flatten(1)
-    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def _on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:

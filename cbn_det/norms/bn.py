@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from .base import SmallBatchNorm2d
-from .functional import Estimate, Moments
 from .spec import register_norm
 
 
@@ -25,12 +24,7 @@ class BN2d(SmallBatchNorm2d):
         ValueError: an option out of range.
     """
 
+    is_batchnorm = True
+
     def __init__(self, num_features: int, *, ema: str = "batch", **shared: Any) -> None:
         super().__init__(num_features, ema=ema, **shared)
-
-    @property
-    def is_batchnorm(self) -> bool:
-        return True
-
-    def estimate(self, batch: Moments) -> Estimate:
-        return Estimate(batch.mean, batch.var, 1.0)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from .base import Forward, is_number
-from .functional import Estimate, Moments, filled_like
-from .memory import instead_of
+from .functional import Estimate, Moments, filled_like, statistics_dtype
+from .memory import instead_of, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
 
@@ -38,30 +38,27 @@ from .spec import register_norm
 class BRN2d(RememberingNorm2d):
     """Batch Renormalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
 
-    The running statistics take part in training, so forwards without gradient in training mode,
-    which move them as they move BatchNorm's, are seen by the iterations after. Where a mini-batch
-    made them nan or infinite, they are put back, before the next iteration and before evaluation,
-    to those that the iteration began with. Where a DistributedDataParallel broadcasts buffers, as
-    torch's does by default, rank 0's are the reference on all ranks.
+    The running statistics take part in training: forwards without gradient in training mode move
+    them, too. Where a mini-batch made them nan or infinite, they are put back, before the next
+    iteration and before evaluation, to those that the iteration began with. Where a
+    DistributedDataParallel broadcasts buffers, as torch's does, rank 0's are the reference of all.
 
     Args:
         num_features: channels C.
         r_max: upper limit of r, its inverse the lower one; 1 or more.
         d_max: limit of the size of d, in running standard deviations; 0 or more.
-        burn_in: how long to train as plain BatchNorm. An int is a number of optimiser steps, a
-            float in (0, 1) a fraction of the schedule (:func:`cbn_det.norms.resolve_burn_in`).
+        burn_in: how long to train as plain BatchNorm: optimiser steps (int), or a fraction of the
+            schedule (float in (0, 1)) that :func:`cbn_det.norms.resolve_burn_in` turns into steps.
         ramp: how long, after that, the limits grow from (1, 0) to (r_max, d_max); likewise.
-        freeze: see :class:`SmallBatchNorm2d`.
-        ema: likewise. The paper's is nearer to ``'batch'``.
-        momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The running statistics
-            serve as the reference, so they should be smoother than BatchNorm's usual momentum makes
-            them.
+        momentum: of the running statistics; smaller than BatchNorm's, as they are the reference.
+        freeze, ema, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`. The paper's average
+            is nearer to ``ema='batch'``.
 
     Raises:
         ValueError: an option out of range.
     """
 
-    timed = ("burn_in", "ramp")
+    averages_batch = True
 
     def __init__(
         self,
@@ -116,15 +113,11 @@ class BRN2d(RememberingNorm2d):
         self._require_times()
         return self.limits() == (1.0, 0.0)
 
-    @property
-    def averages_batch(self) -> bool:
-        return True
-
     def estimate(self, batch: Moments) -> Estimate:
         if self.is_batchnorm:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         dtype = batch.mean.dtype
-        mean, reference = (self.memory.kept[key].to(dtype) for key in ("mean", "invstd"))
+        mean, reference = (v.to(dtype) for v in (self.memory.older[0], self.memory.kept["invstd"]))
         r_max, d_max = self.limits()
         minus_eps = filled_like(mean, -self.eps)
         invstd, distance = torch._foreach_sub([batch.var, batch.mean], [minus_eps, mean])
@@ -146,17 +139,13 @@ class BRN2d(RememberingNorm2d):
 
     @classmethod
     def commit(cls, layers: list[BRN2d]) -> None:
-        mean, var = now = _put_back(layers)
-        invstd = ((var if now.dtype == torch.float64 else var.float()) + layers[0].eps).rsqrt_()
+        now = _put_back(layers)
+        share_out(layers, now)
+        invstd = (now[1].to(statistics_dtype(now)) + layers[0].eps).rsqrt_()
         widths = [layer.num_features for layer in layers]
-        parts = (values.split(widths) for values in (mean, var, invstd))
-        for layer, *reference in zip(layers, *parts, strict=True):
-            layer.memory.kept = dict(zip(("mean", "var", "invstd"), reference, strict=True))
+        for layer, part in zip(layers, invstd.split(widths), strict=True):
+            layer.memory.kept["invstd"] = part
             layer.memory.pushed = 1
-
-    def instead(self) -> tuple[Tensor, Tensor]:
-        kept = self.memory.kept
-        return (kept["mean"], kept["var"]) if kept else super().instead()
 
     def group_for_commit(self) -> Hashable:
         return *super().group_for_commit(), self.eps

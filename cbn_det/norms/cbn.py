@@ -52,11 +52,9 @@ from .spec import register_norm
 
 COMPENSATIONS = ("taylor", "none")
 
-#: Output positions an iteration, on average, that the averaged derivative is estimated on. With one
-#: in each iteration, on the layers of a Faster R-CNN R18-FPN on digits, 2 images, they made
-#: the variance's distance from the truth larger than each entry's own derivative does by 0.5 % at
-#: the learning rate before its decay (0.01) and 0.1 % after; 256 positions by half of that, 16 by
-#: 1.5 times as much.
+#: On the layers of a Faster R-CNN R18-FPN on digits, 2 images, the variance was further from the
+#: truth than with each entry's own derivative by 0.5 % before the learning rate's decay and 0.1 %
+#: after; with 256 positions by half of that, with 16 by 1.5 times as much.
 DEFAULT_POSITIONS = 64
 
 
@@ -68,22 +66,18 @@ class CBN2d(FollowingNorm2d):
     Args:
         num_features: channels C.
         window: iterations averaged over, the current one included (k in the paper; 1 is BatchNorm).
-            The default is the paper's at 4 images per GPU; its rule is ``min(ceil(16 / images per
-            GPU), 8)``, 8 at 1 and 2 images.
-        burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a
-            number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned into
-            steps by :func:`cbn_det.norms.resolve_burn_in` (the trainer calls it with
-            ``SOLVER.MAX_ITER``). Where nobody does, the first forward warns and takes a schedule of
-            3000. The default, 2/3, is ours (and the authors' config files': 8 of 12 epochs); the
-            paper's is 1/4 (3 of 12), and its figure for COCO shows no difference between the two.
-        compensation: how a remembered entry is carried over to the present weight.
-            ``'taylor'``, the default: the paper's rule. ``'none'``: as it is ("naive CBN"; the only
-            one that needs no convolution).
-        positions: number of output positions an iteration, on average, that ``d var / dW`` is
-            estimated on, taken as crops of the feature maps or as some of the RoIs; the estimates
-            are averaged over iterations. None: all positions, and each entry keeps its own
-            derivative, as in the paper; the default is ours. ``d mu / dW`` is always of all
-            positions and each entry's own.
+            The paper's rule is ``min(ceil(16 / images per GPU), 8)``, the default that of 4 images.
+        burn_in: how long to train as plain BatchNorm before statistics are remembered: optimiser
+            steps (int), or a fraction of the schedule (float in (0, 1)) that
+            :func:`cbn_det.norms.resolve_burn_in` turns into steps. The default is that of the
+            authors' config files (8 of 12 epochs); the paper's is 1/4, and its figure for COCO
+            shows no difference.
+        compensation: how a remembered entry is carried over to the present weight. ``'taylor'``:
+            the paper's rule. ``'none'``: as it is ("naive CBN", which needs no convolution).
+        positions: output positions an iteration, on average, that ``d var / dW`` is estimated on,
+            as crops of the feature maps or some of the RoIs; the estimates are averaged over
+            iterations (ours). None: all positions, and each entry keeps its own derivative, as in
+            the paper. ``d mu / dW`` is always of all positions and each entry's own.
         freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
             ``ema='pooled'``, the default, is ours; the authors' code has ``'batch'``, the paper
             does not say.
@@ -93,6 +87,8 @@ class CBN2d(FollowingNorm2d):
         RuntimeError: in the first training forward, when the layer compensates and is bound to no
             convolution or to the wrong one.
     """
+
+    averages_batch = True
 
     def __init__(
         self,
@@ -119,18 +115,15 @@ class CBN2d(FollowingNorm2d):
         return 1.0 / self.window
 
     @property
-    def averages_batch(self) -> bool:
-        return True
-
-    @property
     def needs_conv(self) -> bool:
         return self.compensation != "none" and self.window > 1
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
-        """Of the present iteration, 0-dim tensors: share of (entry, channel) pairs clamped, and
-        mean size of the compensation relative to the standard deviation (mean) and variance.
-        Empty before anything is remembered."""
+        """Of the present iteration, 0-dim tensors: ``clamped``, the share of (entry, channel) pairs
+        whose compensated variance was negative; ``compensation_mean`` and ``compensation_var``, the
+        mean size of the compensation by standard deviation and variance. Empty before anything is
+        remembered."""
         if not (self.memory.pushed and self._compensates):
             return {}
         _, var, mean_change, change = self.memory.rows[: len(self.memory), :4].unbind(1)
@@ -145,7 +138,7 @@ class CBN2d(FollowingNorm2d):
 
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         memory = self.memory
         mean, var = memory.older
         share = 1.0 / (1 + len(memory))
@@ -156,8 +149,8 @@ class CBN2d(FollowingNorm2d):
     def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
         entry = {"mean": batch.mean, "var": batch.var}
         call = self.call
-        weight = None if call is None else self.trained_weight(batch.mean.dtype)
-        if weight is not None:
+        if call is not None and self.weight_is_trained:
+            weight = self.flat_weight(batch.mean.dtype)
             patch = mean_patch(call.x, call.geometry, tuple(y.shape[2:]))
             seen = Seen(call, y, batch.mean, patch, weight)
             anchor = products_with_patches(patch[None], weight)[0]

@@ -1,14 +1,11 @@
 """The iteration clock: one optimiser step is one iteration.
 
 Layers must tell the forwards of one iteration (gradient accumulation, a head shared by several
-feature levels) from the next iteration. Weight versions do not show it, because fused optimisers
-leave them alone, and counting forwards miscounts under accumulation. Every torch optimiser runs
-the hooks of ``register_optimizer_step_post_hook`` after it has stepped. A step that a GradScaler
-skips never gets there, but for fused optimisers: those are called all the same, leave the weights
-alone by themselves, and have ``found_inf`` set meanwhile. Reading it waits for the GPU once a step.
-
-An optimiser that is no ``torch.optim.Optimizer`` (fastai's, an update by hand) runs no hook:
-:func:`tick` counts its steps.
+feature levels) from the next. Every torch optimiser runs the hooks of
+``register_optimizer_step_post_hook`` after it has stepped. A step that a GradScaler skips does not
+get there, but for fused optimisers: they leave the weights alone by themselves, and have
+``found_inf`` set meanwhile, which costs a wait for the GPU once a step. An optimiser that is no
+``torch.optim.Optimizer`` (fastai's, an update by hand) runs no hook: :func:`tick` counts its steps.
 """
 
 from __future__ import annotations

@@ -1,16 +1,10 @@
-"""How remembered statistics are carried over to the present weight of a convolution.
-
-The mean by the mean input patch of the entry's own iteration, the variance by one of the two
-derivatives below.
-
-A layer's pending entry gets what a derivative needs in :meth:`stage`; with the commit of several
-layers, :func:`carry` says how much the means and variances of all their entries have changed since.
-"""
+"""How remembered statistics are carried over to the present weight of a convolution: the mean by
+the mean input patch of the entry's own iteration, the variance by one of the derivatives below."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +43,7 @@ ROW = ("mean", "var", "mean_change", "var_change", "anchor", "gradient_anchor")
 
 def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
     """Carries statistics over to the present weights, to first order: those of all entries, and the
-    running statistics.
-
-    Those are averages over iterations, as the window is, and would otherwise belong to weights of
-    ten iterations ago: they change by what the newest entry has changed by since the latest commit.
+    running statistics, which change by what the newest entry has since the latest commit.
 
     Args:
         layers: that are committed together, with the same kind of derivative.
@@ -85,36 +76,14 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
     return change
 
 
-class Derivative(Protocol):
-    """Of the variance by the weight."""
-
-    def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
-        """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
-        one, with its anchor."""
-
-    def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
-        """Makes of these what the entry is remembered with."""
-
-    def products(self, memory: Memory, weight: Tensor) -> Tensor:
-        """[entries or 1, C]: with the present weight [C, d]."""
-
-
 class Seen(NamedTuple):
-    """What a forward shows of the convolution before a layer.
-
-    Attributes:
-        call: of the convolution.
-        y: its output.
-        mean: [C], of ``y``.
-        patch: [groups, d], the mean patch of its input.
-        weight: [C, d]
-    """
+    """What a forward shows of the convolution before a layer."""
 
     call: ConvCall
-    y: Tensor
-    mean: Tensor
-    patch: Tensor
-    weight: Tensor
+    y: Tensor  # its output
+    mean: Tensor  # [C], of y
+    patch: Tensor  # [groups, d], the mean patch of its input
+    weight: Tensor  # [C, d]
 
     def anchored(self, gradient: Tensor) -> dict[str, Tensor]:
         anchor = products_with(gradient[None], self.weight)[0]
@@ -126,28 +95,28 @@ class OwnDerivative:
     positions."""
 
     def stage(self, layer: Any, seen: Seen) -> dict[str, Tensor]:
+        """What one forward adds to the pending entry: its estimate ``gradient`` [C, d], if it makes
+        one, with its anchor."""
         x, geometry = seen.call.x, seen.call.geometry
         gradient = variance_gradient(x, seen.y, seen.mean, geometry, layer.weight_shape)
         return seen.anchored(gradient)
 
     def commit(self, memory: Memory, entry: dict[str, Tensor]) -> None:
-        pass
+        """Makes of these what the entry is remembered with."""
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
+        """[entries or 1, C]: with the present weight [C, d]."""
         return products_with(memory.stacked["gradient"][: len(memory)], weight)
 
 
 class AveragedDerivative:
     """All entries have the same derivative, an exponential average ``G`` over iterations of
-    estimates on few positions. When it is refreshed, entries keep what they have changed by before,
-    so that their change is made of steps with the derivative of the time::
+    estimates on few positions. When it is refreshed, entries keep what they have changed by::
 
         dvar_{t-tau -> t} = sum of < G_s, W_{s+1} - W_s > over s = t-tau ... t-1
 
-    In expectation the derivative of one mini-batch's variance is that of any other's, and the
-    deviation of one's own from the average is noise of the size of the sampling error, times the
-    small weight change. So one tensor of the weight's size is kept in place of one an entry, and
-    longer windows cost nothing.
+    In expectation every mini-batch's derivative is the same; the deviation of one's own is noise,
+    times the small weight change. One tensor of the weight's size is kept in place of one an entry.
 
     Args:
         positions: of one layer in one iteration, on average.
@@ -163,14 +132,9 @@ class AveragedDerivative:
         # fewer for each further forward of an iteration: all of them count the same
         positions = max(1, self.positions * EVERY // (memory.forwards + 1))
         crops = choose_crops(tuple(seen.y.shape), positions, steps)
+        call, shape = seen.call, layer.weight_shape
         gradient = sampled_variance_gradient(
-            seen.call.x,
-            seen.y,
-            seen.mean,
-            seen.patch,
-            seen.call.geometry,
-            layer.weight_shape,
-            crops,
+            call.x, seen.y, seen.mean, seen.patch, call.geometry, shape, crops
         )
         return seen.anchored(gradient)
 

@@ -64,10 +64,6 @@ class ConvGeometry:
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
         return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
 
-    def without_padding(self) -> ConvGeometry:
-        """Of the same convolution of an input that is padded already."""
-        return replace(self, pad=(0, 0, 0, 0), pad_mode="constant")
-
     def padded(self, x: Tensor) -> Tensor:
         """``x`` with the convolution's padding made explicit."""
         return F.pad(x, self.pad, mode=self.pad_mode) if any(self.pad) else x
@@ -90,11 +86,9 @@ class Crop:
         return slice(self.n0, None, self.step)
 
 
-# Of a feature map at least this many positions are taken together, so that many small maps (RoIs)
-# are sampled as whole maps and few large ones as crops of each.
+# So many positions of a map are taken together: small maps (RoIs) as a whole.
 _MAP_POSITIONS = 256
-# Neighbouring positions resemble each other, so a large map gives several crops, of at least so
-# many positions each.
+# Neighbouring positions resemble each other: a large map gives several crops of so many at least.
 _CROP_POSITIONS = 64
 _MOST_CROPS = 4
 
@@ -104,11 +98,10 @@ def choose_crops(
 ) -> tuple[Crop, ...] | None:
     """The output positions that a conv statistic is estimated on: the average over the crops.
 
-    Contiguous positions only: strided or scattered ones save no time in convolution kernels. Of
-    many maps every so-manieth is taken (RoIs of one image follow each other). The map is cut into
-    tiles, and the crops walk over them with ``turn`` along a low-discrepancy sequence, so that they
-    are the same in a repeated run, need no random state, and visit every position equally often:
-    borders, where there is padding, count neither more nor less than the rest.
+    Contiguous positions only: scattered ones save no time in convolution kernels. Of many maps
+    every so-manieth is taken (RoIs of one image follow each other). The map is cut into tiles, and
+    the crops walk over them with ``turn`` along a low-discrepancy sequence: without random state,
+    and visiting every position equally often, borders included.
 
     Args:
         shape: (N, C, H, W) of the convolution's output.
@@ -167,12 +160,11 @@ def _cropped(x: Tensor, y: Tensor, geometry: ConvGeometry, crop: Crop) -> tuple[
 
 
 def mean_patch(x: Tensor, geometry: ConvGeometry, out_size: tuple[int, int]) -> Tensor:
-    """Mean input patch ``E[p]`` over all output positions, the exact derivative of a mean by W.
+    """Mean input patch ``E[p]`` over all output positions: ``d mu / dW``, as ``mean(y_j) = <E[p],
+    w_j>`` is linear in W; the same for every output channel of a group.
 
-    ``mean(y_j) = <E[p], w_j>`` is linear in W, so this is ``d mu / dW`` of the compensated mean
-    (arXiv 2002.05712) in closed form, the same for every output channel of a group. Which rows a
-    row of the kernel sees is a matrix of zeros and ones, likewise the columns, so that two matrix
-    products do it; on small maps one, of all positions at once.
+    Which rows a row of the kernel sees is a matrix of zeros and ones, likewise the columns, so that
+    two matrix products do it; on small maps one, of all positions at once.
 
     Args:
         x: [N, C_in, H_in, W_in], the convolution's input.
@@ -250,9 +242,6 @@ def variance_gradient(
 ) -> Tensor:
     """``d var(y_j) / dw_j = 2 E[(p - E[p]) (y_j - mean_j)]``, without autograd.
 
-    One convolution weight gradient. From it the derivative of the second moment, which CBN's
-    equations use, follows as ``d E[y_j**2] / dw_j = d var / dw_j + 2 mean_j E[p]``.
-
     Args:
         x: [N, C_in, H_in, W_in], the convolution's input.
         y: [N, C_out, H, W], its output (with or without the conv bias).
@@ -310,7 +299,7 @@ def sampled_variance_gradient(
     if crops is None:
         return variance_gradient(x, y, mean, geometry, weight_shape)
     x, y = x.detach(), y.detach()
-    unpadded = geometry.without_padding()
+    unpadded = replace(geometry, pad=(0, 0, 0, 0), pad_mode="constant")
     total, offset = None, None
     for crop in crops:  # each counts the same, whatever its size
         inputs, outputs = _cropped(x, y, geometry, crop)

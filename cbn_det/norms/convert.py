@@ -60,17 +60,15 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
 
     Every ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` is converted, with the subclasses that
     compute the same in evaluation (norms of ours, detectron2's ``NaiveSyncBatchNorm``). The new
-    layers hold the very parameters and buffers of the old ones, so that an optimizer made before
-    goes on updating them, evaluation does not change and checkpoints fit both ways; they keep eps
-    and momentum (unless ``spec`` sets them), training mode, device and dtype, and are bound to the
-    convolutions that feed them. Convert before the model is wrapped in DistributedDataParallel or
-    compiled. After fine-tuning at a constant rate, or with ``CBN(compensation='none')``, running
-    statistics lag behind the weights: recompute them before an evaluation (PreciseBN, or
-    ``torch.optim.swa_utils.update_bn``).
+    layers hold the very parameters and buffers of the old ones: an optimizer made before goes on
+    updating them, evaluation does not change and checkpoints fit both ways. They keep eps and
+    momentum (unless ``spec`` sets them), training mode, device and dtype, and are bound to the
+    convolutions that feed them. Other norms, and BatchNorms that do more than BatchNorm (timm's
+    ``BatchNormAct2d``) or keep no running statistics, are left and listed with the reason.
 
-    Other norms (GroupNorm, FrozenBatchNorm2d, BatchNorm1d), and BatchNorms that do more than
-    BatchNorm (timm's ``BatchNormAct2d`` has its activation inside) or lack something (running
-    statistics), are left alone and listed with the reason.
+    Convert before the model is wrapped in DistributedDataParallel or compiled. After fine-tuning at
+    a constant rate, or with ``CBN(compensation='none')``, running statistics lag behind the
+    weights: recompute them before an evaluation (PreciseBN, ``update_bn``).
 
     Args:
         model: any module that contains BatchNorms.
@@ -82,9 +80,8 @@ def convert_norm(model: nn.Module, spec: str, *, max_iter: int | None = None) ->
         What was converted and what was left; ``print`` it.
 
     Raises:
-        ValueError: the model is itself a BatchNorm, nothing could be converted, an unknown norm or
-            option, a norm that is no BatchNorm, or a layer that must know its convolution and
-            follows none. The model is then as it was.
+        ValueError: nothing can be converted, the norm is unknown or no BatchNorm, or a layer that
+            must know its convolution follows none. The model is then as it was.
     """
     if isinstance(model, _BatchNorm):
         raise ValueError(

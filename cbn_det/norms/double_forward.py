@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import clock
-from .base import SmallBatchNorm2d
+from .base import SmallBatchNorm2d, unchanged
 from .chain import Chained
 from .first_proposals import FirstProposals, RandomState
 from .numbers import kept_numbers
@@ -38,39 +37,32 @@ class DoubleForward:
             optimizer.step()  # or scaler.step(optimizer)
             double_forward.refresh()
 
-    A forward pre-hook on the model keeps the inputs of every training forward, the state of torch's
-    random generators (those of the CPU and of the model's device) and of autocast. Only references
-    are kept, until :meth:`refresh`: inputs must not be changed in place before it. The second pass
-    draws the same random numbers, and a detector whose ``proposals`` are named has the very RoIs of
-    the first (:class:`~cbn_det.norms.first_proposals.FirstProposals`). It runs in training mode
-    without gradient; layers update in order, so that deeper ones see what refreshed ones put out.
-    Each MBN layer replaces what it staged in the iteration, and with it its running statistics.
-    Everything else is as before: the statistics and memory of all other layers, every other buffer,
-    numbers that modules keep as plain attributes (detectron2's ``loss_normalizer``), the random
-    state, and what layers report of their latest forward
-    (:func:`cbn_det.norms.norm_diagnostics`). Hooks on the modules run as in any forward.
+    Recorded are the inputs of every training forward (references: they must not be changed in place
+    before :meth:`refresh`), the state of torch's random generators, of the CPU and of the model's
+    device, and that of autocast. The second pass runs in training mode without gradient, draws the
+    same random numbers, and a detector whose ``proposals`` are named has the very RoIs of the first
+    (:class:`~cbn_det.norms.first_proposals.FirstProposals`). Layers update in order, so that deeper
+    ones see what refreshed ones put out. Each MBN layer replaces what it staged in the iteration,
+    and with it its running statistics. Everything else is as before: the other layers, every other
+    buffer, numbers that modules keep as plain attributes (detectron2's ``loss_normalizer``), the
+    random state, and what layers report of their latest forward. Hooks run as in any forward.
 
-    It costs about a forward pass, less what would change nothing. Each pass ends at the last layer
-    that has something to refresh: predictors, losses, heads without such layers are left out. There
-    is no second pass at all where no MBN layer asks for one: during burn-in, after they were
-    frozen, with ``double_forward=False``; nor after a step that a GradScaler skipped, which is told
-    from the optimiser's steps (the mini-batch then belongs to the next iteration, and is run again
-    with it, unless :meth:`forget` is called). A forward that raised is not run again: a loop may
-    catch the error and go on.
+    It costs about a forward pass, less what follows the last layer that has something to refresh.
+    There is none where no MBN layer asks for one (in burn-in, frozen, ``double_forward=False``),
+    nor after a step that a GradScaler skipped: the mini-batch then belongs to the next iteration,
+    and is run again with it, unless :meth:`forget` is called. A forward that raised is not run
+    again: a loop may catch the error and go on.
 
-    Nothing is communicated between ranks by our layers. A model that has synchronising norms beside
-    MBN would, in the second pass too, where ranks need not agree on where it ends: do not mix them.
-
-    A model that is itself called through a re-entrant activation checkpoint is not recorded; parts
-    of it may be. A copy of the model is not recorded, unless the DoubleForward is copied with it.
+    Our layers communicate nothing between ranks. Synchronising norms beside MBN would, in the
+    second pass too, where ranks need not agree on where it ends: do not mix them. A model that is
+    itself called through a re-entrant activation checkpoint is not recorded; parts of it may be.
+    A copy of the model is not recorded, unless the DoubleForward is copied with it.
 
     Args:
-        model: of a DistributedDataParallel, the module inside is
-            used.
+        model: that the training loop calls, or the module inside a DistributedDataParallel.
         proposals: the submodule of a two-stage detector that makes region proposals: detectron2's
             ``model.proposal_generator``, torchvision's ``model.rpn``. Its proposals of the first
-            pass serve the second, so that statistics differ from the first's by the weights alone:
-            a choice of ours, as there is no code of the authors to look at.
+            pass serve the second (a choice of ours: there is no code of the authors).
     """
 
     def __init__(self, model: nn.Module, proposals: nn.Module | None = None) -> None:
@@ -119,9 +111,8 @@ class DoubleForward:
             self.forget()
 
     def forget(self) -> None:
-        """Forgets the inputs that were recorded. After a step that was skipped, its mini-batches
-        then stay out of the second pass, and with it out of memory: for a training that is to go on
-        from a checkpoint as it would have, since inputs are in none."""
+        """Forgets the inputs that were recorded. Mini-batches of a skipped step then stay out of
+        memory, as in a training that resumes from a checkpoint, which has no inputs."""
         self._drop_unfinished()
         self._forwards = []
 
@@ -133,7 +124,7 @@ class DoubleForward:
         ]
         if not (self._forwards and wanting and self.model.training):
             return False
-        ends = _ends(self._forwards, wanting)
+        calls = _calls(self._forwards, wanting)
         devices = {layer.running_mean.device for layer in wanting}
         gpus = [device for device in devices if device.type == "cuda"]
         with (
@@ -143,8 +134,8 @@ class DoubleForward:
         ):
             self._running = True
             try:
-                for forward, end in zip(self._forwards, ends, strict=True):
-                    with end:
+                for forward, expected in zip(self._forwards, calls, strict=True):
+                    with _ending(expected):
                         forward.replay(self.model)
             finally:
                 self._running = False
@@ -178,9 +169,8 @@ class DoubleForward:
         self._handled = id(sys.exc_info()[1])
         layers = [m for m in self._layers() if m.training]
         if layers:
-            self._recording = _Forward.of(args, kwargs, layers)
+            self._recording = _Forward(args, kwargs, layers, self._proposals)
             self._forwards.append(self._recording)
-            self._recording.begin(self._proposals)
 
     def _end_record(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recording is None or self._running or in_backward():
@@ -201,9 +191,9 @@ class DoubleForward:
 
 
 class _Hooks:
-    """A DoubleForward's hooks on its model. A copy of the model has copies of these, which do
-    nothing where the DoubleForward was not copied, too: nobody would refresh what they record. They
-    are no part of a compiled graph, which would be compiled anew with every step of the clock."""
+    """A DoubleForward's hooks on its model. In a copy of the model they do nothing, unless the
+    DoubleForward was copied, too: nobody would refresh what they record. They are no part of a
+    compiled graph, which would be compiled anew with every step of the clock."""
 
     def __init__(self, owner: DoubleForward) -> None:
         self.owner: DoubleForward | None = owner
@@ -222,52 +212,37 @@ class _Hooks:
         return {"owner": None}  # a copied DoubleForward puts itself here
 
 
-@dataclass
 class _Forward:
     """One recorded forward.
 
     Attributes:
         calls: how often it called each MBN layer with anything to stage; known at its end.
-        before: what :func:`_counts` said of the layers at its start.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    random_state: RandomState
-    autocast: dict[str, Any]
-    calls: dict[RememberingNorm2d, int]
-    before: dict[RememberingNorm2d, tuple[int, int]]
-    proposals: FirstProposals | None = None
-
-    @staticmethod
-    def of(
-        args: tuple[Any, ...], kwargs: dict[str, Any], layers: list[RememberingNorm2d]
-    ) -> _Forward:
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layers: list[RememberingNorm2d],
+        proposals: nn.Module | None,
+    ) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.calls = dict.fromkeys(layers, 0)
+        self._before = {layer: _counts(layer) for layer in layers}
         device = layers[0].running_mean.device
-        return _Forward(
-            args,
-            kwargs,
-            RandomState.now(device),
-            {
-                "device_type": device.type,
-                "enabled": torch.is_autocast_enabled(device.type),
-                "dtype": torch.get_autocast_dtype(device.type),
-                "cache_enabled": False,  # casts of the weights before the step may be in the cache
-            },
-            {layer: 0 for layer in layers},
-            {layer: _counts(layer) for layer in layers},
-        )
-
-    def begin(self, proposals: nn.Module | None) -> None:
+        self._random_state = RandomState.now(device)
+        self._autocast = {
+            "device_type": device.type,
+            "enabled": torch.is_autocast_enabled(device.type),
+            "dtype": torch.get_autocast_dtype(device.type),
+            "cache_enabled": False,  # casts of the weights before the step may be in the cache
+        }
+        self.proposals = None
         if proposals is not None:
-            self.proposals = FirstProposals(
-                proposals,
-                self.random_state.device,
-                lambda: [_counts(layer) for layer in self.calls],
-            )
+            self.proposals = FirstProposals(proposals, device, lambda: [*map(_counts, layers)])
 
     def end(self) -> None:
-        for layer, (staged_before, waiting_before) in self.before.items():
+        for layer, (staged_before, waiting_before) in self._before.items():
             staged, waiting = _counts(layer)
             if waiting >= waiting_before:  # else nothing waited: a forward with gradient dropped it
                 waiting -= waiting_before
@@ -276,9 +251,9 @@ class _Forward:
             self.proposals.keep_no_more()
 
     def replay(self, model: nn.Module) -> None:
-        self.random_state.restore()
+        self._random_state.restore()
         given = self.proposals.given() if self.proposals is not None else nullcontext()
-        with torch.autocast(**self.autocast), given:
+        with torch.autocast(**self._autocast), given:
             model(*self.args, **self.kwargs)
 
 
@@ -294,33 +269,34 @@ class _NothingLeft(BaseException):
     model's error handling takes it for one."""
 
 
-class _End:
-    """Context of one mini-batch's second pass, which it ends as soon as each layer has been called
-    as often as in the first pass; with no layers, the pass runs to its own end."""
+@contextmanager
+def _ending(calls: dict[RememberingNorm2d, int]) -> Iterator[None]:
+    """One mini-batch's second pass, which ends as soon as each layer has been called so often; with
+    no layers, it runs to its own end."""
+    left = dict(calls)
 
-    def __init__(self, calls: dict[RememberingNorm2d, int]) -> None:
-        self._left = dict(calls)
-
-    def __enter__(self) -> None:
-        for layer in self._left:
-            layer._after_refresh = partial(self._called, layer)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
-        for layer in self._left:
-            layer._after_refresh = _pass
-        return kind is _NothingLeft
-
-    def _called(self, layer: RememberingNorm2d) -> None:
-        self._left[layer] -= 1
-        if max(self._left.values()) <= 0:
+    def called(layer: RememberingNorm2d) -> None:
+        left[layer] -= 1
+        if max(left.values()) <= 0:
             raise _NothingLeft
+
+    for layer in left:
+        layer._after_refresh = partial(called, layer)
+    try:
+        with suppress(_NothingLeft):
+            yield
+    finally:
+        for layer in left:
+            layer._after_refresh = _pass
 
 
 def _pass() -> None: ...
 
 
-def _ends(forwards: list[_Forward], wanting: list[RememberingNorm2d]) -> list[_End]:
-    """Where the second pass of each forward ends.
+def _calls(
+    forwards: list[_Forward], wanting: list[RememberingNorm2d]
+) -> list[dict[RememberingNorm2d, int]]:
+    """After how many calls of the layers the second pass of each forward ends; {}: it does not.
 
     A forward that did not call one of the layers is repeated as a whole, since the layer may be
     called this time (a head that had no RoI); all are, if what layers staged in the iteration is
@@ -328,11 +304,8 @@ def _ends(forwards: list[_Forward], wanting: list[RememberingNorm2d]) -> list[_E
     """
     counted = {layer: sum(f.calls.get(layer, 0) for f in forwards) for layer in wanting}
     known = all(count == layer.memory.forwards for layer, count in counted.items())
-    ends = []
-    for forward in forwards:
-        calls = {layer: forward.calls.get(layer, 0) for layer in wanting}
-        ends.append(_End(calls if known and min(calls.values()) > 0 else {}))
-    return ends
+    calls = [{layer: forward.calls.get(layer, 0) for layer in wanting} for forward in forwards]
+    return [each if known and min(each.values()) > 0 else {} for each in calls]
 
 
 @contextmanager
@@ -343,20 +316,16 @@ def _staging_anew(model: nn.Module, wanting: list[RememberingNorm2d]) -> Iterato
     told = [(m, k, vars(m)[k]) for m in norms for k in _OF_LATEST_FORWARD if k in vars(m)]
     layers = {m for m in (*norms, *wanting) if isinstance(m, SmallBatchNorm2d)}
     pending = {layer: layer.memory.begin_again() for layer in wanting}
-    for layer in layers:
-        layer._unchanged = True
     for layer in wanting:
         layer._after_refresh = _pass
     refreshed: set[nn.Module] = set()
     try:
-        with kept_numbers(model):
+        with unchanged(layers), kept_numbers(model):
             yield
         refreshed = {layer for layer in wanting if layer.memory.pending}
         for layer in refreshed:
             layer.memory.refreshed = True
     finally:
-        for layer in layers:
-            layer._unchanged = False
         for layer in wanting:
             layer._after_refresh = None
         for layer in pending.keys() - refreshed:  # not reached (no RoI), or the model raised

@@ -1,12 +1,10 @@
 """Evaluation in which a test image has a share in the statistics that normalise it.
 
-In training an image is normalised with statistics that it is part of: at one image per GPU it is
-all of BatchNorm's, half at two. Evaluation leaves it out, and the smaller the batch was, the
-further what the layers then put out is from what the next ones were trained with. Mixing the image
-back in, with the share that it had in training, closes that gap without training anything anew. The
-cause and the remedy are published: EvalNorm (Singh, Shrivastava; ICCV 2019, arXiv 1904.06031) and
-inference example weighing (Summers, Dinneen; ICLR 2020, arXiv 1906.03548). With the image's own
-moments ``m`` and ``v``, the running ``mu`` and ``sigma^2`` and the share ``s``, per channel::
+In training an image is part of the statistics that normalise it: all of BatchNorm's at one image
+per GPU, half at two. Evaluation leaves it out, so that layers see other inputs than in training.
+Mixing the image back in with its share of then closes that gap: EvalNorm (Singh, Shrivastava; ICCV
+2019, arXiv 1904.06031), inference example weighing (Summers, Dinneen; ICLR 2020, arXiv 1906.03548).
+With the image's moments ``m`` and ``v``, the running ``mu`` and ``sigma^2`` and the share ``s``::
 
     mean = s m + (1 - s) mu
     var  = s (v + (m - mean)^2) + (1 - s) (sigma^2 + (mu - mean)^2)
@@ -18,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .base import SmallBatchNorm2d
 from .functional import mixture, moments
 
-#: Norms below a module of this name see regions, not images. Those proposed at test time are
-#: another selection than those sampled in training: their own moments say nothing about it.
+#: norms below a module of this name see regions, not images
 _REGIONS = "roi_heads"
 
 
@@ -44,18 +42,17 @@ def image_share(
     """While the block runs, BatchNorm layers in evaluation mode normalise each image by a mixture
     of its own moments and the running statistics.
 
-    Ours and torch's BatchNorms take part, but not those of RoI heads (see this module's source for
-    the reason), nor frozen ones, nor, without a given ``share``, BRN and layers with ``freeze``:
-    their training already looks like their evaluation.
+    Ours and torch's BatchNorms take part, but not those of RoI heads (regions proposed at test time
+    are another selection than those sampled in training), nor frozen ones, nor, without a given
+    ``share``, BRN and layers with ``freeze``, whose training already looks like their evaluation.
 
     Args:
         model: any; nothing in it is changed.
         share: weight of the image, in [0, 1], for all layers: 0 is plain evaluation, 1 leaves the
             running statistics out (instance normalisation). None: each layer's share in training,
             which is ``layer.batch_share / images_per_gpu``.
-        images_per_gpu: in training; for ``share=None``.
-        world_size: of the training; SyncBN's statistics were those of ``world_size *
-            images_per_gpu`` images.
+        images_per_gpu, world_size: of the training, for ``share=None``; SyncBN's statistics were of
+            ``world_size * images_per_gpu`` images.
 
     Yields:
         Names of the layers that take part.
@@ -77,7 +74,7 @@ def image_share(
             own = _batch_share(layer) / images_per_gpu
             own /= world_size if "SyncBatchNorm" in type(layer).__name__ else 1
         if own > 0.0:
-            handles.append(layer.register_forward_hook(_Weighing(own)))
+            handles.append(layer.register_forward_hook(partial(_weighed, own)))
             names.append(name)
     try:
         yield names
@@ -100,44 +97,25 @@ def _batch_share(layer: nn.Module) -> float:
     return layer.batch_share if layer.freeze == 1 else 0.0  # it was trained as it is tested
 
 
-class _Weighing:
+def _weighed(share: float, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """A forward hook that normalises anew."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        x = args[0]
-        if layer.training or x.numel() == 0:
-            return None
-        mean, var = self._statistics(layer, x)
-        count, channels = mean.shape
-        # images side by side as channels: one call of BatchNorm's own kernel, which takes
-        # statistics and affine parameters of one dtype only
-        flat = F.batch_norm(
-            x.reshape(1, count * channels, *x.shape[2:]),
-            mean.flatten(),
-            var.flatten(),
-            *(
-                None if p is None else p.to(mean.dtype).repeat(count)
-                for p in (layer.weight, layer.bias)
-            ),
-            eps=layer.eps,
-        )
-        return flat.view(x.shape)
-
-    def _statistics(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C] each."""
-        take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
-        images = [take(image) for image in x.split(1)]
-        means = torch.stack([image.mean for image in images])
-        variances = torch.stack([image.var for image in images])
-        running = (
-            b.to(means.dtype).expand_as(means) for b in (layer.running_mean, layer.running_var)
-        )
-        running_means, running_variances = running
-        return mixture(
-            torch.stack([means, running_means]),
-            torch.stack([variances, running_variances]),
-            means.new_tensor([self.share, 1.0 - self.share]).view(2, 1, 1),
-        )
+    x = args[0]
+    if layer.training or x.numel() == 0:
+        return None
+    take = layer.batch_moments if isinstance(layer, SmallBatchNorm2d) else moments
+    images = [take(image) for image in x.split(1)]
+    means = torch.stack([image.mean for image in images])  # [N, C]
+    variances = torch.stack([image.var for image in images])
+    mean, var = mixture(
+        torch.stack([means, layer.running_mean.to(means).expand_as(means)]),
+        torch.stack([variances, layer.running_var.to(means).expand_as(means)]),
+        means.new_tensor([share, 1.0 - share]).view(2, 1, 1),
+    )
+    # images side by side as channels: one call of BatchNorm's own kernel, which takes statistics
+    # and affine parameters of one dtype only
+    weight, bias = (
+        None if p is None else p.to(mean.dtype).repeat(len(x)) for p in (layer.weight, layer.bias)
+    )
+    flat = x.reshape(1, mean.numel(), *x.shape[2:])
+    flat = F.batch_norm(flat, mean.flatten(), var.flatten(), weight, bias, eps=layer.eps)
+    return flat.view(x.shape)

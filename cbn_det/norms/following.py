@@ -31,7 +31,7 @@ class FollowingNorm2d(ConvBound, RememberingNorm2d):
     def _hold_running_statistics(self) -> None:
         super()._hold_running_statistics()
         if self.adds_bias:  # as entries are without it
-            self.memory.held["mean"] -= self.conv.bias.detach()
+            self.memory.held[0] -= self.conv.bias.detach()
 
     def carry_bias(self) -> None:
         """Takes the running mean along with the convolution's bias."""

@@ -1,14 +1,11 @@
 """BatchNorm first, fixed statistics for the last part of training.
 
-At one or two images a mini-batch's statistics are noise, and training ends with weights that fit
-this noise and not the running statistics that evaluation uses. From a fraction of the schedule on a
-layer with ``freeze`` normalises with statistics that were computed anew, over many mini-batches of
-all ranks, at that time ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576). They no longer move;
-weights and affine parameters go on training, as what will be evaluated.
-
-The layer cannot see other mini-batches than those of training, so a training loop brings them:
-:class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers of this package and ``NormHook``
-call.
+At one or two images a mini-batch's statistics are noise, which weights would fit to the end. From a
+fraction of the schedule on, a layer with ``freeze`` normalises with statistics computed anew at
+that time, over many mini-batches of all ranks ("Rethinking 'Batch' in BatchNorm", arXiv
+2105.07576), as in evaluation; weights and affine parameters go on training. A training loop brings
+the mini-batches: :class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers of this package
+and ``NormHook`` call.
 """
 
 from __future__ import annotations
@@ -20,11 +17,7 @@ from . import clock
 
 class Freezable(nn.BatchNorm2d):
     """A BatchNorm2d that is in evaluation mode from a time of the schedule on, whatever
-    ``train()`` says: PreciseBN, and whatever else looks for layers in training mode, leaves it
-    alone.
-
-    ``reset_running_stats()`` ends this, as there is nothing left to normalise with; the layer is
-    then in training mode from the next ``train()`` on.
+    ``train()`` says, until ``reset_running_stats()``: there is then nothing to normalise with.
 
     Attributes:
         freeze: fraction of the schedule, in (0, 1]; 1 is never.

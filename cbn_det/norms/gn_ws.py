@@ -7,8 +7,7 @@ channel's fan-in, in training and in evaluation::
     w' = (w - mean(w)) / (std(w) + 1e-5)
 
 with the unbiased ``std``, and the constant outside the root, as in the authors' layer. What is
-trained, decayed and saved is ``w``, the convolution's own parameter under its own name. A
-convolution without such a norm stays as it is.
+trained, decayed and saved is ``w``, the convolution's own parameter under its own name.
 """
 
 from __future__ import annotations
@@ -54,8 +53,7 @@ def standardized(weight: Tensor) -> Tensor:
 class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
     """GroupNorm over [N, C, H, W] that standardises the weight of the convolution it follows.
 
-    A subclass of ``nn.GroupNorm``, with its parameters and state keys. It takes its statistics from
-    its own input in evaluation, too, and cannot be folded.
+    A subclass of ``nn.GroupNorm``, with its parameters and state keys; it cannot be folded.
 
     Args:
         num_channels: channels C.
@@ -135,8 +133,7 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
                 conv.__dict__.pop("weight", None)
 
     def _check_input(self, y: Tensor) -> None:
-        """Raises a RuntimeError unless ``y`` comes from the convolution with its standardised
-        weight, where a graph shows it."""
+        """Refuses a ``y`` that a graph shows not to come from the standardised convolution."""
         conv = self.conv
         if conv is None:
             raise self._binding_error("is bound to no convolution")

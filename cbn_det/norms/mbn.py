@@ -14,10 +14,8 @@ both moments. The optimiser step then moves the weights away from the entry just
 Forward* runs the same mini-batch again with the updated weights and puts the entry right
 (:class:`cbn_det.norms.DoubleForward`).
 
-Of the paper we know the structure: statistics of several recent mini-batches, the second forward
-pass, the same behaviour in training and inference. Its equations and constants were not at hand, so
-these are ours: geometric weights, the variance of the pooled mini-batches (between them as well as
-within), and the defaults.
+The paper's equations and constants were not at hand. Ours are: geometric weights, the variance of
+the pooled mini-batches (between them as well as within), and the defaults.
 """
 
 from __future__ import annotations
@@ -44,24 +42,22 @@ class MBN2d(RememberingNorm2d):
     """Memorized BatchNorm over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation
     arithmetic.
 
-    After burn-in ``running_mean`` and ``running_var`` are no running averages: they *are* the
-    combined statistics (the variance biased, as training uses it), rewritten by every recorded
-    forward and by Double Forward. ``ema`` and ``momentum`` are those of the burn-in.
+    After burn-in ``running_mean`` and ``running_var`` *are* the combined statistics (the variance
+    biased, as training uses it), rewritten by every recorded forward and by Double Forward; ``ema``
+    and ``momentum`` are those of the burn-in.
 
     Args:
         num_features: channels C.
-        window: iterations remembered, the current one included (1 is BatchNorm). At the usual 1 or
-            2 images per GPU the default pools 8 or 16 images.
-        decay: ratio of the weights of an entry and the one after it, in (0, 1]. Entries other than
-            the newest are of older weights still, and count for less the older they are: by the
-            default the current mini-batch has the share 0.24, and the window the noise of 6.4
-            equally weighted mini-batches.
-        double_forward: whether the layer takes part in the second pass. It needs a training loop
-            that uses :class:`cbn_det.norms.DoubleForward`.
-        burn_in: how long to train as plain BatchNorm before statistics are remembered. An int is a
-            number of optimiser steps, a float in (0, 1) a fraction of the schedule
-            (:func:`cbn_det.norms.resolve_burn_in`). While weights move fast, remembered statistics
-            do more harm than good: windows of all kinds failed early in training from scratch.
+        window: iterations remembered, the current one included (1 is BatchNorm).
+        decay: ratio of the weights of an entry and the one after it, in (0, 1]. By the default the
+            current mini-batch has the share 0.24, and the window the noise of 6.4 equally weighted
+            mini-batches.
+        double_forward: whether the layer takes part in the second pass, for which the training loop
+            uses :class:`cbn_det.norms.DoubleForward`.
+        burn_in: how long to train as plain BatchNorm before statistics are remembered: optimiser
+            steps (int), or a fraction of the schedule (float in (0, 1)) that
+            :func:`cbn_det.norms.resolve_burn_in` turns into steps. While weights move fast,
+            windows of all kinds failed in training from scratch.
         freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Raises:
@@ -97,13 +93,9 @@ class MBN2d(RememberingNorm2d):
     def _share_beside(self, entries: int) -> float:
         return 1.0 / sum(self.decay**age for age in range(1 + entries))
 
-    @property
-    def averages_batch(self) -> bool:
-        return self.is_batchnorm
-
     def estimate(self, batch: Moments) -> Estimate:
         if not self._memory_takes_part:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         share = self._share_beside(len(self.memory))
         return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
 

@@ -3,10 +3,8 @@
 One optimiser step is one iteration. Every training forward adds its statistics to the *pending*
 entry; the first training forward after ``optimizer.step()`` commits it, that of all layers at once.
 With gradient accumulation, N forwards make one entry; forwards under ``no_grad`` are not recorded;
-an activation checkpoint that runs a forward twice is recorded once. Within an iteration memory is
-read-only.
-
-Memory is neither parameter nor buffer, so that a user's ``broadcast_buffers=True`` leaves it alone
+an activation checkpoint's two runs of a forward are recorded once. Within an iteration memory is
+read-only. It is neither parameter nor buffer, so that ``broadcast_buffers=True`` leaves it alone
 and checkpoints stay BatchNorm's; :func:`cbn_det.norms.memory_state_dict` saves it.
 """
 
@@ -56,7 +54,8 @@ class Memory:
         self.pending: dict[str, Tensor] = {}
         self.forwards = 0  # that the pending entry is made of
         self.refreshed = False  # whether Double Forward's second pass has made it anew
-        self.held: dict[str, Tensor] = {}  # constant within an iteration
+        #: mean and variance [2, C] with which the present iteration began
+        self.held: Tensor | None = None
         self.forget_entries()
 
     def forget_entries(self) -> None:
@@ -64,8 +63,8 @@ class Memory:
         self.stacked: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}  # beside the entries, changed with each commit
         self.pushed = 0
-        #: mean and variance [C] of all entries together, for the present iteration
-        self.older: tuple[Tensor, Tensor] | None = None
+        #: mean and variance [2, C] of all entries together, for the present iteration
+        self.older: Tensor | None = None
 
     def __len__(self) -> int:
         return min(self.pushed, self.capacity)
@@ -91,7 +90,7 @@ class Memory:
 
     def end_iteration(self) -> None:
         """The pending entry is committed."""
-        self.held = {}
+        self.held = None
         self.pending, self.forwards, self.refreshed = {}, 0, False
 
     def begin_again(self) -> tuple[dict[str, Tensor], int]:
@@ -107,47 +106,29 @@ class Memory:
         """Whether a forward will be recorded; ``repeated``: it recomputes an earlier one."""
         return with_grad and (not repeated or self.unrecorded > 0)
 
-    def count(self, with_grad: bool, repeated: bool) -> bool:
-        """The same, of a forward that has run: it counts."""
+    def count(self, with_grad: bool, repeated: bool) -> None:
+        """A forward has run."""
         if not with_grad:
             self.unrecorded += 1
-            return False
-        if not repeated:
+        elif not repeated:
             self.unrecorded = 0
-        elif self.unrecorded:
+        elif self.unrecorded:  # else it was recorded when it ran for the first time
             self.unrecorded -= 1
-        else:
-            return False  # recorded when it ran for the first time
-        return True
 
     # ---- round trip ----
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        rows = {} if self.rows is None else {"rows": self.rows}
-        older = {} if self.older is None else dict(zip(("mean", "var"), self.older, strict=True))
-        return {
-            "pending": self.pending,
-            "held": self.held,
-            "stacked": self.stacked,
-            "kept": self.kept,
-            "rows": rows,
-            "older": older,
-        }
-
-    def _take(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        for name in ("pending", "held", "stacked", "kept"):
-            setattr(self, name, dict(tensors[name]))
-        self.rows = tensors["rows"].get("rows")
-        older = tensors["older"]
-        self.older = (older["mean"], older["var"]) if older else None
+    def _each(self, fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Everything that is remembered, ``fn`` of each tensor."""
+        each: dict[str, Any] = {}
+        for name in ("pending", "stacked", "kept"):
+            each[name] = {key: fn(value) for key, value in getattr(self, name).items()}
+        for name in ("rows", "older", "held"):
+            value = getattr(self, name)
+            each[name] = None if value is None else fn(value)
+        return each
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self._take(
-            {
-                name: {key: moved(value, fn) for key, value in values.items()}
-                for name, values in self._tensors().items()
-            }
-        )
+        self.__dict__.update(self._each(lambda value: moved(value, fn)))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -158,36 +139,20 @@ class Memory:
             "refreshed": self.refreshed,
             # whether an optimiser has stepped since: the pending entry is then to be committed
             "stepped": self.stepped,
-            **{
-                name: {key: value.clone() for key, value in values.items()}
-                for name, values in self._tensors().items()
-            },
+            **self._each(Tensor.clone),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restores what :meth:`state_dict` returned for a memory of the same capacity."""
-        names = self._tensors()
-        self._take(
-            {
-                name: {key: value.to(device, copy=True) for key, value in state[name].items()}
-                for name in names
-            }
-        )
-        for name in ("steps", "pushed", "forwards", "refreshed"):
-            setattr(self, name, state[name])
+        self.__dict__.update({name: state[name] for name in vars(self).keys() & state.keys()})
+        self.__dict__.update(self._each(lambda value: value.to(device, copy=True)))
         self.placed = True
         self.seen = clock.now() - int(state["stepped"])
         self.unrecorded = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "seen": int(self.stepped)}
-        # parts of what other layers have a part of
-        state["kept"] = {key: value.clone() for key, value in self.kept.items()}
-        if self.rows is not None:
-            state["rows"] = self.rows.clone()
-        if self.older is not None:
-            state["older"] = tuple(value.clone() for value in self.older)
-        return state
+        # clones, as some are parts of what other layers have a part of
+        return {**self.__dict__, "seen": int(self.stepped), **self._each(Tensor.clone)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -198,26 +163,30 @@ def rows_of(layers: list[Any]) -> Tensor:
     """[entries, row, sum of channels]: the rows of several layers, which have the same number of
     entries, side by side."""
     memory = layers[0].memory
-    return _side_by_side(layers, memory.rows.shape[1])[: len(memory)]
+    return _common_rows(layers, memory.rows.shape[1])[: len(memory)]
 
 
-def _side_by_side(layers: list[Any], count: int) -> Tensor:
+def _common_rows(layers: list[Any], count: int) -> Tensor:
     """[capacity, count, sum of channels]: a tensor that each layer has a part of from now on."""
-    memories, widths = [n.memory for n in layers], [n.num_features for n in layers]
-    first = memories[0]
-    whole = None if first.rows is None else first.rows._base
-    if whole is not None and whole.shape[2] == sum(widths):
-        parts = whole.split(widths, 2)
-        if all(_same(m.rows, part) for m, part in zip(memories, parts, strict=True)):
-            return whole
+    first, widths = layers[0].memory, [layer.num_features for layer in layers]
     if first.rows is None:
         any_value = next(iter(first.pending.values()))
         whole = any_value.new_zeros(first.capacity, count, sum(widths))
     else:
-        whole = torch.cat([memory.rows for memory in memories], 2)
-    for memory, part in zip(memories, whole.split(widths, 2), strict=True):
-        memory.rows = part
+        whole = _side_by_side([layer.memory.rows for layer in layers])
+    for layer, part in zip(layers, whole.split(widths, 2), strict=True):
+        layer.memory.rows = part
     return whole
+
+
+def _side_by_side(values: list[Tensor]) -> Tensor:
+    """[..., sum of C] of values [..., C]; what they are all parts of, if they are."""
+    whole, widths = values[0]._base, [value.shape[-1] for value in values]
+    if whole is not None and whole.shape[-1] == sum(widths):
+        parts = whole.split(widths, -1)
+        if all(_same(value, part) for value, part in zip(values, parts, strict=True)):
+            return whole
+    return torch.cat(values, -1)
 
 
 def _same(view: Tensor, part: Tensor) -> bool:
@@ -232,18 +201,13 @@ def share_out(layers: list[Any], older: Tensor) -> None:
     """Gives each layer its part of the mean and variance of all entries, ``older`` [2, sum of
     channels], of the layers side by side."""
     widths = [layer.num_features for layer in layers]
-    for layer, *part in zip(layers, *(o.split(widths) for o in older.unbind()), strict=True):
-        layer.memory.older = tuple(part)
+    for layer, part in zip(layers, older.split(widths, 1), strict=True):
+        layer.memory.older = part
 
 
 def instead_of(layers: list[Any]) -> Tensor:
     """[2, sum of channels]: ``layer.instead()`` of several layers side by side."""
-    values = [layer.instead() for layer in layers]
-    whole, widths = values[0][0]._base, [layer.num_features for layer in layers]
-    if whole is not None and whole.shape == (2, sum(widths)):  # of all layers, if it is theirs
-        if all(_same(v[0], part) for v, part in zip(values, whole[0].split(widths), strict=True)):
-            return whole
-    return torch.stack([torch.cat(of_all) for of_all in zip(*values, strict=True)])
+    return _side_by_side([layer.instead() for layer in layers])
 
 
 def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
@@ -261,7 +225,7 @@ def push(layers: list[Any], row: tuple[str, ...]) -> Tensor:
     """
     memories = [layer.memory for layer in layers]
     first = memories[0]
-    rows = _side_by_side(layers, len(row))
+    rows = _common_rows(layers, len(row))
     new = rows[first.slot]
     torch.cat([memory.pending[key] for key in row for memory in memories], out=new.view(-1))
     torch.where(new[1] < math.inf, new[:2], instead_of(layers), out=new[:2])

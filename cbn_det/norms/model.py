@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import SmallBatchNorm2d
+from .base import SmallBatchNorm2d, unchanged
 from .binding import ConvBound
 from .remembering import RememberingNorm2d
 from .sites import some
@@ -28,10 +28,9 @@ def resolve_burn_in(model: nn.Module, max_iter: int, start_iter: int | None = No
 
     Args:
         model: any.
-        max_iter: length of the schedule, in optimiser steps, that a fractional burn-in or ramp is a
-            fraction of.
-        start_iter: optimiser steps that were taken before, where training goes on without what the
-            norms remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
+        max_iter: optimiser steps of the schedule that a burn-in or ramp is a fraction of.
+        start_iter: optimiser steps taken before, where training resumes without what the norms
+            remembered (:func:`load_memory_state_dict`): a burn-in is then not done again.
     """
     for layer in _remembering(model).values():
         layer.resolve_burn_in(max_iter)
@@ -61,18 +60,15 @@ def sync_running_stats(model: nn.Module) -> None:
     """Pools the running statistics of all ranks, in place: the mean of the variances plus the
     variance of the means.
 
-    Our norms never communicate in forward, and torch's BatchNorm does not either, so ranks'
-    statistics drift apart until this runs: before every evaluation and checkpoint. Without it each
-    rank would evaluate its share of the images as another model, and a checkpoint be rank 0's.
-    Every rank must call it. Ranks whose layer has seen no data (a mask head without a RoI) do not
-    count, and BatchNorms in evaluation mode (frozen ones) are left as they are, as are those that
-    ``freeze`` has fixed. Does nothing
-    without an initialised process group.
+    Neither our norms nor torch's BatchNorm communicate in forward, so ranks' statistics drift apart
+    until this runs: before every evaluation and checkpoint, on every rank. Ranks whose layer has
+    seen no data (a mask head without a RoI) do not count; BatchNorms in evaluation mode and layers
+    that ``freeze`` has fixed are left as they are. Does nothing without an initialised process
+    group.
 
-    A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, puts rank 0's
-    statistics in the place of the others' before every forward: what is pooled is then of rank 0's
-    images and each rank's last ones (MBN's, which are the memory's, are each rank's own). Training
-    is the same either way, but for BRN.
+    A DistributedDataParallel with ``broadcast_buffers=True``, torch's default, gives all ranks rank
+    0's before every forward: what is pooled is then of rank 0's images and each rank's last ones
+    (MBN's are each rank's own). Training is the same either way, but for BRN.
     """
     layers = [m for m in model.modules() if _gathers_statistics(m)]
     if not layers or not dist.is_available() or not dist.is_initialized():
@@ -117,14 +113,8 @@ def reading_memory(model: nn.Module) -> Iterator[None]:
     """Within it, forwards in training mode normalise as the next iteration's would, with what is
     remembered, and leave the norms as they are: for measurements, under ``torch.no_grad()``."""
     settle(model)
-    layers = [m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]
-    for layer in layers:
-        layer._unchanged = True
-    try:
+    with unchanged([m for m in model.modules() if isinstance(m, SmallBatchNorm2d)]):
         yield
-    finally:
-        for layer in layers:
-            layer._unchanged = False
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -154,17 +144,9 @@ def load_memory_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def norm_diagnostics(model: nn.Module) -> dict[str, float]:
-    """What the norms report of their latest forward: ``{"norm/clamped": ...}`` is the average over
-    layers, ``"norm/clamped_worst"`` the largest.
-
-    For CBN: ``clamped``, the share of (entry, channel) pairs whose compensated variance was
-    negative; ``compensation_mean``, the size of the
-    compensation in standard deviations; ``compensation_var``, relative to the variance. For BRN:
-    ``r_at_limit`` and ``d_at_limit``, the shares of channels whose correction is cut off. Empty
-    before burn-in ends. For MBN: ``second_pass``, the share of remembered iterations that Double
-    Forward has put right. For KN and GKN: ``guarded``, the share of predictions that were refused;
-    ``prediction_mean``, the error of the mean in the mini-batch's standard deviations;
-    ``prediction_var``, the variance relative to the mini-batch's.
+    """What the norms report of their latest forward, each value (``layer.diagnostics`` of CBN, BRN,
+    MBN, KN and GKN says which) as ``{"norm/clamped": ...}``, its average over layers, and
+    ``"norm/clamped_worst"``, the largest. Empty before burn-in ends.
     """
     values: dict[str, list[torch.Tensor]] = {}
     for layer in model.modules():
@@ -196,8 +178,7 @@ class NormRow:
     Attributes:
         name: of the layer in the model.
         norm: as a config names it where it has a name there, else the class.
-        options: of a layer of ours, as a config spells them, with what they have come to at this
-            layer: a burn-in in optimiser steps, the number of groups that its channels allow.
+        options: of a layer of ours (:func:`~.spec.shown_options`).
         channels: of its input.
         conv: name of the convolution it is bound to, "" if none.
         trainable: whether it has a parameter that is trained, or statistics that move.

@@ -19,8 +19,7 @@ def in_backward() -> bool:
 
 def in_custom_function() -> bool:
     """Whether the forward of a ``torch.autograd.Function`` is running in this thread that will have
-    a backward pass: gradients are off in it, and it may be a re-entrant activation checkpoint,
-    which repeats what it calls. One that is called without gradient repeats nothing."""
+    a backward pass: it may be a re-entrant activation checkpoint, which repeats what it calls."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -40,12 +39,9 @@ def trains() -> bool:
 class Recalibration:
     """Of one layer. Its forwards compute statistics anew without gradient, unless in the first pass
     of a re-entrant activation checkpoint; with gradient, from ``reset_running_stats()`` or a
-    momentum of None or 1 that was another before (``StochasticWeightAveraging`` and ``bn_update``
-    average anew in these ways) to the next optimiser step, unless the first ones after the reset
+    momentum of None or 1 that was another before (as ``StochasticWeightAveraging`` and
+    ``bn_update`` average anew) to the next optimiser step, unless the first ones after the reset
     are without.
-
-    Args:
-        momentum: the layer's.
     """
 
     def __init__(self, momentum: float | None) -> None:

@@ -99,20 +99,21 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             self.advance()
         super()._begin(input, how)
         memory = self.memory
-        if memory.capacity and not (memory.pushed or memory.held or self.is_batchnorm):
+        if memory.capacity and memory.held is None and not (memory.pushed or self.is_batchnorm):
             self._hold_running_statistics()  # before this forward moves them
 
     def _hold_running_statistics(self) -> None:
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        self.memory.held = {"mean": mean.nan_to_num_(0.0), "var": var.nan_to_num_(1.0)}
+        self.memory.held = torch.stack([self.running_mean, self.running_var])
+        for values, number in zip(self.memory.held, (0.0, 1.0), strict=True):
+            values.nan_to_num_(number)
 
-    def instead(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] that are remembered in place of those that are not finite: what was
+    def instead(self) -> Tensor:
+        """Mean and variance [2, C] to remember in place of those that are not finite: what was
         remembered before, or the running statistics."""
         memory = self.memory
-        if memory.older is None and not memory.held:  # entries were forgotten since
+        if memory.older is None and memory.held is None:  # entries were forgotten since
             self._hold_running_statistics()
-        return memory.older or tuple(memory.held.values())
+        return memory.held if memory.older is None else memory.older
 
     def _will_record(self, how: Forward) -> bool:
         """Whether :meth:`stage` will be called in this forward, if there is anything to stage."""
@@ -121,11 +122,10 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         return not self.recomputing_statistics and self.memory.records(*how)
 
     def _record(self, found: Found | None, input: Tensor, how: Forward) -> None:
-        memory = self.memory
-        if self._unchanged:
-            if self._after_refresh is None:
-                return
-        elif self.recomputing_statistics or not memory.count(*how):
+        memory, recorded = self.memory, self._will_record(how)
+        if not (self._unchanged or self.recomputing_statistics):
+            memory.count(*how)
+        if not recorded:
             return
         if not memory.forwards:
             _add_pending(self)
@@ -138,8 +138,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             self._watch_clock()
 
     def _watch_clock(self) -> None:
-        """Warns where weights change and no iteration is counted. Looks at the weights in few
-        forwards, and in none after the clock has moved once."""
+        """Warns where weights change and no iteration is counted; looks in few forwards only."""
         forwards = self.memory.forwards
         if forwards < 8 or forwards & (forwards - 1) or self.weight is None:
             return
@@ -191,8 +190,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         self.advance()
 
     def _find_place(self) -> None:
-        """Takes the count of steps from the optimiser's own, in the first iteration of which nobody
-        told the layer: training may have been resumed, or the layer converted in the middle."""
+        """Takes the count of steps from the optimiser's own where nobody told the layer: training
+        may have been resumed, or the layer converted in the middle."""
         self.memory.placed = True
         if self.weight is None or not self._waits:
             return
@@ -248,7 +247,7 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
 
     def memory_state_dict(self) -> dict[str, Any]:
         """What is remembered, for :meth:`load_memory_state_dict`; not part of ``state_dict()``."""
-        return self.memory.state_dict()
+        return {**self.memory.state_dict(), "channels": self.num_features}
 
     def load_memory_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`memory_state_dict` returned.
@@ -273,13 +272,9 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
                 f"the saved memory has window={state['capacity'] + 1}, this layer has"
                 f" window={self.window}"
             )
-        per_channel = [
-            v for name in ("pending", "held", "rows", "kept") for v in state[name].values()
-        ]
-        widths = {v.shape[-1] for v in per_channel if v.dim() in (1, 3)} - {self.num_features}
-        if widths:
+        if state["channels"] != self.num_features:
             raise ValueError(
-                f"the saved memory has {widths.pop()} channels, not {self.num_features}"
+                f"the saved memory has {state['channels']} channels, not {self.num_features}"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> RememberingNorm2d:

@@ -11,14 +11,14 @@ UNRESOLVED_SCHEDULE = 3000
 
 
 class Scheduled:
-    """Mixin of a :class:`~.base.SmallBatchNorm2d` whose options ``timed`` are times.
+    """Mixin of a :class:`~.base.SmallBatchNorm2d` with options that are times.
 
-    An int is a number of optimiser steps; a float in (0, 1) is a fraction of the schedule, turned
-    into steps by :func:`cbn_det.norms.resolve_burn_in`. An option ``burn_in`` has its steps in
+    They are optimiser steps (int) or a fraction of the schedule (float in (0, 1)) that
+    :func:`cbn_det.norms.resolve_burn_in` turns into steps. Those of ``burn_in`` are in
     ``burn_in_steps``, None until they are known.
     """
 
-    timed: tuple[str, ...] = ("burn_in",)
+    timed: tuple[str, ...]  # names of these options
     burn_in: int | float
     freeze: float
     steps: int
@@ -29,16 +29,16 @@ class Scheduled:
 
     @property
     def in_burn_in(self) -> bool:
-        """Whether burn-in is not over in the present iteration. It is not before its length is
-        known, as in statistics that are computed anew without a schedule."""
+        """Whether burn-in is not over in the present iteration, or its length unknown."""
         return self.burn_in_steps is None or self.steps < self.burn_in_steps
 
     def _set_times(self, **times: int | float) -> None:
-        """Takes the values of the options ``timed``.
+        """Takes the values of these options.
 
         Raises:
             ValueError: a value is neither of the two forms.
         """
+        self.timed = tuple(times)
         for name, value in times.items():
             steps = type(value) is int and value >= 0
             if not (steps or (isinstance(value, float) and 0.0 < value < 1.0)):

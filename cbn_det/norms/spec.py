@@ -79,8 +79,11 @@ def options_of(cls: type[nn.Module]) -> dict[str, Any]:
 
 def shown_options(layer: nn.Module) -> str:
     """The options of a layer as a config spells them, with what they have come to there: times in
-    optimiser steps, once these are known, and the number of groups that its channels allow."""
-    options = {name: value for name, value in layer.options().items() if name != "affine"}
+    optimiser steps, once these are known, and the number of groups that its channels allow. That a
+    layer has weight and bias goes without saying."""
+    options = dict(layer.options())
+    if options.get("affine"):
+        del options["affine"]
     for name, value in options.items():
         if hasattr(layer, f"{name}_steps"):
             steps = getattr(layer, f"{name}_steps")
