@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cbn_det.norms import build_norm, tick
 from cbn_det.norms.functional import Moments
 from cbn_det.norms.prediction import At
-from cbn_det.norms.shared import predicted, share
+from cbn_det.norms.shared import Shared, predicted
 
 
 def images(seed: int, n: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_gradcheck(rule: str) -> None:
     tensors = [t for t in chain.made_of() if t.requires_grad]
 
     def prediction(*_: torch.Tensor) -> torch.Tensor:
-        return predicted(share([model.c], model.c, like), chain)
+        return predicted(Shared([model.c], model.c, like), chain)
 
     torch.testing.assert_close(prediction(), At(like)(chain), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(prediction, tensors)

@@ -24,7 +24,7 @@ from . import clock
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
 from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
 from .recalibration import in_backward
-from .shared import Shared, predicted, share
+from .shared import Shared, predicted
 
 Scope = weakref.ref[nn.Module] | None
 
@@ -175,7 +175,7 @@ class Chained:
         scope = self._known.scope and self._known.scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began
         together = scope is not None and shared is not None and shared.is_past(self)
-        return share([self, *(layers_of(scope) if together else ())], self, like)
+        return Shared([self, *(layers_of(scope) if together else ())], self, like)
 
     def _look_for_chain(self, y: Tensor) -> None:
         chain, repeated = self.chain, in_backward()

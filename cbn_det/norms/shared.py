@@ -91,26 +91,36 @@ class Shared(At):
     """Moments of expressions as they are now, and their derivatives.
 
     Args:
-        made_of: what precedes some layers, with the tensors that each is made of.
-        first: the layer that asked first.
+        layers: ``Chained``. Those of them that predict take part, but for those whose parameters
+            are not to be had, or on another device.
+        first: the one that asked.
         like: a tensor of the dtype and device of the moments.
-        layout: of an earlier pass.
+
+    Raises:
+        Unusable: a parameter of ``first`` is not to be had.
     """
 
-    def __init__(
-        self,
-        made_of: dict[Conv, list[Tensor]],
-        first: Any,
-        like: Tensor,
-        layout: _Layout | None,
-    ) -> None:
+    def __init__(self, layers: Iterable[Any], first: Any, like: Tensor) -> None:
         super().__init__(like)
-        chains = list(made_of)
-        # two expressions are equal where they are the same
-        self.layout = layout if layout and layout.chains == chains else _Layout(chains)
+        latest = first._shared
         self._clock, self._first = clock.now(), weakref.ref(first)
-        self._made_of = made_of
-        self._states = {chain: _state(tensors) for chain, tensors in made_of.items()}
+        self._made_of: dict[Conv, list[Tensor]] = {}
+        for layer in layers:
+            chain = layer.chain
+            if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
+                try:
+                    tensors = list(chain.made_of())
+                except Unusable:
+                    if layer is first:
+                        raise
+                    continue
+                if all(tensor.device == like.device for tensor in tensors):
+                    self._made_of[chain] = tensors
+                    layer.__dict__["_shared"] = self
+        self._states = {chain: _state(tensors) for chain, tensors in self._made_of.items()}
+        chains = list(self._made_of)  # equal only where they are the same
+        known = latest is not None and latest.layout.chains == chains
+        self.layout = latest.layout if known else _Layout(chains)
         self._own: dict[Expression, tuple[Tensor | None, ...]] = {}
         self._moments: dict[Expression, Tensor] = {}
         #: derivatives [2, 2, leaves, C] of an activation's moments by those of its leaves
@@ -263,33 +273,6 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
-    """Evaluates for ``first`` and the other layers, which are ``Chained``; those whose parameters
-    are not to be had, or on another device, are left out.
-
-    Raises:
-        Unusable: a parameter of ``first`` is not to be had.
-    """
-    made_of = {}
-    served = []
-    for layer in layers:
-        chain = layer.chain
-        if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
-            try:
-                tensors = list(chain.made_of())
-            except Unusable:
-                if layer is first:
-                    raise
-                continue
-            if all(tensor.device == like.device for tensor in tensors):
-                made_of[chain] = tensors
-                served.append(layer)
-    shared = Shared(made_of, first, like, first._shared and first._shared.layout)
-    for layer in served:
-        layer.__dict__["_shared"] = shared
-    return shared
 
 
 class _Predicted(torch.autograd.Function):
