@@ -24,7 +24,7 @@ from . import clock
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
 from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
 from .recalibration import in_backward
-from .shared import Shared, predicted
+from .shared import Shared
 
 Scope = weakref.ref[nn.Module] | None
 
@@ -144,7 +144,7 @@ class Chained:
             try:
                 if torch.compiler.is_compiling() or thread.tracing or not self.training:
                     return At(like)(chain)
-                return predicted(self._shared_moments(chain, like), chain)
+                return self._shared_moments(chain, like).predict(chain)
             except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
                 self._known.unsure, self._known.traced = True, False
         return None

@@ -40,51 +40,52 @@ from .propagation import activated_with_slopes, convolution_gradient, convolved,
 
 
 class _Layout:
-    """Which parts of some expressions are equal, and which can be evaluated together."""
+    """Some expressions with equal parts made one, and which parts can be evaluated together."""
 
     def __init__(self, chains: list[Conv]) -> None:
         self.chains = chains
-        self.same: dict[Expression, Expression] = {}  # each part's representative
         self.norms: list[NormOutput] = []
         self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth and options
-        self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
-        for chain in chains:
-            self._add(chain)
+        self._known: dict[tuple[Any, ...], Expression] = {}
+        self._depths: dict[Expression, int] = {}
+        self.convs: dict[Conv, Conv] = {chain: self._unique(chain) for chain in chains}
         self.levels = dict(sorted(self.levels.items(), key=lambda item: item[0][0]))
-        self.leaves: dict[Expression, list[Expression]] = {}  # of what has a gradient
-        for chain in chains:
-            self._add_leaves(chain.source)
+        #: of what has a gradient: what its channels are made of one by one
+        self.leaves: dict[Expression, list[Expression]] = {}
+        for conv in self.convs.values():
+            self._add_leaves(conv.source)
 
-    def _add(self, part: Expression) -> tuple[Expression, int]:
-        added = [self._add(source) for source in part.sources]
+    def _unique(self, part: Expression) -> Expression:
+        if isinstance(part, Pooled):
+            return self._unique(part.source)
+        sources = tuple(map(self._unique, part.sources))
         own = (held.identity for held in part.parameters)
-        key = (type(part), part.options, *(id(source) for source, _ in added), *own)
+        key = (type(part), part.options, *map(id, sources), *own)
         if key not in self._known:
-            depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
-            self._known[key] = part, depth
+            self._known[key] = part = type(part)(part.width, sources, part.parameters, part.options)
+            depth = max((self._depths[source] for source in sources), default=0)
+            self._depths[part] = depth + isinstance(part, Activation)
             if isinstance(part, Activation):
                 self.levels.setdefault((depth, *part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
                 self.norms.append(part)
-        self.same[part] = self._known[key][0]
         return self._known[key]
 
     def _add_leaves(self, root: Expression) -> None:
-        root = self.same[root]
         if root not in self.leaves:
-            self.leaves[root] = list(self._leaves(root))
+            self.leaves[root] = list(_leaves(root))
             for leaf in self.leaves[root]:
-                for part in leaf.sources:
-                    self._add_leaves(part)
+                for source in leaf.sources:
+                    self._add_leaves(source)
 
-    def _leaves(self, part: Expression) -> Iterator[Expression]:
-        """What its channels are made of one by one: norms, and what mixes channels or has
-        parameters of its own."""
-        if isinstance(part, (Activation, Pooled, Sum)):
-            for inner in part.sources:
-                yield from self._leaves(inner)
-        else:
-            yield self.same[part]
+
+def _leaves(part: Expression) -> Iterator[Expression]:
+    """Norms, and what mixes channels or has parameters of its own."""
+    if isinstance(part, (Activation, Sum)):
+        for source in part.sources:
+            yield from _leaves(source)
+    else:
+        yield part
 
 
 class Shared(At):
@@ -134,13 +135,11 @@ class Shared(At):
             self._make_jacobians()
 
     def __call__(self, expression: Expression) -> Tensor:
-        expression = self.layout.same[expression]
         if expression not in self._moments:
             self._moments[expression] = expression.moments(self)
         return self._moments[expression]
 
     def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
-        expression = self.layout.same[expression]
         if expression not in self._own:
             self._own[expression] = expression.own()
         return self._own[expression]
@@ -163,14 +162,13 @@ class Shared(At):
             moments, slopes = activated_with_slopes(before, operation, options)
             self._moments.update(self._split(parts, moments))
             for part, outer in self._split(parts, slopes.unsqueeze(2)).items():
-                if isinstance(part.source, (Activation, Pooled, Sum)):  # the chain rule
+                if isinstance(part.source, (Activation, Sum)):  # the chain rule
                     inner = torch.cat(self._by_leaf(part.source), 2)
                     outer = (outer.unsqueeze(2) * inner).sum(1)
                 self._derivatives[part] = outer
 
     def _by_leaf(self, part: Expression) -> list[Tensor]:
-        part = self.layout.same[part]
-        if isinstance(part, (Pooled, Sum)):
+        if isinstance(part, Sum):
             return [d for inner in part.sources for d in self._by_leaf(inner)]
         if part in self._derivatives:
             return [self._derivatives[part]]
@@ -180,17 +178,17 @@ class Shared(At):
     def _evaluate_convolutions(self) -> None:
         """Those before norms; of one shape together."""
         alike = defaultdict(list)
-        for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
-            weight, *bias = self.own(chain)
-            alike[weight.shape, chain.options, len(bias)].append(chain)
+        for conv in dict.fromkeys(self.layout.convs.values()):
+            weight, *bias = self.own(conv)
+            alike[weight.shape, conv.options, len(bias)].append(conv)
         self._predictions = {}
-        for chains in alike.values():
-            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
+        for convs in alike.values():
+            weights, *biases = map(_stacked, zip(*map(self.own, convs), strict=True))
             sums = tap_sums(weights, self.like.dtype)
-            pairs = _stacked([self(chain.source) for chain in chains])
+            pairs = _stacked([self(conv.source) for conv in convs])
             moments = convolved(pairs, sums, *biases)
-            for i, chain in enumerate(chains):
-                self._predictions[chain] = pairs[i], sums[i], moments[i]
+            for i, conv in enumerate(convs):
+                self._predictions[conv] = pairs[i], sums[i], moments[i]
 
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
@@ -228,28 +226,29 @@ class Shared(At):
             and self._states[chain] == _state(chain.made_of())
         )
 
-    def prediction(self, chain: Conv) -> Tensor:
-        """The moments [2, C_out] of a convolution's output."""
-        return self._predictions[self.layout.same[chain]][2]
+    def predict(self, chain: Conv) -> Tensor:
+        """The moments [2, C_out] of a convolution's output, with the gradients of all parameters
+        in them."""
+        trained = {id(t): t for t in self._made_of[chain] if t.requires_grad}
+        return _Predicted.apply(self, self.layout.convs[chain], *trained.values())
 
-    def trained(self, chain: Conv) -> Iterable[Tensor]:
-        """The tensors that ``chain`` is made of and that are trained."""
-        return {id(t): t for t in self._made_of[chain] if t.requires_grad}.values()
+    def prediction(self, conv: Conv) -> Tensor:
+        return self._predictions[conv][2]
 
-    def pull(self, chain: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
-        """Gradients of the parameters from that of the moments after ``chain``, ``d`` [2, C]; no
+    def pull(self, conv: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
+        """Gradients of the parameters from that of the moments after ``conv``, ``d`` [2, C]; no
         two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
-        before, sums, _ = self._predictions[self.layout.same[chain]]
+        before, sums, _ = self._predictions[conv]
         d_before, d_weight = convolution_gradient(d, before, weight, sums)
         found: dict[Tensor, Tensor] = {}
-        weight, *bias = self.own(chain)
-        waiting = [(chain.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
+        weight, *bias = self.own(conv)
+        waiting = [(conv.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
         while waiting:
             target, gradient = waiting.pop()
             if isinstance(target, Tensor):
                 found[target] = found[target] + gradient if target in found else gradient
             else:
-                waiting.extend(self._pulled(self.layout.same[target], gradient))
+                waiting.extend(self._pulled(target, gradient))
         return found
 
     def _pulled(self, root: Expression, d: Tensor) -> Iterator[tuple[Expression | Tensor, Tensor]]:
@@ -263,6 +262,20 @@ class Shared(At):
                 yield from leaf.pull(gradient, self)
 
 
+class _Predicted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: Shared, conv: Conv, *trained: Tensor) -> Tensor:
+        ctx.shared, ctx.conv, ctx.trained = shared, conv, trained
+        ctx.save_for_backward(shared.own(conv)[0])
+        return shared.prediction(conv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.conv, *ctx.saved_tensors, d)
+        return None, None, *(found[tensor] for tensor in ctx.trained)
+
+
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
@@ -273,22 +286,3 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-class _Predicted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shared: Shared, chain: Conv, *trained: Tensor) -> Tensor:
-        ctx.shared, ctx.chain, ctx.trained = shared, chain, trained
-        ctx.save_for_backward(shared.own(chain)[0])
-        return shared.prediction(chain)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, d)
-        return None, None, *(found[tensor] for tensor in ctx.trained)
-
-
-def predicted(shared: Shared, chain: Conv) -> Tensor:
-    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
-    return _Predicted.apply(shared, chain, *shared.trained(chain))
