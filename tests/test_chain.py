@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, find_chain_at_call, format_chain, kn_chain
 from cbn_det.norms.kn import KN2d
-from cbn_det.norms.prediction import At
+from cbn_det.norms.prediction import evaluated
 from cbn_det.norms.spec import build_norm
 
 
@@ -236,7 +236,7 @@ def test_values_follow_the_rules():
                 getattr(model, name).bias.fill_(beta)
                 getattr(model, name).weight.fill_(variance**0.5)
         model(torch.randn(2, 3, 8, 8))
-        found = At(torch.empty(0))(model.c.chain.source)
+        found = evaluated(model.c.chain.source, torch.empty(0))
         for got, numbers in zip(found, expected[rule], strict=True):
             channels = torch.tensor(numbers).expand(model.conv_c.in_channels)
             torch.testing.assert_close(got, channels, msg=rule)

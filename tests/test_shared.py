@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import build_norm, tick
 from cbn_det.norms.functional import Moments
-from cbn_det.norms.prediction import At
+from cbn_det.norms.prediction import evaluated
 from cbn_det.norms.shared import Shared
 
 
@@ -58,7 +58,7 @@ def alone(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         layer._shared_moments = None
         layer._predict = lambda y, like, layer=layer: (
-            At(like)(layer.chain) if hasattr(layer.chain, "weight") else None
+            evaluated(layer.chain, like) if hasattr(layer.chain, "weight") else None
         )
     try:
         return model(x)
@@ -114,7 +114,7 @@ def test_gradcheck(rule: str) -> None:
     def prediction(*_: torch.Tensor) -> torch.Tensor:
         return Shared([model.c], model.c, like).predict(chain)
 
-    torch.testing.assert_close(prediction(), At(like)(chain), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(prediction(), evaluated(chain, like), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(prediction, tensors)
 
 

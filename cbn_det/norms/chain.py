@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
-from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
+from .prediction import Conv, End, Expression, FrozenNorm, Unusable, evaluated
 from .recalibration import in_backward
 from .shared import Shared
 
@@ -143,7 +143,7 @@ class Chained:
                 return None
             try:
                 if torch.compiler.is_compiling() or thread.tracing or not self.training:
-                    return At(like)(chain)
+                    return evaluated(chain, like)
                 return self._shared_moments(chain, like).predict(chain)
             except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
                 self._known.unsure, self._known.traced = True, False

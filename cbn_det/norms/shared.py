@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 from . import clock
 from .prediction import (
     Activation,
-    At,
     Conv,
     Expression,
     FrozenNorm,
@@ -88,7 +87,7 @@ def _leaves(part: Expression) -> Iterator[Expression]:
         yield part
 
 
-class Shared(At):
+class Shared:
     """Moments of expressions as they are now, and their derivatives.
 
     Args:
@@ -102,7 +101,7 @@ class Shared(At):
     """
 
     def __init__(self, layers: Iterable[Any], first: Any, like: Tensor) -> None:
-        super().__init__(like)
+        self.like = like.detach().new_empty(0)
         latest = first._shared
         self._clock, self._first = clock.now(), weakref.ref(first)
         self._made_of: dict[Conv, list[Tensor]] = {}
@@ -136,7 +135,8 @@ class Shared(At):
 
     def __call__(self, expression: Expression) -> Tensor:
         if expression not in self._moments:
-            self._moments[expression] = expression.moments(self)
+            before = [self(source) for source in expression.sources]
+            self._moments[expression] = expression.moments(before, self.own(expression), self.like)
         return self._moments[expression]
 
     def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
@@ -208,7 +208,7 @@ class Shared(At):
         if leaf in self._by_weight:
             return self._by_weight[leaf]
         if isinstance(leaf, NormOutput):
-            return leaf.by_weight(self)
+            return leaf.by_weight(self.own(leaf), self.like)
         return self.like.new_ones(leaf.width)
 
     # ---- for layers ----
@@ -259,7 +259,8 @@ class Shared(At):
                 pairs = zip((bias, weight), gradient.unbind(), strict=True)
                 yield from (pair for pair in pairs if pair[0] is not None)
             else:
-                yield from leaf.pull(gradient, self)
+                before = [self(source) for source in leaf.sources]
+                yield from leaf.pull(gradient, before, self.own(leaf), self.like)
 
 
 class _Predicted(torch.autograd.Function):
