@@ -229,7 +229,9 @@ class _Walk:
         return variable if isinstance(variable, nn.Parameter) else None
 
     def _held(self, parameter: Tensor) -> Held:
-        return Held(parameter, *self._owners.get(id(parameter), (None,)))
+        if id(parameter) not in self._owners:
+            raise _ChainEnds("a parameter of no module whose forward is running")
+        return Held(*self._owners[id(parameter)])
 
     @cached_property
     def _owners(self) -> dict[int, tuple[nn.Module, str]]:

@@ -58,8 +58,7 @@ class _Layout:
         if isinstance(part, Pooled):
             return self._unique(part.source)
         sources = tuple(map(self._unique, part.sources))
-        own = (held.identity for held in part.parameters)
-        key = (type(part), part.options, *map(id, sources), *own)
+        key = (type(part), part.options, part.parameters, *map(id, sources))
         if key not in self._known:
             self._known[key] = part = type(part)(part.width, sources, part.parameters, part.options)
             depth = max((self._depths[source] for source in sources), default=0)
@@ -233,7 +232,7 @@ class Shared:
         return _Predicted.apply(self, self.layout.convs[chain], *trained.values())
 
     def prediction(self, conv: Conv) -> Tensor:
-        return self._predictions[conv][2]
+        return self._predictions[conv][2].detach()  # a tensor of each call's graph
 
     def pull(self, conv: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of the parameters from that of the moments after ``conv``, ``d`` [2, C]; no
