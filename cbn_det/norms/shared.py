@@ -3,14 +3,13 @@
 What precedes the layers of a model is made of the same norms, and of few kinds of activations and
 convolutions. :class:`Shared` evaluates all of it in one go: affine parameters side by side, then
 activations, those that follow upon the same number of others together, then convolutions, those of
-one shape together. That a pass is another one than the latest shows in an optimiser's step, in
-parameters that changed, or in the first layer asking again.
+one shape together. An optimiser's step, changed parameters, or the first layer asking again show
+that another pass has begun.
 
-Values are shared, graphs are not. Each layer's prediction has one node of its own
-(:class:`_Predicted`), whose backward pass is in closed form; backward passes that run one by one,
-recomputation in checkpoints, and DDP's buckets find what they would without. Between a convolution
-and the norms before it channels do not mix: the derivatives of two moments by two parameters of a
-norm are 2x2 numbers a channel, its Jacobian, and are shared values, too.
+Values are shared, graphs are not: each layer's prediction has one node of its own, with a backward
+pass in closed form. Backward passes one by one, recomputation in checkpoints, and DDP's buckets
+find what they would without. Between a convolution and the norms before it channels do not mix: the
+derivatives of two moments by two parameters of a norm, 2x2 numbers a channel, are shared, too.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ class Shared:
 
     def __call__(self, expression: Expression) -> Tensor:
         if expression not in self._moments:
-            before = [self(source) for source in expression.sources]
+            before = list(map(self, expression.sources))
             self._moments[expression] = expression.moments(before, self.own(expression), self.like)
         return self._moments[expression]
 
@@ -180,14 +179,14 @@ class Shared:
         for conv in dict.fromkeys(self.layout.convs.values()):
             weight, *bias = self.own(conv)
             alike[weight.shape, conv.options, len(bias)].append(conv)
-        self._predictions = {}
+        self.predictions: dict[Conv, tuple[Tensor, Tensor, Tensor]] = {}
         for convs in alike.values():
             weights, *biases = map(_stacked, zip(*map(self.own, convs), strict=True))
             sums = tap_sums(weights, self.like.dtype)
             pairs = _stacked([self(conv.source) for conv in convs])
             moments = convolved(pairs, sums, *biases)
             for i, conv in enumerate(convs):
-                self._predictions[conv] = pairs[i], sums[i], moments[i]
+                self.predictions[conv] = pairs[i], sums[i], moments[i]
 
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
@@ -231,35 +230,28 @@ class Shared:
         trained = {id(t): t for t in self._made_of[chain] if t.requires_grad}
         return _Predicted.apply(self, self.layout.convs[chain], *trained.values())
 
-    def prediction(self, conv: Conv) -> Tensor:
-        return self._predictions[conv][2].detach()  # a tensor of each call's graph
-
     def pull(self, conv: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
         """Gradients of the parameters from that of the moments after ``conv``, ``d`` [2, C]; no
         two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
-        before, sums, _ = self._predictions[conv]
+        before, sums, _ = self.predictions[conv]
         d_before, d_weight = convolution_gradient(d, before, weight, sums)
         found: dict[Tensor, Tensor] = {}
         weight, *bias = self.own(conv)
         waiting = [(conv.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
         while waiting:
-            target, gradient = waiting.pop()
+            target, d = waiting.pop()
             if isinstance(target, Tensor):
-                found[target] = found[target] + gradient if target in found else gradient
-            else:
-                waiting.extend(self._pulled(target, gradient))
+                found[target] = found[target] + d if target in found else d
+                continue
+            by_leaf = (self._jacobians[target] * d[:, None, None]).sum(0).unbind(1)
+            for leaf, d in zip(self.layout.leaves[target], by_leaf, strict=True):
+                own = self.own(leaf)
+                if isinstance(leaf, NormOutput):
+                    pairs = zip(own[:2], (d[1], d[0]), strict=True)
+                    waiting.extend(pair for pair in pairs if pair[0] is not None)
+                else:
+                    waiting.extend(leaf.pull(d, list(map(self, leaf.sources)), own, self.like))
         return found
-
-    def _pulled(self, root: Expression, d: Tensor) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        by_leaf = (self._jacobians[root] * d[:, None, None]).sum(0)
-        for leaf, gradient in zip(self.layout.leaves[root], by_leaf.unbind(1), strict=True):
-            if isinstance(leaf, NormOutput):
-                weight, bias = self.own(leaf)[:2]
-                pairs = zip((bias, weight), gradient.unbind(), strict=True)
-                yield from (pair for pair in pairs if pair[0] is not None)
-            else:
-                before = [self(source) for source in leaf.sources]
-                yield from leaf.pull(gradient, before, self.own(leaf), self.like)
 
 
 class _Predicted(torch.autograd.Function):
@@ -267,7 +259,7 @@ class _Predicted(torch.autograd.Function):
     def forward(ctx: Any, shared: Shared, conv: Conv, *trained: Tensor) -> Tensor:
         ctx.shared, ctx.conv, ctx.trained = shared, conv, trained
         ctx.save_for_backward(shared.own(conv)[0])
-        return shared.prediction(conv)
+        return shared.predictions[conv][2].detach()  # a tensor of this call's own
 
     @staticmethod
     @once_differentiable
