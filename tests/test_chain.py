@@ -100,8 +100,8 @@ RULES = {
     "scale": (lambda m, a, b: a * m.scale.view(1, -1, 1, 1), "a"),
     "shift": (lambda m, a, b: m.scale.view(1, -1, 1, 1) + a, "a"),
     "batchnorm": (lambda m, a, b: F.relu(m.bn(m.conv_free(a))), "relu(bn)"),
-    "roi": (lambda m, a, b: rois(a), "roi(a)"),
-    "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(roi(a), roi(relu(b)))"),
+    "roi": (lambda m, a, b: rois(a), "a"),
+    "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(a, relu(b))"),
 }
 
 
@@ -136,6 +136,7 @@ ENDS = {
     "mask of images": (lambda m, a, b: a * half_of(a), "no mask"),
     "weights of images": (lambda m, a, b: a * (1 + torch.rand(2, 1, 1, 1)), "no mask"),
     "zero": (lambda m, a, b: a + b * 0.0, "no mask"),
+    "divided by images": (lambda m, a, b: a / torch.full((2, 1, 1, 1), 1.25), "no mask"),
     "masked, then scaled": (lambda m, a, b: a * half_of(a) * 2.0, "no mask"),
     "a mask that was changed": (lambda m, a, b: a * (mask := half_of(a)) + mask.add_(1), "changed"),
     "difference": (lambda m, a, b: a - b, "Sub"),
@@ -535,7 +536,7 @@ def test_faster_rcnn_r18_fpn(zoo):
         expected[laterals[k]] = expected.pop(f"after {k}")
         expected[outputs[k]] = " + ".join(laterals[k:])
     head = "roi_heads.box_head.conv{}.norm"
-    expected[head.format(1)] = f"mixture({', '.join(f'roi({name})' for name in outputs)})"
+    expected[head.format(1)] = f"mixture({', '.join(outputs)})"
     expected[head.format(2)] = f"relu({head.format(1)})"
     found = {row.name: row.follows for row in kn_chain(model)}
     assert found == expected

@@ -61,26 +61,15 @@ def tracing() -> bool:
 
 @dataclass
 class _Known:
-    """What a layer knows of what precedes it.
-
-    Attributes:
-        chain: that.
-        scope: the outermost module that was running when it was found.
-        revision: of the modules in ``scope``.
-        at: the clock when it was found.
-        traced: by ``find_chain``, which sees more than a training forward.
-        repeated: in a backward pass; the forward that it repeats knew nothing, and both must give
-            the same.
-        unsure: copied or out of date: to be looked for anew as soon as there is a graph.
-    """
+    """What a layer knows of what precedes it."""
 
     chain: Expression
-    scope: Scope
-    revision: int
-    at: int
-    traced: bool
-    repeated: bool
-    unsure: bool
+    scope: Scope  # the outermost module that was running when it was found
+    revision: int  # of the modules in it
+    at: int  # the clock when it was found
+    traced: bool  # by find_chain, which sees more than a training forward
+    repeated: bool  # in a backward pass: the forward that it repeats, to the same end, knew nothing
+    unsure: bool = False  # copied or out of date: to be looked for anew once there is a graph
 
     def is_current(self) -> bool:
         """Whether no modules were replaced since where the chain lies."""
@@ -110,8 +99,8 @@ class Chained:
     _reported: bool  # whether a warning of what is not predicted has counted this layer
     _shared: Shared | None  # what layers predict from in the latest forward pass
 
-    def _start_chain(self) -> None:
-        self.__dict__.update(_known=None, _reported=False, _shared=None)
+    def _start_chain(self, channels: int) -> None:
+        self.__dict__.update(channels=channels, _known=None, _reported=False, _shared=None)
         _watch()
 
     @property
@@ -196,7 +185,7 @@ class Chained:
             if chain is None and found.reason == COMPILED:
                 _warn_of_compilation()
         self.__dict__["_known"] = _Known(
-            found, scope, _revision, clock.now(), thread.tracing, repeated, unsure=False
+            found, scope, _revision, clock.now(), thread.tracing, repeated
         )
 
     # ---- copies ----

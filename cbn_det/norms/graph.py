@@ -9,11 +9,11 @@
 - sums of two branches (residual connections, FPN): moments add;
 - concatenation of channels: side by side;
 - a number that multiplies or divides: scaled moments;
-- max and average pooling, nearest and bilinear upsampling, padding, dropout and drop path, clones
-  and casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies:
-  zeros and one number above 1, for each sample its own. A mask that a non-re-entrant activation
+- pooling, RoIAlign, nearest and bilinear upsampling, padding, dropout and drop path, clones and
+  casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros
+  and one number above 1, for each sample its own. A mask that a non-re-entrant activation
   checkpoint stores cannot be looked at, and ends the chain;
-- RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
+- RoIs taken from several feature levels: an equal mixture;
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
 
@@ -131,7 +131,7 @@ class _Walk:
             return nodes.FrozenNorm(len(mean), options=(layer,))
         operation = _operation(node)
         edges = _edges(node)
-        if operation in _KEEPS:
+        if operation in _KEEPS or "roi_align" in node.name().lower():
             return self._expression(edges[0])
         if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
             return self._expression(edges[0])  # as a convolution's own padding: not looked at
@@ -155,8 +155,6 @@ class _Walk:
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
             sources = tuple(self._expression(edge) for edge in edges)
             return nodes.Concat(sum(source.width for source in sources), sources)
-        if "roi_align" in node.name().lower():
-            return _over(nodes.Pooled, self._expression(edges[0]))
         if operation == "IndexPut":
             return _over(nodes.Mixture, *self._levels(node))
         raise _ChainEnds(_ENDS.get(operation, f"no rule for {operation}"))

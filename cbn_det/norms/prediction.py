@@ -81,8 +81,7 @@ class Expression:
     Attributes:
         width: number of channels.
         sources: the nodes that it is made of.
-        parameters: its own, in the order that it uses them.
-        options: constants.
+        parameters, options: its own.
     """
 
     width: int
@@ -249,13 +248,6 @@ class Scaled(Expression):
     def describe(self, names: Names) -> str:
         source = super().describe(names)
         return f"{self.options[0]:g} ({source})" if self.options else source
-
-
-class Pooled(Expression):
-    """RoIs cut out of images: moments are kept."""
-
-    def describe(self, names: Names) -> str:
-        return f"roi({super().describe(names)})"
 
 
 class Mixture(Expression):

@@ -30,7 +30,6 @@ from .prediction import (
     Expression,
     FrozenNorm,
     NormOutput,
-    Pooled,
     Sum,
     Unusable,
 )
@@ -54,8 +53,6 @@ class _Layout:
             self._add_leaves(conv.source)
 
     def _unique(self, part: Expression) -> Expression:
-        if isinstance(part, Pooled):
-            return self._unique(part.source)
         sources = tuple(map(self._unique, part.sources))
         key = (type(part), part.options, part.parameters, *map(id, sources))
         if key not in self._known:

@@ -1,12 +1,10 @@
 """Looking through a whole model for what precedes its KN and GKN layers, frozen parts and all.
 
 One forward in evaluation mode in which all parameters take part, so that what is frozen is followed
-like the rest, and what was compiled runs as it was written. The norms in it that normalise by
-running statistics and are not trained (detectron2's and torchvision's FrozenBatchNorm2d,
-``nn.BatchNorm2d`` in evaluation) are where predictions start from: they put out N(bias, weight^2),
-as far as their input is distributed as their statistics say. Those that never gathered any (mean 0
-and variance 1 everywhere, as in untrained models and in weights into which statistics were folded)
-do not know, and end the chain.
+like the rest, and what was compiled runs as it was written. Predictions start from the norms in it
+that normalise by running statistics and are not trained (FrozenBatchNorm2d, ``nn.BatchNorm2d`` in
+evaluation), too. Those that never gathered any (mean 0 and variance 1 everywhere, as in untrained
+models and in weights into which statistics were folded) end the chain.
 """
 
 from __future__ import annotations
@@ -64,19 +62,16 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         stack.callback(setattr, thread, "tracing", thread.tracing)
         thread.tracing = True
         # past the hooks of the whole, such as Double Forward's; FSDP's are needed
-        run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
-        # inference tensors take no part in a graph
-        args, kwargs = tree_map_only(Tensor, _in_graphs, (args, kwargs))
+        sharded = any(type(p) is not nn.Parameter for p in model.parameters())
+        run = _as_written(model) if sharded else _as_written(model).forward
+        # copies: inference tensors take no part in a graph
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         run(*args, **kwargs)
 
 
 def _mark_frozen(norm: nn.Module, args: Any, output: Any) -> None:
     if isinstance(output, Tensor):
         mark(output, norm, frozen=True)
-
-
-def _in_graphs(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 # ---- at the first call -----------------------------------------------------------------------
@@ -117,35 +112,29 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         find_chain(model, *args, **kwargs)
     except Exception as error:
         warnings.warn(
-            f"no look through the frozen parts, or compiled ones, of this {type(model).__name__}:"
-            f" one forward in evaluation failed ({error}). KN and GKN layers behind them take the"
-            " statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of"
-            " your own.",
+            f"no look through frozen parts, or compiled ones, of this {type(model).__name__}: one"
+            f" forward in evaluation failed ({error}). KN and GKN layers behind them predict"
+            " nothing; cbn_det.norms.find_chain(model, ...) takes inputs of your own.",
             stacklevel=2,
         )
 
 
 def _hides_something(model: nn.Module) -> bool:
     """Whether parts of a model have no graph of single operations in a training forward."""
-    modules = [(m, getattr(m, "_compiled_call_impl", None)) for m in model.modules()]
-    compiled = any(hasattr(m, "_orig_mod") or in_place is not None for m, in_place in modules)
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
     frozen = any(not p.requires_grad for p in model.parameters())
     return compiled or frozen or bool(_norms_that_are_frozen(model))
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(type(p) is not nn.Parameter for p in model.parameters())
-
-
 def _as_written(model: nn.Module) -> nn.Module:
     """The model in what compiles it or spreads it over devices."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    spread = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, spread):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _norms_that_are_frozen(model: nn.Module) -> list[nn.Module]:
