@@ -335,7 +335,7 @@ def test_assigned_parameters_are_followed(how):
         for conv in (model.conv_c, model.conv_free):
             conv.weight, conv.bias = (nn.Parameter(p.detach() * 3) for p in conv.parameters())
     model(torch.randn(2, 3, 8, 8))
-    held = [held.now() for held in model.c.chain.held()]
+    held = [held.now() for part in model.c.chain.walk() for held in part.parameters]
     for conv in (model.conv_c, model.conv_free):
         for parameter in conv.parameters():
             assert any(value is parameter for value in held)
