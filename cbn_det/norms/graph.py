@@ -19,7 +19,8 @@
 
 Everything else ends the chain: inputs of the model, frozen and compiled parts (unless
 :func:`~.trace.find_chain` looks through them), segments of a re-entrant activation checkpoint,
-blocks of ``fully_shard``, unknown operations, and what these rules take for something it is not.
+blocks of ``fully_shard``, parameters of modules none of which is running (a script that calls each
+layer itself), unknown operations, and what these rules take for something it is not.
 """
 
 from __future__ import annotations
