@@ -269,6 +269,11 @@ class ChainRow(NamedTuple):
     name: str
     follows: str
 
+    @property
+    def ends(self) -> bool:
+        """Whether nothing is predicted."""
+        return self.follows.startswith(("- ", "?"))
+
 
 def kn_chain(model: nn.Module) -> list[ChainRow]:
     """Which norms the KN and GKN layers of a model predict their statistics from, in the model's
