@@ -176,7 +176,7 @@ class Chained:
             return
         found = follow(y, self.channels)
         *_, outermost = None, *running_modules()
-        scope = outermost and weakref.ref(outermost)
+        scope = None if outermost is None else weakref.ref(outermost)
         if isinstance(found, End):
             if chain is not None and self._known.traced and not thread.tracing:
                 if isinstance(chain, End) or _lies_within(chain, scope):  # find_chain saw more
