@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import find_chain, find_chain_at_call, format_chain, kn_chain
 from cbn_det.norms.kn import KN2d
-from cbn_det.norms.prediction import At
+from cbn_det.norms.prediction import evaluated
 from cbn_det.norms.spec import build_norm
 
 
@@ -100,8 +100,8 @@ RULES = {
     "scale": (lambda m, a, b: a * m.scale.view(1, -1, 1, 1), "a"),
     "shift": (lambda m, a, b: m.scale.view(1, -1, 1, 1) + a, "a"),
     "batchnorm": (lambda m, a, b: F.relu(m.bn(m.conv_free(a))), "relu(bn)"),
-    "roi": (lambda m, a, b: rois(a), "roi(a)"),
-    "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(roi(a), roi(relu(b)))"),
+    "roi": (lambda m, a, b: rois(a), "a"),
+    "levels": (lambda m, a, b: of_levels(a, F.relu(b)), "mixture(a, relu(b))"),
 }
 
 
@@ -136,6 +136,7 @@ ENDS = {
     "mask of images": (lambda m, a, b: a * half_of(a), "no mask"),
     "weights of images": (lambda m, a, b: a * (1 + torch.rand(2, 1, 1, 1)), "no mask"),
     "zero": (lambda m, a, b: a + b * 0.0, "no mask"),
+    "divided by images": (lambda m, a, b: a / torch.full((2, 1, 1, 1), 1.25), "no mask"),
     "masked, then scaled": (lambda m, a, b: a * half_of(a) * 2.0, "no mask"),
     "a mask that was changed": (lambda m, a, b: a * (mask := half_of(a)) + mask.add_(1), "changed"),
     "difference": (lambda m, a, b: a - b, "Sub"),
@@ -236,7 +237,7 @@ def test_values_follow_the_rules():
                 getattr(model, name).bias.fill_(beta)
                 getattr(model, name).weight.fill_(variance**0.5)
         model(torch.randn(2, 3, 8, 8))
-        found = At(torch.empty(0))(model.c.chain.source)
+        found = evaluated(model.c.chain.source, torch.empty(0))
         for got, numbers in zip(found, expected[rule], strict=True):
             channels = torch.tensor(numbers).expand(model.conv_c.in_channels)
             torch.testing.assert_close(got, channels, msg=rule)
@@ -334,7 +335,7 @@ def test_assigned_parameters_are_followed(how):
         for conv in (model.conv_c, model.conv_free):
             conv.weight, conv.bias = (nn.Parameter(p.detach() * 3) for p in conv.parameters())
     model(torch.randn(2, 3, 8, 8))
-    held = [held.now() for held in model.c.chain.held()]
+    held = [held.now() for part in model.c.chain.walk() for held in part.parameters]
     for conv in (model.conv_c, model.conv_free):
         for parameter in conv.parameters():
             assert any(value is parameter for value in held)
@@ -535,7 +536,7 @@ def test_faster_rcnn_r18_fpn(zoo):
         expected[laterals[k]] = expected.pop(f"after {k}")
         expected[outputs[k]] = " + ".join(laterals[k:])
     head = "roi_heads.box_head.conv{}.norm"
-    expected[head.format(1)] = f"mixture({', '.join(f'roi({name})' for name in outputs)})"
+    expected[head.format(1)] = f"mixture({', '.join(outputs)})"
     expected[head.format(2)] = f"relu({head.format(1)})"
     found = {row.name: row.follows for row in kn_chain(model)}
     assert found == expected

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import DoubleForward, clock, find_chain, find_chain_at_call, kn_chain
-from cbn_det.norms.prediction import At
+from cbn_det.norms.prediction import evaluated
 from cbn_det.norms.spec import build_norm
 
 WIDTH = 6
@@ -131,7 +131,7 @@ def test_the_seed_is_what_frozen_norms_put_out(kind, norm):
     assert [row.follows for row in kn_chain(model)] == FOLLOWS
     like = torch.empty(0, dtype=torch.float64)
     mean, var = expected_seed(model)
-    found = [value.detach().numpy() for value in At(like)(model.norm3.chain)]
+    found = [value.detach().numpy() for value in evaluated(model.norm3.chain, like)]
     np.testing.assert_allclose(found[0], mean, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(found[1], var, rtol=1e-6, atol=1e-9)
     # and the output of the very first forward is the equations' with it
@@ -157,7 +157,7 @@ def test_the_seed_is_right_for_inputs_as_the_statistics_say():
             mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
             drawn.append(norm(mean + var.sqrt() * torch.randn(shape)))
         y = model.conv3(F.relu(drawn[1] + F.relu(drawn[0])))
-        mean, var = At(torch.empty(0))(model.norm3.chain)
+        mean, var = evaluated(model.norm3.chain, torch.empty(0))
     # the second rectification takes the sum of a Gaussian and a rectified one for a Gaussian
     assert float(((mean - y.mean((0, 2, 3))) / y.std((0, 2, 3))).abs().max()) < 0.1
     torch.testing.assert_close(var, y.var((0, 2, 3)), rtol=0.1, atol=0)

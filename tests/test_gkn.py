@@ -206,7 +206,7 @@ def test_rois_are_predicted_like_the_images():
     model = Rois()
     x = images(1, dtype=torch.float32)
     torch.testing.assert_close(model(x), model.reference(x), rtol=1e-4, atol=1e-4)
-    assert kn_chain(model)[1].follows == "roi(norm1)"
+    assert kn_chain(model)[1].follows == "norm1"
 
 
 def test_kn_and_gkn_follow_each_other():

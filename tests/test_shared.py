@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cbn_det.norms import build_norm, tick
 from cbn_det.norms.functional import Moments
-from cbn_det.norms.prediction import At
-from cbn_det.norms.shared import predicted, share
+from cbn_det.norms.prediction import evaluated
+from cbn_det.norms.shared import Shared
 
 
 def images(seed: int, n: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -58,7 +58,7 @@ def alone(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         layer._shared_moments = None
         layer._predict = lambda y, like, layer=layer: (
-            At(like)(layer.chain) if hasattr(layer.chain, "weight") else None
+            evaluated(layer.chain, like) if hasattr(layer.chain, "weight") else None
         )
     try:
         return model(x)
@@ -112,9 +112,9 @@ def test_gradcheck(rule: str) -> None:
     tensors = [t for t in chain.made_of() if t.requires_grad]
 
     def prediction(*_: torch.Tensor) -> torch.Tensor:
-        return predicted(share([model.c], model.c, like), chain)
+        return Shared([model.c], model.c, like).predict(chain)
 
-    torch.testing.assert_close(prediction(), At(like)(chain), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(prediction(), evaluated(chain, like), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(prediction, tensors)
 
 
@@ -317,7 +317,7 @@ def test_a_prediction_costs_the_same_after_any_number_of_blocks() -> None:
     model(images(1))
     counts = []
     for norm in (model.norms[1], model.norms[4]):  # after one norm; after a sum of four
-        prediction = predicted(norm._shared, norm.chain)
+        prediction = norm._shared.predict(norm.chain)
         model.zero_grad()
         with Counter() as counter:
             prediction.sum().backward()

@@ -122,7 +122,7 @@ def _burn_in(trial: Trial, model: nn.Module) -> Iterator[Finding]:
 
 def _chain(model: nn.Module) -> Iterator[Finding]:
     rows = kn_chain(model)
-    ended = Counter(row.follows for row in rows if not row.sources)
+    ended = Counter(row.follows for row in rows if row.ends)
     if not rows:
         return
     yield Finding(OK, f"KN: {len(rows) - ended.total()} of {len(rows)} layers have a prediction")

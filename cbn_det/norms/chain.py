@@ -22,9 +22,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import clock
 from .graph import COMPILED, FROZEN_INPUT, NO_STATISTICS, follow, running_modules
-from .prediction import At, Conv, End, Expression, FrozenNorm, Unusable
+from .prediction import Conv, End, Expression, FrozenNorm, Unusable, evaluated
 from .recalibration import in_backward
-from .shared import Shared, predicted, share
+from .shared import Shared
 
 Scope = weakref.ref[nn.Module] | None
 
@@ -61,26 +61,15 @@ def tracing() -> bool:
 
 @dataclass
 class _Known:
-    """What a layer knows of what precedes it.
-
-    Attributes:
-        chain: that.
-        scope: the outermost module that was running when it was found.
-        revision: of the modules in ``scope``.
-        at: the clock when it was found.
-        traced: by ``find_chain``, which sees more than a training forward.
-        repeated: in a backward pass; the forward that it repeats knew nothing, and both must give
-            the same.
-        unsure: copied or out of date: to be looked for anew as soon as there is a graph.
-    """
+    """What a layer knows of what precedes it."""
 
     chain: Expression
-    scope: Scope
-    revision: int
-    at: int
-    traced: bool
-    repeated: bool
-    unsure: bool
+    scope: Scope  # the outermost module that was running when it was found
+    revision: int  # of the modules in it
+    at: int  # the clock when it was found
+    traced: bool  # by find_chain, which sees more than a training forward
+    repeated: bool  # in a backward pass: the forward that it repeats, to the same end, knew nothing
+    unsure: bool = False  # copied or out of date: to be looked for anew once there is a graph
 
     def is_current(self) -> bool:
         """Whether no modules were replaced since where the chain lies."""
@@ -110,8 +99,8 @@ class Chained:
     _reported: bool  # whether a warning of what is not predicted has counted this layer
     _shared: Shared | None  # what layers predict from in the latest forward pass
 
-    def _start_chain(self) -> None:
-        self.__dict__.update(_known=None, _reported=False, _shared=None)
+    def _start_chain(self, channels: int) -> None:
+        self.__dict__.update(channels=channels, _known=None, _reported=False, _shared=None)
         _watch()
 
     @property
@@ -143,8 +132,8 @@ class Chained:
                 return None
             try:
                 if torch.compiler.is_compiling() or thread.tracing or not self.training:
-                    return At(like)(chain)
-                return predicted(self._shared_moments(chain, like), chain)
+                    return evaluated(chain, like)
+                return self._shared_moments(chain, like).predict(chain)
             except Unusable:  # parameters became others: FSDP, pruning, a parametrisation
                 self._known.unsure, self._known.traced = True, False
         return None
@@ -175,7 +164,7 @@ class Chained:
         scope = self._known.scope and self._known.scope()
         # alone if it asks in the middle of a pass: the next one begins where the latest began
         together = scope is not None and shared is not None and shared.is_past(self)
-        return share([self, *(layers_of(scope) if together else ())], self, like)
+        return Shared([self, *(layers_of(scope) if together else ())], self, like)
 
     def _look_for_chain(self, y: Tensor) -> None:
         chain, repeated = self.chain, in_backward()
@@ -187,7 +176,7 @@ class Chained:
             return
         found = follow(y, self.channels)
         *_, outermost = None, *running_modules()
-        scope = outermost and weakref.ref(outermost)
+        scope = None if outermost is None else weakref.ref(outermost)
         if isinstance(found, End):
             if chain is not None and self._known.traced and not thread.tracing:
                 if isinstance(chain, End) or _lies_within(chain, scope):  # find_chain saw more
@@ -195,10 +184,8 @@ class Chained:
                     return
             if chain is None and found.reason == COMPILED:
                 _warn_of_compilation()
-        # a parameter that no module is known to hold could be replaced without a trace
-        unsure = any(held.module is None for held in found.held())
         self.__dict__["_known"] = _Known(
-            found, scope, _revision, clock.now(), thread.tracing, repeated, unsure
+            found, scope, _revision, clock.now(), thread.tracing, repeated
         )
 
     # ---- copies ----
@@ -281,6 +268,11 @@ class ChainRow(NamedTuple):
 
     name: str
     follows: str
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing is predicted."""
+        return self.follows.startswith(("- ", "?"))
 
 
 def kn_chain(model: nn.Module) -> list[ChainRow]:

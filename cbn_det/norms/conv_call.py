@@ -1,13 +1,13 @@
 """One call of a convolution as it was computed, and whether an activation is its output.
 
-In eager mode the autograd graph of an activation tells: the node of the operation that made it
-keeps, for its backward pass, the very input, with what the module's forward padded, and the stride
-and padding that it was computed with. Where that is not to be seen (``torch.compile``, activation
-checkpoints), what a hook on the module saw is taken, and compared by numbers.
+The node of an activation in the autograd graph keeps the very input, with what the module's forward
+padded, and the stride and padding that it was computed with. Where that is not to be seen
+(``torch.compile``, activation checkpoints), what a hook on the module saw is compared by numbers.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -154,13 +154,9 @@ def computed_weight(conv: nn.Conv2d) -> tuple[Tensor, bool]:
     if "weight" not in made_by:
         with torch.enable_grad():
             return conv.weight.detach(), conv.weight.requires_grad
-    training = [part for part in made_by["weight"].modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.no_grad():
-            weight = conv.weight
-    finally:
-        for part in training:
-            part.training = True
+    with torch.no_grad(), ExitStack() as stack:
+        for part in made_by["weight"].modules():
+            stack.callback(setattr, part, "training", part.training)
+            part.training = False
+        weight = conv.weight
     return weight, any(p.requires_grad for p in made_by["weight"].parameters())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass
@@ -21,8 +22,7 @@ class RandomState:
 
     @staticmethod
     def now(device: torch.device) -> RandomState:
-        on_gpu = device.type == "cuda"
-        gpu = torch.cuda.get_rng_state(device) if on_gpu else None
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return RandomState(device, torch.get_rng_state(), gpu)
 
     def restore(self) -> None:
@@ -51,9 +51,7 @@ class FirstProposals:
     def __init__(
         self, generator: nn.Module, device: torch.device, calls: Callable[[], object]
     ) -> None:
-        self._generator = generator
-        self._device = device
-        self._calls = calls
+        self._generator, self._device, self._calls = generator, device, calls
         self._calls_before: object = None
         self._outputs: list[tuple[Any, RandomState] | None] = []
         self._handles = [
@@ -65,7 +63,6 @@ class FirstProposals:
         """Ends the forward that is kept from."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -80,40 +77,26 @@ class FirstProposals:
             random_state.restore()
             return output
 
-        with _replaced_forward(self._generator, forward):
+        own = vars(self._generator)
+        before = own.get("forward")
+        own["forward"] = forward
+        try:
             yield
+        finally:
+            del own["forward"]
+            if before is not None:
+                own["forward"] = before
 
     def _before(self, generator: nn.Module, args: Any) -> None:
         self._calls_before = self._calls()
 
     def _after(self, generator: nn.Module, args: Any, output: Any) -> None:
-        called_layers = self._calls() != self._calls_before
-        kept = None if called_layers else (_without_graph(output), RandomState.now(self._device))
+        kept = None
+        if self._calls() == self._calls_before:
+            # the losses let go of the activations behind them
+            output = tree_map_only(Tensor, Tensor.detach, output)
+            kept = output, RandomState.now(self._device)
         self._outputs.append(kept)
-
-
-def _without_graph(value: Any) -> Any:
-    """The losses in nested lists, tuples and dicts let go of the activations behind them."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) is dict:
-        return {key: _without_graph(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_without_graph(item) for item in value)
-    return value
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, ``forward`` is called in place of the module's own."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _is_compiled(module: nn.Module) -> bool:

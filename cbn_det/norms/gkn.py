@@ -33,12 +33,11 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     """Group Kalman Normalization over [N, C, H, W]; GroupNorm's parameters, and GroupNorm where
     nothing precedes it.
 
-    A subclass of ``nn.GroupNorm``, not of BatchNorm: code that freezes or recomputes BatchNorms
-    leaves it alone. As it predicts in evaluation, too, it must know what precedes it. A model that
-    was trained knows; for one that was loaded from a checkpoint call
-    :func:`cbn_det.norms.find_chain` once with a batch (the trainers of this package do), else its
-    first forward in evaluation raises an error. Nothing is kept in the state dict. A layer called
-    several times in a forward takes what precedes its first call.
+    A subclass of ``nn.GroupNorm``: code that freezes or recomputes BatchNorms leaves it alone. It
+    predicts in evaluation, too, and must know what precedes it. A model that was trained knows; for
+    one that was loaded from a checkpoint call :func:`cbn_det.norms.find_chain` once with a batch
+    (the trainers of this package do), else its first forward in evaluation raises an error. A layer
+    called several times in a forward takes what precedes its first call.
 
     Args:
         num_channels: channels C.
@@ -50,6 +49,8 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
     """
+
+    predicts_in_evaluation = Predicting.predicts
 
     def __init__(
         self,
@@ -63,25 +64,12 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
     ) -> None:
         check_groups("GKN", num_channels, groups, eps)
         super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
-        self._start_predicting(gain)
-
-    @property
-    def channels(self) -> int:
-        return self.num_channels
-
-    @property
-    def predicts_in_evaluation(self) -> bool:
-        return self.predicts
+        self._start_predicting(num_channels, gain)
 
     def options(self) -> dict[str, Any]:
-        """The constructor's options with their present values, as ``type(self)(C, **options)``
-        takes."""
-        return {
-            "groups": self.num_groups,
-            "gain": self.gain,
-            "eps": self.eps,
-            "affine": self.affine,
-        }
+        """Present values, as ``type(self)(C, **options)`` takes them."""
+        gain, eps, affine = self.gain, self.eps, self.affine
+        return {"groups": self.num_groups, "gain": gain, "eps": eps, "affine": affine}
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())

@@ -9,17 +9,18 @@
 - sums of two branches (residual connections, FPN): moments add;
 - concatenation of channels: side by side;
 - a number that multiplies or divides: scaled moments;
-- max and average pooling, nearest and bilinear upsampling, padding, dropout and drop path, clones
-  and casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies:
-  zeros and one number above 1, for each sample its own. A mask that a non-re-entrant activation
+- pooling, RoIAlign, nearest and bilinear upsampling, padding, dropout and drop path, clones and
+  casts: moments stay as they are. Dropout and drop path are told by the mask that multiplies: zeros
+  and one number above 1, for each sample its own. A mask that a non-re-entrant activation
   checkpoint stores cannot be looked at, and ends the chain;
-- RoIAlign: they stay, and RoIs taken from several feature levels are an equal mixture of them;
+- RoIs taken from several feature levels: an equal mixture;
 - KN and GKN layers are where predictions start from; other norm layers with trained affine
   parameters likewise, as N(beta, gamma^2).
 
 Everything else ends the chain: inputs of the model, frozen and compiled parts (unless
 :func:`~.trace.find_chain` looks through them), segments of a re-entrant activation checkpoint,
-blocks of ``fully_shard``, unknown operations, and what these rules take for something it is not.
+blocks of ``fully_shard``, parameters of modules none of which is running (a script that calls each
+layer itself), unknown operations, and what these rules take for something it is not.
 """
 
 from __future__ import annotations
@@ -27,33 +28,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import prediction as nodes
 from .conv_call import past_hooks, saved
-from .prediction import (
-    Activation,
-    Concat,
-    Conv,
-    End,
-    Expression,
-    FrozenNorm,
-    Held,
-    Mixture,
-    Norm,
-    NormOutput,
-    Pooled,
-    Scaled,
-    Shifted,
-    Sum,
-    Unusable,
-)
+from .prediction import End, Expression, Held, NormOutput, Unusable
 from .propagation import ACTIVATIONS
 
 _MARK = "cbn_det norm"
-_FROZEN_MARK = "cbn_det frozen norm"
 
 _KEEPS = {
     "MaxPool2DWithIndices",
@@ -86,7 +72,7 @@ class _ChainEnds(Exception):
 def mark(output: Tensor, layer: nn.Module, frozen: bool = False) -> None:
     """Lets :func:`follow` recognise ``output`` as that of ``layer``, a norm."""
     if not torch.compiler.is_compiling() and output.grad_fn is not None:
-        output.grad_fn.metadata[_FROZEN_MARK if frozen else _MARK] = layer
+        output.grad_fn.metadata[_MARK] = layer, frozen
 
 
 def follow(y: Tensor, channels: int) -> Expression:
@@ -95,11 +81,11 @@ def follow(y: Tensor, channels: int) -> Expression:
     try:
         return _Walk().from_norm(y, channels)
     except (_ChainEnds, Unusable) as end:
-        return End(0, options=(str(end),))
+        reason = str(end)
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         # other versions and other people's operations have graphs of other shapes
         reason = f"a graph that the rules do not fit: {type(error).__name__}: {error}"
-        return End(0, options=(reason,))
+    return End(0, options=(reason,))
 
 
 def _operation(node: Any) -> str:
@@ -117,7 +103,6 @@ class _Walk:
 
     def __init__(self) -> None:
         self._length = 0
-        self._owners: dict[int, tuple[nn.Module, str]] | None = None
 
     def from_norm(self, y: Tensor, channels: int) -> Expression:
         if y.grad_fn is None:
@@ -137,29 +122,31 @@ class _Walk:
             raise _ChainEnds(f"more than {_LONGEST} operations without a norm")
         if node is None:
             raise _ChainEnds(FROZEN_INPUT)
-        if _FROZEN_MARK in node.metadata:
-            layer = node.metadata[_FROZEN_MARK]
-            if _without_statistics(layer):
-                raise _ChainEnds(NO_STATISTICS)
-            return FrozenNorm(len(layer.running_mean), options=(layer,))
         if _MARK in node.metadata:
-            layer = node.metadata[_MARK]
-            return Norm(layer.channels, options=(layer,))
+            layer, frozen = node.metadata[_MARK]
+            if not frozen:
+                return nodes.Norm(layer.channels, options=(layer,))
+            mean, var = layer.running_mean, layer.running_var
+            if not mean.any() and (var == var[0]).all():
+                raise _ChainEnds(NO_STATISTICS)
+            return nodes.FrozenNorm(len(mean), options=(layer,))
         operation = _operation(node)
         edges = _edges(node)
-        if operation in _KEEPS:
+        if operation in _KEEPS or "roi_align" in node.name().lower():
             return self._expression(edges[0])
         if operation == "ConstantPadNd" and not any(node._saved_pad[4:]):
             return self._expression(edges[0])  # as a convolution's own padding: not looked at
         if operation in ACTIVATIONS:
             options = (getattr(node, f"_saved_{key}") for key in ACTIVATIONS[operation])
-            return _same(Activation, self._expression(edges[0]), options=(operation, *options))
+            return _over(
+                nodes.Activation, self._expression(edges[0]), options=(operation, *options)
+            )
         if operation == "Add" and node._saved_alpha == 1:
             return self._either(edges, False)
         if operation == "Mul" and None not in edges:
             return self._either(edges, True)
         if operation in ("Mul", "Div"):
-            return self._multiplied(node)
+            return self._multiplied(node, edges)
         if operation == "Convolution" and not node._saved_transposed:
             return self._convolution(node, edges)
         if operation in _OTHER_NORMS:
@@ -168,11 +155,9 @@ class _Walk:
             return self._other_norm(edges[3:5])
         if operation == "Cat" and node._saved_dim in (1, 2**64 - 3):
             sources = tuple(self._expression(edge) for edge in edges)
-            return Concat(sum(source.width for source in sources), sources)
-        if "roi_align" in node.name().lower():
-            return _same(Pooled, self._expression(edges[0]))
+            return nodes.Concat(sum(source.width for source in sources), sources)
         if operation == "IndexPut":
-            return _same(Mixture, *self._levels(node))
+            return _over(nodes.Mixture, *self._levels(node))
         raise _ChainEnds(_ENDS.get(operation, f"no rule for {operation}"))
 
     def _convolution(self, node: Any, edges: list[Any]) -> Expression:
@@ -185,7 +170,7 @@ class _Walk:
         groups = node._saved_groups
         _check(source.width == weight.shape[1] * groups)
         held = tuple(self._held(p) for p in (weight, bias) if p is not None)
-        return Conv(len(weight), (source,), held, (groups,))
+        return nodes.Conv(len(weight), (source,), held, (groups,))
 
     def _levels(self, node: Any) -> Iterator[Expression]:
         """The feature levels whose RoIs were put into one tensor, one after another."""
@@ -204,19 +189,27 @@ class _Walk:
             if parameter is not None:
                 source = self._expression(other)
                 _check(parameter.numel() in (1, source.width))
-                kind = Scaled if multiplies else Shifted
-                return _same(kind, source, parameters=(self._held(parameter),))
+                kind = nodes.Scaled if multiplies else nodes.Shifted
+                return _over(kind, source, parameters=(self._held(parameter),))
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
-        return _same(Sum, self._expression(left), self._expression(right))
+        return _over(nodes.Sum, self._expression(left), self._expression(right))
 
-    def _multiplied(self, node: Any) -> Expression:
-        """A product with a number, or with a mask of mean 1."""
-        factor, source = _constant_factor(node)
-        if _is_mask(factor, node):
-            return self._expression(source)
+    def _multiplied(self, node: Any, edges: list[Any]) -> Expression:
+        """A product with, or quotient by, a number or a mask of mean 1."""
+        left, right = edges
+        divides = _operation(node) == "Div"
+        if right is not None and (divides or left is not None):
+            raise _ChainEnds("no rule for a quotient or product of activations")
+        factor = saved(node, "other" if right is None else "self")
+        if factor is None:
+            raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
+        source = self._expression(left if right is None else right)
+        if not divides and _is_mask(factor, node):
+            return source
         if factor.numel() == 1 and factor != 0:
-            return _same(Scaled, self._expression(source), options=(float(factor),))
+            number = float(1.0 / factor if divides else factor)
+            return _over(nodes.Scaled, source, options=(number,))
         raise _ChainEnds("a product with a tensor that is no mask of dropout")
 
     def _other_norm(self, edges: list[Any]) -> Expression:
@@ -235,12 +228,23 @@ class _Walk:
         return variable if isinstance(variable, nn.Parameter) else None
 
     def _held(self, parameter: Tensor) -> Held:
-        if self._owners is None:
-            self._owners = _parameters_at_work()
-        return Held(parameter, *self._owners.get(id(parameter), (None,)))
+        if id(parameter) not in self._owners:
+            raise _ChainEnds("a parameter of no module whose forward is running")
+        return Held(*self._owners[id(parameter)])
+
+    @cached_property
+    def _owners(self) -> dict[int, tuple[nn.Module, str]]:
+        """By their ids, which module holds a parameter, and under which name: of the modules whose
+        methods are running, and of all below them. (A graph tells parameters, and parameters don't
+        tell who holds them.)"""
+        found: dict[int, tuple[nn.Module, str]] = {}
+        for module in dict.fromkeys(m for running in running_modules() for m in running.modules()):
+            for name, parameter in module._parameters.items():
+                found.setdefault(id(parameter), (module, name))
+        return found
 
 
-def _same(kind: type[Expression], *sources: Expression, **values: Any) -> Expression:
+def _over(kind: type[Expression], *sources: Expression, **values: Any) -> Expression:
     """A node that leaves channels as they are."""
     width = sources[0].width
     _check(all(source.width == width for source in sources))
@@ -250,17 +254,6 @@ def _same(kind: type[Expression], *sources: Expression, **values: Any) -> Expres
 def _check(fits: bool) -> None:
     if not fits:
         raise _ChainEnds("channels are regrouped on the way")
-
-
-def _parameters_at_work() -> dict[int, tuple[nn.Module, str]]:
-    """By their ids, which module holds a parameter, and under which name: of the modules whose
-    methods are running, and of all below them. (A graph tells parameters, and parameters don't tell
-    who holds them.)"""
-    found: dict[int, tuple[nn.Module, str]] = {}
-    for module in dict.fromkeys(m for running in running_modules() for m in running.modules()):
-        for name, parameter in module._parameters.items():
-            found.setdefault(id(parameter), (module, name))
-    return found
 
 
 def running_modules() -> Iterator[nn.Module]:
@@ -275,18 +268,6 @@ def running_modules() -> Iterator[nn.Module]:
         frame = frame.f_back
 
 
-def _constant_factor(node: Any) -> tuple[Tensor, Any]:
-    """What has no gradient in a product or quotient, as a factor, and the edge of what has."""
-    divides = _operation(node) == "Div"
-    left, right = _edges(node)
-    if right is not None and (divides or left is not None):
-        raise _ChainEnds("no rule for a quotient or product of activations")
-    factor = saved(node, "other" if right is None else "self")
-    if factor is None:
-        raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
-    return (1.0 / factor if divides else factor), left if right is None else right
-
-
 def _is_mask(factor: Tensor, node: Any) -> bool:
     """Whether a factor of ``node`` is a mask of dropout or drop path: of each sample its own, zeros
     and one number above 1. (Of a single sample that number may be all there is, and one sample may
@@ -295,8 +276,3 @@ def _is_mask(factor: Tensor, node: Any) -> bool:
         return False
     kept = factor[factor != 0]
     return len(kept) == 0 or bool(kept[0] > 1) and bool((kept == kept[0]).all())
-
-
-def _without_statistics(norm: Any) -> bool:
-    mean, var = norm.running_mean, norm.running_var
-    return not bool(mean.any()) and bool((var == var[0]).all())

@@ -8,7 +8,7 @@ its weight::
     mean = p m' + (1 - p) m
     var  = p v' + (1 - p) v + p (1 - p) (m - m')^2
 
-which are mean and variance of the mixture of both. In the order of the paper:
+the moments of the mixture of both. In the order of the paper:
 
 1. :mod:`.trace` runs a model once to see what precedes each layer; :mod:`.graph` has the rules.
 2. :mod:`.chain` is what a layer knows of the layers that precede it.
@@ -49,13 +49,12 @@ from .spec import register_norm
 class KN2d(Predicting, SmallBatchNorm2d):
     """Kalman Normalization over [N, C, H, W]; BatchNorm2d's parameters, buffers and evaluation.
 
-    Which layers precede it is found in the first training forward (:mod:`.graph` has the rules,
-    :func:`cbn_det.norms.kn_chain` shows the result); where there is none it is BatchNorm, and a
-    warning counts those layers after the first iteration. Where parts of the model are frozen or
-    compiled, and under re-entrant activation checkpoints, whose first iteration would be BatchNorm
-    and whose segments end chains, :func:`cbn_det.norms.find_chain` before training finds it whole
-    (the trainers of this package call it). Predictions are made with the parameters that the
-    modules have at that time.
+    Which layers precede it is found in the first training forward
+    (:func:`cbn_det.norms.kn_chain` shows it); where there is none it is BatchNorm, and a warning
+    counts those layers after the first iteration. Where parts of the model are frozen or compiled,
+    and under re-entrant activation checkpoints, whose first iteration would be BatchNorm and whose
+    segments end chains, :func:`cbn_det.norms.find_chain` before training finds it whole (the
+    trainers of this package call it).
 
     Args:
         num_features: channels C.
@@ -81,21 +80,10 @@ class KN2d(Predicting, SmallBatchNorm2d):
         affine: bool = True,
         **factory: Any,
     ) -> None:
-        super().__init__(
-            num_features,
-            freeze=freeze,
-            ema=ema,
-            momentum=momentum,
-            eps=eps,
-            affine=affine,
-            **factory,
-        )
-        self._start_predicting(gain)
+        own = {"freeze": freeze, "ema": ema, "momentum": momentum, "eps": eps, "affine": affine}
+        super().__init__(num_features, **own, **factory)
+        self._start_predicting(num_features, gain)
         self._input: Tensor | None = None  # during a forward
-
-    @property
-    def channels(self) -> int:
-        return self.num_features
 
     def options(self) -> dict[str, Any]:
         return {"gain": self.gain} | super().options()

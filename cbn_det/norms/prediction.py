@@ -4,8 +4,8 @@ The prediction of Kalman Normalization in closed form. Activations are taken for
 independent, between channels and between positions, as the authors' sampling code draws them; its
 expectation is computed here instead of a sample. An :class:`Expression` is a small tree of
 references and operations, no values: it says how a convolution's input is made of the outputs of
-norm layers. ``At(like)(expression)`` evaluates it to the mean and variance per channel,
-differentiably, with the parameters that the modules have then.
+norm layers. :func:`evaluated` gives mean and variance per channel, differentiably, with the
+parameters that the modules have then.
 
 What the rules leave out: padding (at the border fewer taps contribute), correlations, and what
 pooling does to the moments.
@@ -13,7 +13,7 @@ pooling does to the moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,25 +26,21 @@ from .propagation import activated, convolved, tap_sums
 
 _ELSEWHERE = "(outside this model)"
 Names = dict[int, str]  # of layers and parameters, by ``id``
+Moments = Sequence[Tensor]  # of some sources, [2, C] each
+Tensors = tuple[Tensor | None, ...]
 
 
 class Unusable(Exception):
     """A parameter that nothing can be predicted with as it is now; carries the reason."""
 
 
+@dataclass(frozen=True)
 class Held:
-    """A parameter, as the module that holds it has it at each use: what replaces it (pruning, FSDP,
-    an assignment) counts from then on.
+    """A parameter, as the module that holds it under ``name`` has it at each use: what replaces it
+    (pruning, FSDP, an assignment) counts from then on."""
 
-    Args:
-        parameter: as it was found.
-        module: that holds it; None where nobody knows, and then it stays as it was found.
-        name: under which the module holds it.
-    """
-
-    def __init__(self, parameter: Tensor, module: nn.Module | None, name: str = "") -> None:
-        self.module, self.name = module, name
-        self._parameter = parameter if module is None else None
+    module: nn.Module
+    name: str
 
     def now(self) -> Tensor:
         """The parameter.
@@ -52,22 +48,13 @@ class Held:
         Raises:
             Unusable: the module computes it now, or it is distributed.
         """
-        if self.module is None:
-            return self._parameter
         value = self.module._parameters.get(self.name)
         if value is None:
             raise Unusable(f"the {self.name} is computed")
         return _whole(value)
 
-    @property
-    def identity(self) -> tuple[Any, str]:
-        """Equal for equal parameters."""
-        return id(self._parameter if self.module is None else self.module), self.name
-
     def describe(self, names: Names) -> str:
-        if self.module is not None:
-            return names.get(id(self.module), _ELSEWHERE)
-        return names.get(id(self._parameter), "?").removesuffix(".weight")
+        return names.get(id(self.module), _ELSEWHERE)
 
 
 def _whole(value: Tensor | None) -> Tensor | None:
@@ -76,39 +63,15 @@ def _whole(value: Tensor | None) -> Tensor | None:
     return value
 
 
-class At:
-    """Moments of expressions, called with one of them.
+def evaluated(expression: Expression, like: Tensor) -> Tensor:
+    """Mean and variance [2, C] of the activations that an expression describes, of the dtype of
+    ``like``.
 
-    Attributes:
-        like: a tensor of their dtype and device.
+    Raises:
+        Unusable: a parameter is not to be had.
     """
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like.detach().new_empty(0)
-
-    def __call__(self, expression: Expression) -> Tensor:
-        return expression.moments(self)
-
-    def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
-        """The tensors of an expression's own node."""
-        return expression.own()
-
-
-class _Given(At):
-    """With those of one expression's parts, and its own tensors, given."""
-
-    def __init__(self, like: Tensor, moments: dict[Expression, Tensor], own: list[Tensor]) -> None:
-        super().__init__(like)
-        self._moments, self._own = moments, tuple(own)
-
-    def __call__(self, expression: Expression) -> Tensor:
-        return self._moments[expression]
-
-    def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
-        return self._own
-
-
-# ---- nodes -----------------------------------------------------------------------------------
+    before = [evaluated(source, like) for source in expression.sources]
+    return expression.moments(before, expression.own(), like)
 
 
 @dataclass(eq=False)
@@ -118,8 +81,7 @@ class Expression:
     Attributes:
         width: number of channels.
         sources: the nodes that it is made of.
-        parameters: its own, in the order that it uses them.
-        options: constants.
+        parameters, options: its own.
     """
 
     width: int
@@ -137,15 +99,10 @@ class Expression:
         for part in self.sources:
             yield from part.walk()
 
-    def held(self) -> Iterator[Held]:
-        """The parameters in it, those of norm layers aside that it knows as modules."""
-        for part in self.walk():
-            yield from part.parameters
-
     def modules(self) -> Iterator[nn.Module]:
         """Those in it."""
-        yield from (held.module for held in self.held() if held.module is not None)
         for part in self.walk():
+            yield from (held.module for held in part.parameters)
             yield from (value for value in part.options if isinstance(value, nn.Module))
 
     def made_of(self) -> Iterator[Tensor]:
@@ -157,7 +114,7 @@ class Expression:
     def _owners(self) -> list[Expression]:
         return [part for part in self.walk() if part.own()]
 
-    def own(self) -> tuple[Tensor | None, ...]:
+    def own(self) -> Tensors:
         """The tensors of this node alone, as they are now.
 
         Raises:
@@ -165,22 +122,20 @@ class Expression:
         """
         return tuple(held.now() for held in self.parameters)
 
-    def moments(self, at: At) -> Tensor:
-        """Mean and variance [2, C] of the activations here; ``at`` knows those of the sources.
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        """Mean and variance [2, C] of the activations here, of the dtype of ``like``, from those of
+        the sources and the own tensors."""
+        return before[0]
 
-        Raises:
-            Unusable: a parameter is not to be had.
-        """
-        return at(self.source)
-
-    def pull(self, d: Tensor, at: At) -> Iterator[tuple[Expression | Tensor, Tensor]]:
+    def pull(
+        self, d: Tensor, before: Moments, own: Tensors, like: Tensor
+    ) -> Iterator[tuple[Expression | Tensor, Tensor]]:
         """From the gradient of the moments here, ``d`` [2, C], those of the sources' moments and of
-        this node's own tensors."""
-        own, count = at.own(self), len(self.sources)
+        the own tensors."""
+        count = len(before)
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (*map(at, self.sources), *own)]
-            given = dict(zip(self.sources, inputs, strict=False))
-            here = self.moments(_Given(at.like, given, inputs[count:]))
+            inputs = [t.detach().requires_grad_() for t in (*before, *own)]
+            here = self.moments(inputs[:count], tuple(inputs[count:]), like)
         yield from zip((*self.sources, *own), torch.autograd.grad(here, inputs, d), strict=True)
 
     def describe(self, names: Names) -> str:
@@ -191,23 +146,20 @@ class Expression:
 class NormOutput(Expression):
     """The output of a norm, N(bias, weight^2) for its affine parameters."""
 
-    def _affine(self, at: At) -> tuple[Tensor, Tensor]:
-        weight, bias = at.own(self)[:2]
-        weight = at.like.new_ones(self.width) if weight is None else weight.to(at.like.dtype)
-        bias = at.like.new_zeros(self.width) if bias is None else bias.to(at.like.dtype)
-        return weight, bias
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        weight, bias = own[:2]
+        mean = like.new_zeros(self.width) if bias is None else bias.to(like.dtype)
+        var = like.new_ones(self.width) if weight is None else weight.to(like.dtype).square()
+        return torch.stack((mean, var * self.kept(own, like)))
 
-    def _kept(self, at: At) -> Tensor | float:
+    def by_weight(self, own: Tensors, like: Tensor) -> Tensor:
+        """Derivative [C] of the variance by the weight, if there is one."""
+        weight = like.new_ones(self.width) if own[0] is None else own[0].to(like.dtype)
+        return 2.0 * weight * self.kept(own, like)
+
+    def kept(self, own: Tensors, like: Tensor) -> Tensor | float:
         """What ``eps`` leaves of the variance."""
         return 1.0
-
-    def moments(self, at: At) -> Tensor:
-        weight, bias = self._affine(at)
-        return torch.stack((bias, weight.square() * self._kept(at)))
-
-    def by_weight(self, at: At) -> Tensor:
-        """Derivative [C] of the variance by the weight, if there is one."""
-        return 2.0 * self._affine(at)[0] * self._kept(at)
 
     def describe(self, names: Names) -> str:
         return self.parameters[0].describe(names)
@@ -220,7 +172,7 @@ class Norm(NormOutput):
     def layer(self) -> nn.Module:
         return self.options[0]
 
-    def own(self) -> tuple[Tensor | None, ...]:
+    def own(self) -> Tensors:
         return _whole(self.layer.weight), _whole(self.layer.bias)
 
     def describe(self, names: Names) -> str:
@@ -232,11 +184,11 @@ class FrozenNorm(Norm):
     is distributed as they say. ``eps`` makes its variance smaller than weight^2, which matters in
     channels that are nearly constant."""
 
-    def own(self) -> tuple[Tensor | None, ...]:
+    def own(self) -> Tensors:
         return *super().own(), self.layer.running_var
 
-    def _kept(self, at: At) -> Tensor:
-        var = at.own(self)[2].to(at.like.dtype)
+    def kept(self, own: Tensors, like: Tensor) -> Tensor:
+        var = own[2].to(like.dtype)
         return var / (var + self.layer.eps)
 
 
@@ -247,9 +199,9 @@ class Conv(Expression):
     def weight(self) -> Held:
         return self.parameters[0]
 
-    def moments(self, at: At) -> Tensor:
-        weight, *bias = at.own(self)
-        return convolved(at(self.source), tap_sums(weight, at.like.dtype), *bias)
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        weight, *bias = own
+        return convolved(before[0], tap_sums(weight, like.dtype), *bias)
 
     def describe(self, names: Names) -> str:
         return f"{self.weight.describe(names)}({super().describe(names)})"
@@ -258,9 +210,9 @@ class Conv(Expression):
 class Activation(Expression):
     """An activation function of :mod:`.propagation`: its name, and its own options."""
 
-    def moments(self, at: At) -> Tensor:
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
         name, *options = self.options
-        return torch.stack(activated(*at(self.source), name, options))
+        return torch.stack(activated(*before[0], name, options))
 
     def describe(self, names: Names) -> str:
         return f"{self.options[0].lower()}({super().describe(names)})"
@@ -269,9 +221,8 @@ class Activation(Expression):
 class Sum(Expression):
     """Residual connections and the sums of an FPN: moments add."""
 
-    def moments(self, at: At) -> Tensor:
-        left, right = map(at, self.sources)
-        return left + right
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        return before[0] + before[1]
 
     def describe(self, names: Names) -> str:
         return " + ".join(part.describe(names) for part in self.sources)
@@ -280,18 +231,18 @@ class Sum(Expression):
 class Shifted(Expression):
     """A sum with a parameter per channel or for all of them, outside a norm layer."""
 
-    def moments(self, at: At) -> Tensor:
-        mean, var = at(self.source)
-        return torch.stack((mean + at.own(self)[0].to(mean.dtype).flatten(), var))
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        mean, var = before[0]
+        return torch.stack((mean + own[0].to(mean.dtype).flatten(), var))
 
 
 class Scaled(Expression):
     """A product with a number, or with such a parameter (detectron2's norms of several levels have
     theirs in common)."""
 
-    def moments(self, at: At) -> Tensor:
-        mean, var = at(self.source)
-        (factor,) = self.options or (at.own(self)[0].to(mean.dtype).flatten(),)
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        mean, var = before[0]
+        factor = own[0].to(mean.dtype).flatten() if own else self.options[0]
         return torch.stack((mean * factor, var * factor**2))
 
     def describe(self, names: Names) -> str:
@@ -299,18 +250,11 @@ class Scaled(Expression):
         return f"{self.options[0]:g} ({source})" if self.options else source
 
 
-class Pooled(Expression):
-    """RoIs cut out of images: moments are kept."""
-
-    def describe(self, names: Names) -> str:
-        return f"roi({super().describe(names)})"
-
-
 class Mixture(Expression):
     """RoIs of several feature levels in one tensor: each level counts the same."""
 
-    def moments(self, at: At) -> Tensor:
-        means, variances = torch.stack([at(source) for source in self.sources], 1)
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        means, variances = torch.stack(before, 1)
         return torch.stack(mixture(means, variances, means.new_full((), 1.0 / len(means))))
 
     def describe(self, names: Names) -> str:
@@ -320,8 +264,8 @@ class Mixture(Expression):
 class Concat(Expression):
     """Channels side by side."""
 
-    def moments(self, at: At) -> Tensor:
-        return torch.cat([at(source) for source in self.sources], 1)
+    def moments(self, before: Moments, own: Tensors, like: Tensor) -> Tensor:
+        return torch.cat(before, 1)
 
     def describe(self, names: Names) -> str:
         return f"concat({super().describe(names)})"

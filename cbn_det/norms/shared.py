@@ -3,14 +3,13 @@
 What precedes the layers of a model is made of the same norms, and of few kinds of activations and
 convolutions. :class:`Shared` evaluates all of it in one go: affine parameters side by side, then
 activations, those that follow upon the same number of others together, then convolutions, those of
-one shape together. That a pass is another one than the latest shows in an optimiser's step, in
-parameters that changed, or in the first layer asking again.
+one shape together. An optimiser's step, changed parameters, or the first layer asking again show
+that another pass has begun.
 
-Values are shared, graphs are not. Each layer's prediction has one node of its own
-(:class:`_Predicted`), whose backward pass is in closed form; backward passes that run one by one,
-recomputation in checkpoints, and DDP's buckets find what they would without. Between a convolution
-and the norms before it channels do not mix: the derivatives of two moments by two parameters of a
-norm are 2x2 numbers a channel, its Jacobian, and are shared values, too.
+Values are shared, graphs are not: each layer's prediction has one node of its own, with a backward
+pass in closed form. Backward passes one by one, recomputation in checkpoints, and DDP's buckets
+find what they would without. Between a convolution and the norms before it channels do not mix: the
+derivatives of two moments by two parameters of a norm, 2x2 numbers a channel, are shared, too.
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ from torch.autograd.function import once_differentiable
 from . import clock
 from .prediction import (
     Activation,
-    At,
     Conv,
     Expression,
     FrozenNorm,
     NormOutput,
-    Pooled,
     Sum,
     Unusable,
 )
@@ -40,77 +37,85 @@ from .propagation import activated_with_slopes, convolution_gradient, convolved,
 
 
 class _Layout:
-    """Which parts of some expressions are equal, and which can be evaluated together."""
+    """Some expressions with equal parts made one, and which parts can be evaluated together."""
 
     def __init__(self, chains: list[Conv]) -> None:
         self.chains = chains
-        self.same: dict[Expression, Expression] = {}  # each part's representative
         self.norms: list[NormOutput] = []
         self.levels: dict[tuple[Any, ...], list[Activation]] = {}  # by depth and options
-        self._known: dict[tuple[Any, ...], tuple[Expression, int]] = {}
-        for chain in chains:
-            self._add(chain)
+        self._known: dict[tuple[Any, ...], Expression] = {}
+        self._depths: dict[Expression, int] = {}
+        self.convs: dict[Conv, Conv] = {chain: self._unique(chain) for chain in chains}
         self.levels = dict(sorted(self.levels.items(), key=lambda item: item[0][0]))
-        self.leaves: dict[Expression, list[Expression]] = {}  # of what has a gradient
-        for chain in chains:
-            self._add_leaves(chain.source)
+        #: of what has a gradient: what its channels are made of one by one
+        self.leaves: dict[Expression, list[Expression]] = {}
+        for conv in self.convs.values():
+            self._add_leaves(conv.source)
 
-    def _add(self, part: Expression) -> tuple[Expression, int]:
-        added = [self._add(source) for source in part.sources]
-        own = (held.identity for held in part.parameters)
-        key = (type(part), part.options, *(id(source) for source, _ in added), *own)
+    def _unique(self, part: Expression) -> Expression:
+        sources = tuple(map(self._unique, part.sources))
+        key = (type(part), part.options, part.parameters, *map(id, sources))
         if key not in self._known:
-            depth = max((d for _, d in added), default=0) + isinstance(part, Activation)
-            self._known[key] = part, depth
+            self._known[key] = part = type(part)(part.width, sources, part.parameters, part.options)
+            depth = max((self._depths[source] for source in sources), default=0)
+            self._depths[part] = depth + isinstance(part, Activation)
             if isinstance(part, Activation):
                 self.levels.setdefault((depth, *part.options), []).append(part)
             elif isinstance(part, NormOutput) and not isinstance(part, FrozenNorm):
                 self.norms.append(part)
-        self.same[part] = self._known[key][0]
         return self._known[key]
 
     def _add_leaves(self, root: Expression) -> None:
-        root = self.same[root]
         if root not in self.leaves:
-            self.leaves[root] = list(self._leaves(root))
+            self.leaves[root] = list(_leaves(root))
             for leaf in self.leaves[root]:
-                for part in leaf.sources:
-                    self._add_leaves(part)
-
-    def _leaves(self, part: Expression) -> Iterator[Expression]:
-        """What its channels are made of one by one: norms, and what mixes channels or has
-        parameters of its own."""
-        if isinstance(part, (Activation, Pooled, Sum)):
-            for inner in part.sources:
-                yield from self._leaves(inner)
-        else:
-            yield self.same[part]
+                for source in leaf.sources:
+                    self._add_leaves(source)
 
 
-class Shared(At):
+def _leaves(part: Expression) -> Iterator[Expression]:
+    """Norms, and what mixes channels or has parameters of its own."""
+    if isinstance(part, (Activation, Sum)):
+        for source in part.sources:
+            yield from _leaves(source)
+    else:
+        yield part
+
+
+class Shared:
     """Moments of expressions as they are now, and their derivatives.
 
     Args:
-        made_of: what precedes some layers, with the tensors that each is made of.
-        first: the layer that asked first.
+        layers: ``Chained``. Those of them that predict take part, but for those whose parameters
+            are not to be had, or on another device.
+        first: the one that asked.
         like: a tensor of the dtype and device of the moments.
-        layout: of an earlier pass.
+
+    Raises:
+        Unusable: a parameter of ``first`` is not to be had.
     """
 
-    def __init__(
-        self,
-        made_of: dict[Conv, list[Tensor]],
-        first: Any,
-        like: Tensor,
-        layout: _Layout | None,
-    ) -> None:
-        super().__init__(like)
-        chains = list(made_of)
-        # two expressions are equal where they are the same
-        self.layout = layout if layout and layout.chains == chains else _Layout(chains)
+    def __init__(self, layers: Iterable[Any], first: Any, like: Tensor) -> None:
+        self.like = like.detach().new_empty(0)
+        latest = first._shared
         self._clock, self._first = clock.now(), weakref.ref(first)
-        self._made_of = made_of
-        self._states = {chain: _state(tensors) for chain, tensors in made_of.items()}
+        self._made_of: dict[Conv, list[Tensor]] = {}
+        for layer in layers:
+            chain = layer.chain
+            if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
+                try:
+                    tensors = list(chain.made_of())
+                except Unusable:
+                    if layer is first:
+                        raise
+                    continue
+                if all(tensor.device == like.device for tensor in tensors):
+                    self._made_of[chain] = tensors
+                    layer.__dict__["_shared"] = self
+        self._states = {chain: _state(tensors) for chain, tensors in self._made_of.items()}
+        chains = list(self._made_of)  # equal only where they are the same
+        known = latest is not None and latest.layout.chains == chains
+        self.layout = latest.layout if known else _Layout(chains)
         self._own: dict[Expression, tuple[Tensor | None, ...]] = {}
         self._moments: dict[Expression, Tensor] = {}
         #: derivatives [2, 2, leaves, C] of an activation's moments by those of its leaves
@@ -124,13 +129,12 @@ class Shared(At):
             self._make_jacobians()
 
     def __call__(self, expression: Expression) -> Tensor:
-        expression = self.layout.same[expression]
         if expression not in self._moments:
-            self._moments[expression] = expression.moments(self)
+            before = list(map(self, expression.sources))
+            self._moments[expression] = expression.moments(before, self.own(expression), self.like)
         return self._moments[expression]
 
     def own(self, expression: Expression) -> tuple[Tensor | None, ...]:
-        expression = self.layout.same[expression]
         if expression not in self._own:
             self._own[expression] = expression.own()
         return self._own[expression]
@@ -153,14 +157,13 @@ class Shared(At):
             moments, slopes = activated_with_slopes(before, operation, options)
             self._moments.update(self._split(parts, moments))
             for part, outer in self._split(parts, slopes.unsqueeze(2)).items():
-                if isinstance(part.source, (Activation, Pooled, Sum)):  # the chain rule
+                if isinstance(part.source, (Activation, Sum)):  # the chain rule
                     inner = torch.cat(self._by_leaf(part.source), 2)
                     outer = (outer.unsqueeze(2) * inner).sum(1)
                 self._derivatives[part] = outer
 
     def _by_leaf(self, part: Expression) -> list[Tensor]:
-        part = self.layout.same[part]
-        if isinstance(part, (Pooled, Sum)):
+        if isinstance(part, Sum):
             return [d for inner in part.sources for d in self._by_leaf(inner)]
         if part in self._derivatives:
             return [self._derivatives[part]]
@@ -170,17 +173,17 @@ class Shared(At):
     def _evaluate_convolutions(self) -> None:
         """Those before norms; of one shape together."""
         alike = defaultdict(list)
-        for chain in {self.layout.same[chain]: None for chain in self.layout.chains}:
-            weight, *bias = self.own(chain)
-            alike[weight.shape, chain.options, len(bias)].append(chain)
-        self._predictions = {}
-        for chains in alike.values():
-            weights, *biases = map(_stacked, zip(*map(self.own, chains), strict=True))
+        for conv in dict.fromkeys(self.layout.convs.values()):
+            weight, *bias = self.own(conv)
+            alike[weight.shape, conv.options, len(bias)].append(conv)
+        self.predictions: dict[Conv, tuple[Tensor, Tensor, Tensor]] = {}
+        for convs in alike.values():
+            weights, *biases = map(_stacked, zip(*map(self.own, convs), strict=True))
             sums = tap_sums(weights, self.like.dtype)
-            pairs = _stacked([self(chain.source) for chain in chains])
+            pairs = _stacked([self(conv.source) for conv in convs])
             moments = convolved(pairs, sums, *biases)
-            for i, chain in enumerate(chains):
-                self._predictions[chain] = pairs[i], sums[i], moments[i]
+            for i, conv in enumerate(convs):
+                self.predictions[conv] = pairs[i], sums[i], moments[i]
 
     def _make_jacobians(self) -> None:
         """Of the moments of what has a gradient: by bias and weight of each norm in it, and by the
@@ -200,7 +203,7 @@ class Shared(At):
         if leaf in self._by_weight:
             return self._by_weight[leaf]
         if isinstance(leaf, NormOutput):
-            return leaf.by_weight(self)
+            return leaf.by_weight(self.own(leaf), self.like)
         return self.like.new_ones(leaf.width)
 
     # ---- for layers ----
@@ -218,39 +221,48 @@ class Shared(At):
             and self._states[chain] == _state(chain.made_of())
         )
 
-    def prediction(self, chain: Conv) -> Tensor:
-        """The moments [2, C_out] of a convolution's output."""
-        return self._predictions[self.layout.same[chain]][2]
+    def predict(self, chain: Conv) -> Tensor:
+        """The moments [2, C_out] of a convolution's output, with the gradients of all parameters
+        in them."""
+        trained = {id(t): t for t in self._made_of[chain] if t.requires_grad}
+        return _Predicted.apply(self, self.layout.convs[chain], *trained.values())
 
-    def trained(self, chain: Conv) -> Iterable[Tensor]:
-        """The tensors that ``chain`` is made of and that are trained."""
-        return {id(t): t for t in self._made_of[chain] if t.requires_grad}.values()
-
-    def pull(self, chain: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
-        """Gradients of the parameters from that of the moments after ``chain``, ``d`` [2, C]; no
+    def pull(self, conv: Conv, weight: Tensor, d: Tensor) -> dict[Tensor, Tensor]:
+        """Gradients of the parameters from that of the moments after ``conv``, ``d`` [2, C]; no
         two in one memory, as torch takes them for ``.grad`` as they are, and later adds to them."""
-        before, sums, _ = self._predictions[self.layout.same[chain]]
+        before, sums, _ = self.predictions[conv]
         d_before, d_weight = convolution_gradient(d, before, weight, sums)
         found: dict[Tensor, Tensor] = {}
-        weight, *bias = self.own(chain)
-        waiting = [(chain.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
+        weight, *bias = self.own(conv)
+        waiting = [(conv.source, d_before), (weight, d_weight), *((b, d[0]) for b in bias)]
         while waiting:
-            target, gradient = waiting.pop()
+            target, d = waiting.pop()
             if isinstance(target, Tensor):
-                found[target] = found[target] + gradient if target in found else gradient
-            else:
-                waiting.extend(self._pulled(self.layout.same[target], gradient))
+                found[target] = found[target] + d if target in found else d
+                continue
+            by_leaf = (self._jacobians[target] * d[:, None, None]).sum(0).unbind(1)
+            for leaf, d in zip(self.layout.leaves[target], by_leaf, strict=True):
+                own = self.own(leaf)
+                if isinstance(leaf, NormOutput):
+                    pairs = zip(own[:2], (d[1], d[0]), strict=True)
+                    waiting.extend(pair for pair in pairs if pair[0] is not None)
+                else:
+                    waiting.extend(leaf.pull(d, list(map(self, leaf.sources)), own, self.like))
         return found
 
-    def _pulled(self, root: Expression, d: Tensor) -> Iterator[tuple[Expression | Tensor, Tensor]]:
-        by_leaf = (self._jacobians[root] * d[:, None, None]).sum(0)
-        for leaf, gradient in zip(self.layout.leaves[root], by_leaf.unbind(1), strict=True):
-            if isinstance(leaf, NormOutput):
-                weight, bias = self.own(leaf)[:2]
-                pairs = zip((bias, weight), gradient.unbind(), strict=True)
-                yield from (pair for pair in pairs if pair[0] is not None)
-            else:
-                yield from leaf.pull(gradient, self)
+
+class _Predicted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: Shared, conv: Conv, *trained: Tensor) -> Tensor:
+        ctx.shared, ctx.conv, ctx.trained = shared, conv, trained
+        ctx.save_for_backward(shared.own(conv)[0])
+        return shared.predictions[conv][2].detach()  # a tensor of this call's own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.shared.pull(ctx.conv, *ctx.saved_tensors, d)
+        return None, None, *(found[tensor] for tensor in ctx.trained)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -263,49 +275,3 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-
-def share(layers: Iterable[Any], first: Any, like: Tensor) -> Shared:
-    """Evaluates for ``first`` and the other layers, which are ``Chained``; those whose parameters
-    are not to be had, or on another device, are left out.
-
-    Raises:
-        Unusable: a parameter of ``first`` is not to be had.
-    """
-    made_of = {}
-    served = []
-    for layer in layers:
-        chain = layer.chain
-        if layer is first or isinstance(chain, Conv) and layer.training and layer.predicts:
-            try:
-                tensors = list(chain.made_of())
-            except Unusable:
-                if layer is first:
-                    raise
-                continue
-            if all(tensor.device == like.device for tensor in tensors):
-                made_of[chain] = tensors
-                served.append(layer)
-    shared = Shared(made_of, first, like, first._shared and first._shared.layout)
-    for layer in served:
-        layer.__dict__["_shared"] = shared
-    return shared
-
-
-class _Predicted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shared: Shared, chain: Conv, *trained: Tensor) -> Tensor:
-        ctx.shared, ctx.chain, ctx.trained = shared, chain, trained
-        ctx.save_for_backward(shared.own(chain)[0])
-        return shared.prediction(chain)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.shared.pull(ctx.chain, *ctx.saved_tensors, d)
-        return None, None, *(found[tensor] for tensor in ctx.trained)
-
-
-def predicted(shared: Shared, chain: Conv) -> Tensor:
-    """Moments [2, C] of a convolution's output, with the gradients of all parameters in them."""
-    return _Predicted.apply(shared, chain, *shared.trained(chain))

@@ -1,19 +1,16 @@
 """Looking through a whole model for what precedes its KN and GKN layers, frozen parts and all.
 
 One forward in evaluation mode in which all parameters take part, so that what is frozen is followed
-like the rest, and what was compiled runs as it was written. The norms in it that normalise by
-running statistics and are not trained (detectron2's and torchvision's FrozenBatchNorm2d,
-``nn.BatchNorm2d`` in evaluation) are where predictions start from: they put out N(bias, weight^2),
-as far as their input is distributed as their statistics say. Those that never gathered any (mean 0
-and variance 1 everywhere, as in untrained models and in weights into which statistics were folded)
-do not know, and end the chain.
+like the rest, and what was compiled runs as it was written. Predictions start from the norms in it
+that normalise by running statistics and are not trained (FrozenBatchNorm2d, ``nn.BatchNorm2d`` in
+evaluation), too. Those that never gathered any (mean 0 and variance 1 everywhere, as in untrained
+models and in weights into which statistics were folded) end the chain.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,30 +37,41 @@ def find_chain(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             know what comes before the part.
         args, kwargs: a batch, as the model takes it in evaluation.
     """
-    modes = {module: module.training for module in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for layer in layers_of(model):
         layer.look_anew()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     frozen = _norms_that_are_frozen(model)
-    previous, thread.tracing = thread.tracing, True
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        if hasattr(torch.compiler, "set_stance"):  # from torch 2.6 on
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # no cast of a weight is kept, which would be part of a graph of no use
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        for norm in frozen:
+            stack.callback(norm.register_forward_hook(_mark_frozen).remove)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                stack.callback(parameter.requires_grad_, False)
+                parameter.requires_grad_(True)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=list(devices)),
-            _without_cached_casts(),
-            _marked(frozen),
-            _with_gradients(model),
-            _compiled_parts_as_written(),
-        ):
-            # past the hooks of the whole, such as Double Forward's; FSDP's are needed
-            run = _as_written(model) if _is_sharded(model) else _as_written(model).forward
-            run(*_in_graphs(args), **_in_graphs(kwargs))
-    finally:
-        thread.tracing = previous
-        for module, training in modes.items():
-            module.training = training
+        stack.callback(setattr, thread, "tracing", thread.tracing)
+        thread.tracing = True
+        # past the hooks of the whole, such as Double Forward's; FSDP's are needed
+        sharded = any(type(p) is not nn.Parameter for p in model.parameters())
+        run = _as_written(model) if sharded else _as_written(model).forward
+        # copies: inference tensors take no part in a graph
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        run(*args, **kwargs)
+
+
+def _mark_frozen(norm: nn.Module, args: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        mark(output, norm, frozen=True)
 
 
 # ---- at the first call -----------------------------------------------------------------------
@@ -104,38 +112,29 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         find_chain(model, *args, **kwargs)
     except Exception as error:
         warnings.warn(
-            f"no look through the frozen parts, or compiled ones, of this {type(model).__name__}:"
-            f" one forward in evaluation failed ({error}). KN and GKN layers behind them take the"
-            " statistics of the mini-batch; cbn_det.norms.find_chain(model, ...) takes inputs of"
-            " your own.",
+            f"no look through frozen parts, or compiled ones, of this {type(model).__name__}: one"
+            f" forward in evaluation failed ({error}). KN and GKN layers behind them predict"
+            " nothing; cbn_det.norms.find_chain(model, ...) takes inputs of your own.",
             stacklevel=2,
         )
 
 
-# ---- how a model runs meanwhile --------------------------------------------------------------
-
-
 def _hides_something(model: nn.Module) -> bool:
     """Whether parts of a model have no graph of single operations in a training forward."""
-    modules = [(m, getattr(m, "_compiled_call_impl", None)) for m in model.modules()]
-    compiled = any(hasattr(m, "_orig_mod") or in_place is not None for m, in_place in modules)
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
     frozen = any(not p.requires_grad for p in model.parameters())
     return compiled or frozen or bool(_norms_that_are_frozen(model))
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(type(p) is not nn.Parameter for p in model.parameters())
-
-
 def _as_written(model: nn.Module) -> nn.Module:
     """The model in what compiles it or spreads it over devices."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    spread = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while hasattr(model, "_orig_mod") or isinstance(model, spread):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _norms_that_are_frozen(model: nn.Module) -> list[nn.Module]:
@@ -152,52 +151,3 @@ def _is_frozen_norm(module: nn.Module, averaged: bool) -> bool:
         return not (own or trained or module.training or module.running_mean is None)
     buffers = (module._buffers.get(n) for n in ("weight", "bias", "running_mean", "running_var"))
     return all(isinstance(buffer, Tensor) and buffer.dim() == 1 for buffer in buffers)
-
-
-@contextmanager
-def _marked(norms: list[nn.Module]) -> Iterator[None]:
-    """Frozen norms' outputs can be recognised as theirs."""
-
-    def after(norm: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            mark(output, norm, frozen=True)
-
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(norm.register_forward_hook(after).remove)
-        yield
-
-
-@contextmanager
-def _with_gradients(module: nn.Module) -> Iterator[None]:
-    """Of all parameters, of a model in parts or as a whole not trained."""
-    parameters = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _without_cached_casts() -> Iterator[None]:
-    """Autocast keeps no casts of weights, which would be part of a graph of no use."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
-
-
-def _in_graphs(inputs: Any) -> Any:
-    """Copies of inference tensors, which take no part in a graph."""
-    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
-
-
-def _compiled_parts_as_written() -> AbstractContextManager[Any]:
-    """From torch 2.6 on."""
-    available = hasattr(torch.compiler, "set_stance")
-    return torch.compiler.set_stance("force_eager") if available else nullcontext()
