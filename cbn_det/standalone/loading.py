@@ -21,17 +21,12 @@ Sample = tuple[Tensor, dict[str, Any]]  # image and target, as DetectionDataset 
 
 
 def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sample]]:
-    """
-    Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its own.
-
-    Which images make up batch i and how they are augmented depends on ``SEED`` and i alone: a
-    run resumed at i sees what an unbroken one sees, with any number of ``DATALOADER.NUM_WORKERS``.
-    The global random numbers of this process are left as they are.
+    """Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its
+    own. Which images make up batch i and how they are augmented depends on ``SEED`` and i alone.
 
     Args:
         dataset: of :class:`.datasets.DetectionDataset`, or several concatenated; not empty.
-        start: how many batches come before the first one; an iteration takes one, or several whose
-            gradients it accumulates.
+        start: how many batches come before the first one.
 
     Raises:
         DataError: an image cannot be read.

@@ -31,8 +31,6 @@ def load_weights(
     116.28, 103.53]`` and ``PIXEL_STD: [58.395, 57.12, 57.375]``.
 
     Args:
-        model: from :func:`~cbn_det.standalone.model.build_model`; changed in place.
-        path: the file.
         complete: nothing may be left at its initial value, as for an evaluation.
         named_by: the config key or option that the file comes from, for the errors.
 
