@@ -1,12 +1,14 @@
 """What a norm costs: seconds and peak memory, as ratios to another norm's, with intervals.
 
-Four kinds of measurement:
+Five kinds of measurement:
 
   layer      a convolution and its norm at given shapes: forward, backward, optimiser step (a lone
              layer gives KN and GKN nothing to predict from: their cost shows in an iteration)
   norm       norms alone, forward and backward, and the share of the memory's bandwidth that they
              reach: beside a copy, which is the first line (without a convolution there is nothing
              that CBN could compensate by: CBN(compensation='none'))
+  dispatch   8 convolutions 64->64 with their norms on 1x64x4x4, where launching kernels is all
+             there is to do; processor time on a CPU
   iteration  a training iteration of a detector, from a config, on either engine
   inference  its forward pass over a test image; "deployed:NORM" with norms made plain BatchNorm
              first, "folded:NORM" with norms taken into the convolutions (cbn_det.deploy; its peak
@@ -65,6 +67,7 @@ from workloads import (
     iteration_workload,
     layer_workload,
     norm_workload,
+    stack_workload,
 )
 
 from cbn_det.commands.flags import add_detector, positive
@@ -103,6 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
         what = f"default: {' '.join(default)}"
         add("--shapes", nargs="+", default=default, metavar=shape, help=what)
         add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    dispatch = kinds.add_parser("dispatch", parents=[common], help="where launching is all")
+    dispatch.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     for kind, what in (
         ("iteration", "a detector's training iteration"),
         ("inference", "a detector's forward pass over a test image"),
@@ -193,6 +198,13 @@ def cases(args: argparse.Namespace) -> dict[str, Builds]:
         if COPY in args.norms:
             raise ValueError(f"--norms {COPY}: it takes part anyway")
         return dict(norm_case(args.norms, text, args.device) for text in args.shapes)
+    if args.kind == "dispatch":
+        shape = (1, 64, 4, 4)
+        return {
+            "8 convolutions, 1x64x4x4": {
+                norm: partial(stack_workload, norm, 8, shape, args.device) for norm in args.norms
+            }
+        }
     return dict([detector_case(args)])
 
 
@@ -211,7 +223,9 @@ def measure(args: argparse.Namespace, name: str, builds: Builds) -> tuple[list[R
         steps = max(1, math.ceil(args.turn_seconds / first))
         taken = timing.take_turns(workers, steps, args.repetitions)
         peaks = {worker.norm: worker.ask(timing.peak_mb) for worker in workers}
-    times = {norm: [answer["wall"] for answer in answers] for norm, answers in taken.items()}
+    # other work on the machine disturbs the time of the process less; a GPU's it does not hold
+    clock = "cpu" if args.kind == "dispatch" and args.device == "cpu" else "wall"
+    times = {norm: [answer[clock] for answer in answers] for norm, answers in taken.items()}
     machine, versions = facts[0]["machine"], facts[0]["versions"]
     made_on = {
         "machine": machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",

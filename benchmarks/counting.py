@@ -71,9 +71,9 @@ def set_schedule(model: nn.Module, in_burn_in: bool = False) -> int:
     return 1 + end_burn_in(model)
 
 
-def layer_step(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> Callable[[], None]:
-    """A step of two convolutions with their norms: forward, backward and optimiser step, and the
-    second pass of norms that ask for it.
+def layer_counts(norm: str, *, in_burn_in: bool = False) -> Counter[str]:
+    """What ``ITERATIONS`` steps of two convolutions with their norms dispatch: forward, backward
+    and optimiser step, and the second pass of norms that ask for it.
 
     Args:
         norm: "BN", "GN" or a spec of ours that fits 64 channels, its burn-in a fraction.
@@ -82,15 +82,10 @@ def layer_step(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> C
     Raises:
         ValueError: an unknown norm, or one that does not fit.
     """
-    work = stack_workload(norm, 2, (2, 64, 12, 12), device)
+    work = stack_workload(norm, 2, (2, 64, 12, 12), "cpu")
     for _ in range(set_schedule(work.model, in_burn_in)):
         work.step()
-    return work.step
-
-
-def layer_counts(norm: str, *, in_burn_in: bool = False, device: str = "cpu") -> Counter[str]:
-    """What ``ITERATIONS`` steps of :func:`layer_step` dispatch."""
-    return count_steps(layer_step(norm, in_burn_in=in_burn_in, device=device))
+    return count_steps(work.step)
 
 
 def over_batchnorm(counts: Counter[str], batchnorm: Counter[str]) -> float:

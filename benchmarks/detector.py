@@ -21,9 +21,7 @@ PLACES = {
 }
 
 
-def detector_step(
-    norm: str, place: str, *, device: str = "cpu", rois: int = 16
-) -> tuple[nn.Module, Callable[[], None]]:
+def detector_step(norm: str, place: str, *, rois: int = 16) -> tuple[nn.Module, Callable[[], None]]:
     """The model, with random weights, and a function that makes one training step with it: forward,
     backward, optimiser step and Double Forward, on the same two images each time.
 
@@ -47,7 +45,7 @@ def detector_step(
     cfg.merge_from_file(str(BASE))
     keys, freeze_at = PLACES[place]
     values = [word for key in keys for word in (key, norm)]
-    values += ["MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.DEVICE", device]
+    values += ["MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.DEVICE", "cpu"]
     # weights hardly move, so that the random network stays one that has proposals
     cfg.merge_from_list([*values, "SOLVER.BASE_LR", 1e-5])
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = rois

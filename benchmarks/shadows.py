@@ -33,15 +33,8 @@ OnEstimate = Callable[["Site", str, SmallBatchNorm2d, Estimate], None]
 
 
 class Site:
-    """A BatchNorm of the model and its shadows.
-
-    A Kalman norm finds it in the place of the BatchNorm.
-
-    Attributes:
-        name: of the BatchNorm in the model.
-        host: the BatchNorm.
-        shadows: by the norm they are asked for with.
-    """
+    """A BatchNorm of the model, its ``host``, and its shadows, by the norm they are asked for with.
+    A Kalman norm finds it in the place of the BatchNorm."""
 
     def __init__(self, name: str, host: nn.BatchNorm2d) -> None:
         self.name = name

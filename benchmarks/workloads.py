@@ -18,29 +18,23 @@ from torch import Tensor, nn
 from cbn_det.commands.check import make_trial
 from cbn_det.deploy import fold, to_batchnorm
 from cbn_det.engines import resolve_engine
-from cbn_det.norms import DoubleForward, build_norm, known_norms, parse_spec, resolve_burn_in
+from cbn_det.norms import DoubleForward, resolve_burn_in
 from cbn_det.run.arguments import argument_parser
 from cbn_det.run.job import built
+from cbn_det.standalone.norm_layers import norm_builder
 
 COPY = "copy"
 #: training batches, read before anything is timed and used in turn
 BATCHES = 8
 #: what is done to a detector before its inference is timed
 STAGES = {"trained": None, "deployed": to_batchnorm, "folded": fold}
-_PLAIN = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(32, channels)}
 
 Shape = tuple[int, int, int, int]
 
 
 def build_layer_norm(norm: str, channels: int) -> nn.Module:
-    """The norm of that name: BN, GN, or one of ours. Raises ValueError for an unknown one."""
-    if norm in _PLAIN:
-        return _PLAIN[norm](channels)
-    name = parse_spec(norm)[0]
-    if name not in known_norms():
-        known = ", ".join([*_PLAIN, *sorted(known_norms())])
-        raise ValueError(f"unknown norm {norm!r}. Known: {known}")
-    return build_norm(norm, channels)
+    """The norm that a config calls so. Raises ValueError for an unknown one."""
+    return norm_builder("--norms", norm)(channels)
 
 
 def training_step(model: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], None]:

@@ -66,11 +66,11 @@ def operations_of_a_layer() -> Rows:
 
 
 def dispatch_bound() -> Rows:
-    """What ``benchmarks/kernels.py dispatch`` timed."""
+    """What ``benchmarks/benchmark.py dispatch`` timed."""
     return [
         {"norm": row["norm"], "ratio to BN": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"}
         for row in read(KERNELS / "dispatch.csv")
-        for ratio, low, high in [[float(row[key]) for key in ("ratio", "low", "high")]]
+        for ratio, low, high in [[float(row[f"ratio to BN{end}"]) for end in ("", " low", " high")]]
         if row["norm"] != "BN"
     ]
 

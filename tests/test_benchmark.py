@@ -200,6 +200,14 @@ def test_layers_are_timed_and_reported(tmp_path, capsys):
     assert all(float(row["ms"]) > 0 and float(row["peak MB"]) >= 0 for row in rows)
 
 
+def test_a_dispatch_bound_step_is_timed_in_turns(tmp_path):
+    path = tmp_path / "dispatch.csv"
+    assert main(["dispatch", "--norms", "BN", "CBN", *OPTIONS, "--out", str(path)]) == 0
+    batchnorm, cbn = written(path)
+    assert batchnorm["norm"] == "BN" and float(batchnorm["ratio to BN"]) == 1.0
+    assert 1.0 < float(cbn["ratio to BN"]) <= float(cbn["ratio to BN high"])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -243,7 +251,7 @@ def refused(capsys, words: list[str]) -> str:
 def test_a_norm_that_cannot_be_built_is_named(tmp_path, capsys):
     words = ["layer", "--norms", "BN", "CNB(window=3)", "--shapes", "1,2,3,3,4,1"]
     error = refused(capsys, [*words, "--out", str(tmp_path / "out.csv")])
-    assert "error: CNB(window=3): unknown norm 'CNB(window=3)'. Known: BN, GN" in error
+    assert "error: CNB(window=3): --norms: unknown norm 'CNB' in 'CNB(window=3)'. Known: " in error
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -369,7 +377,7 @@ def test_inference_knows_what_may_be_done_to_a_norm(capsys):
     assert {build.func for build in builds.values()} == {inference_workload}
     assert builds["FrozenBN"].args[0] == "trained"
     stage, words = builds["folded:CBN(window=8)"].args
-    assert stage == "folded" and words[-1] == "CBN(window=8)"
+    assert stage == "folded" and words[words.index("MODEL.FPN.NORM") + 1] == "CBN(window=8)"
     error = refused(capsys, ["inference", "--norms", "FrozenBN", "melted:CBN"])
     assert "--norms melted:CBN: before the colon stands trained or" in error
 
@@ -406,17 +414,19 @@ def pixels(batch: list) -> torch.Tensor:
     return (batch[0]["image"] if isinstance(batch[0], dict) else batch[0]).float().clone()
 
 
-def test_iterations_get_each_norm_at_the_sites_asked_for():
+def test_iterations_get_each_norm_at_the_sites_of_the_recipe():
+    data = ["a", str(REPOSITORY / "README.md"), str(REPOSITORY)]  # that are there
     words = ["iteration", "--norms", "BN", "CBN(window=8)", "--recipe", "finetune"]
     words += ["--engine", "standalone", "--device", "cuda"]
-    words += ["--coco-dataset", "a", "b", "c", "--images", "4", "--opts", "MODEL.WEIGHTS", "w.pth"]
+    words += ["--coco-dataset", *data, "--images", "4", "--opts", "MODEL.WEIGHTS", "w.pth"]
+    words += ["DATASETS.TRAIN", "('a',)"]
     title, builds = builds_of(*words)
     assert title.endswith("4 images, standalone; norm in FPN, ROI_BOX_HEAD, ROI_MASK_HEAD")
     (words,) = builds["CBN(window=8)"].args
     args: argparse.Namespace = argument_parser().parse_args(words)
     assert builds["CBN(window=8)"].func is iteration_workload
     assert args.config_file.endswith("Finetune-RCNN-R18-FPN-digits.yaml")
-    assert args.coco_dataset == [["a", "b", "c"]] and args.engine == "standalone"
+    assert args.coco_dataset == [data] and args.engine == "standalone"
     options = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     assert options["SOLVER.IMS_PER_BATCH"] == "4" and options["MODEL.WEIGHTS"] == "w.pth"
     assert options["MODEL.DEVICE"] == "cuda"

@@ -135,13 +135,3 @@ def test_an_unknown_norm_is_one_line(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         kernels.main(["layer", "--norms", "CBM"])
     assert "unknown norm 'CBM'" in capsys.readouterr().err
-
-
-def test_a_dispatch_bound_step_is_timed_in_turns(tmp_path: Path) -> None:
-    path = tmp_path / "dispatch.csv"
-    options = ["--repetitions", "6", "--steps", "10", "--out", str(path)]
-    assert kernels.main(["dispatch", "--norms", "CBN", *options]) == 0
-    with open(path, encoding="utf-8", newline="") as file:
-        batchnorm, cbn = csv.DictReader(file)
-    assert batchnorm["norm"] == "BN" and float(batchnorm["ratio"]) == 1.0
-    assert cbn["norm"] == "CBN" and 1.0 < float(cbn["ratio"]) <= float(cbn["high"])

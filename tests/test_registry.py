@@ -422,3 +422,19 @@ def test_without_detectron2_register_says_so_and_the_norms_work():
                 print("detectron2" in str(error))
         """)
     assert out.split() == ["2", "True", "True"]
+
+
+@detectron2
+@pytest.mark.parametrize(
+    ("version", "said"), [("2.141.0", "torch 2.14; this is 2.141.0"), ("", "")]
+)
+def test_an_untested_version_is_told(version: str, said: str) -> None:
+    out = run_python(f"""
+        import warnings, torch
+        torch.__version__ = {version!r} or torch.__version__
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            import cbn_det.plugin
+        print(*(w.message for w in found if "cbn_det was tested" in str(w.message)))
+        """)
+    assert said in out and bool(out.strip()) == bool(said)

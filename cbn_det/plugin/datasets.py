@@ -88,10 +88,8 @@ def prepare_datasets(
     machine writes and reads the files, and all raise the same error.
 
     Args:
-        cfg: detectron2's config; ``DATASETS.TEST`` and (unless ``eval_only``) ``DATASETS.TRAIN``
-            are checked.
         coco_datasets: ``(name, annotations, images)`` of each set to register.
-        eval_only: no training follows.
+        eval_only: no training follows: ``DATASETS.TRAIN`` is not checked.
 
     Returns:
         the report of each COCO-format set by name, in the process that read it; else empty.

@@ -34,15 +34,10 @@ class PreciseBN(hooks.PreciseBN):
         self._logger.info(f"PreciseBN: {count} layers over {self._num_iter} iterations")
 
 
-class NormDiagnostics(HookBase):
+def report_norms(trainer: Any, period: int) -> None:
     """What the norms report of themselves, for TensorBoard and ``metrics.json``."""
-
-    def __init__(self, period: int) -> None:
-        self._period = period
-
-    def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period == 0:
-            self.trainer.storage.put_scalars(**norm_diagnostics(self.trainer.bare_model))
+    if (trainer.iter + 1) % period == 0:
+        trainer.storage.put_scalars(**norm_diagnostics(trainer.bare_model))
 
 
 class Save(HookBase):

@@ -31,11 +31,7 @@ _GRACE_SECONDS = 20  # for the other processes to end by themselves after one ha
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Runs what the command line asks for and returns the exit code (see ``--help``).
-
-    Args:
-        args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
-    """
+    """Runs what the command line (with ``command``, its text) asks for; returns the exit code."""
     try:
         layout = read_layout(args)
         cfg, notes = build_config(args, layout.world_size)
@@ -54,11 +50,7 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def trial(args: argparse.Namespace) -> Trial:
-    """The training that a command line asks for, to be tried.
-
-    Raises:
-        ConfigError: the command line or the config cannot be run.
-    """
+    """The training that a command line asks for, to be tried; raises ConfigError."""
     layout = read_layout(args)
     cfg, notes = build_config(args, layout.world_size)
     return Trial(job.Detectron2Job(cfg, args), notes, layout.world_size)
@@ -95,10 +87,7 @@ def is_first() -> bool:
 
 
 def read_layout(args: argparse.Namespace) -> Layout:
-    """
-    Raises:
-        ConfigError: options that do not go together; names them.
-    """
+    """Raises ConfigError for options that do not go together."""
     if under_torchrun():
         if args.num_gpus != 1 or args.num_machines != 1 or args.dist_url:
             raise ConfigError(

@@ -30,22 +30,17 @@ class ResumableLoader:
 
     The order of the images is the sampler's. Its beginning is replayed up to the batch to start
     with, and so is the grouping by aspect ratio: from the images' sizes, without reading any, about
-    a second for a million images. How an image is augmented depends on the seed and its position in
-    that order, whatever ``DATALOADER.NUM_WORKERS`` is. The global random numbers of this process
-    are left as they are.
+    a second for a million images. See :func:`~cbn_det.run.loading.read_ahead` for the rest.
 
     Args:
-        records: detectron2's dicts of the images; not empty. As in detectron2's loader they are
-            kept in one piece of memory that worker processes share.
+        records: detectron2's dicts of the images; not empty.
         mapper: makes a training sample of a record; where it returns None, another image is taken.
         sampler: gives this rank's indices of images without an end, the same ones every time.
-        images_per_gpu: images in a batch.
         grouped: whether a batch holds either wide images only, or none; records need ``width`` and
             ``height``.
 
     Attributes:
-        start: how many batches of this order come before the first one; an iteration takes one,
-            or several whose gradients it accumulates.
+        start: how many batches of this order come before the first one.
         seed: of augmentation, at least 0.
     """
 

@@ -7,6 +7,7 @@ import io
 import logging
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..run.measure import RunClock
 from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
-from .hooks import EvalHook, NormDiagnostics, PreciseBN, Reports, Save
+from .hooks import EvalHook, PreciseBN, Reports, Save, report_norms
 from .loading import build_loader, place, seed_step
 from .registry import unused_norms
 from .resume import ResumableTrainer
@@ -118,7 +119,7 @@ class Trainer(ResumableTrainer):
             found.append(PreciseBN(period, self.bare_model, loader, precise.NUM_ITER))
         if main:
             self.reports = Reports(self.build_writers(), _WRITE_PERIOD)
-            found.append(NormDiagnostics(_WRITE_PERIOD))
+            found.append(hooks.CallbackHook(after_step=partial(report_norms, period=_WRITE_PERIOD)))
         # those behind Save run again after a resume: ResumableTrainer says why
         found += [Save(), EvalHook(period, self.evaluate)]
         return found + [self.reports] * main

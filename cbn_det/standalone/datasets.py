@@ -37,14 +37,12 @@ _SMALLEST_SIDE = 1e-5  # pixels; detectron2 leaves out thinner boxes too
 def prepare_datasets(
     cfg: CfgNode, coco_datasets: Iterable[Sequence[str]] = (), *, eval_only: bool = False
 ) -> dict[str, CocoReport]:
-    """
-    Finds and checks the data sets of a run before any time is spent on training; writes the digits
-    set where it is used and missing.
+    """Finds and checks the data sets of a run before any time is spent on training; writes the
+    digits set where it is used and missing.
 
     Args:
-        cfg: ``DATASETS.TEST`` and (unless ``eval_only``) ``DATASETS.TRAIN`` are checked.
         coco_datasets: ``(name, annotations, images)`` of each set beside the digits.
-        eval_only: no training follows.
+        eval_only: no training follows: ``DATASETS.TRAIN`` is not checked.
 
     Returns:
         the report of each set that the run reads, by name.
@@ -135,8 +133,7 @@ class View:
 
 
 class DetectionDataset(Dataset):
-    """
-    The images of a COCO-format set, in the order of their ids, each with its target.
+    """The images of a COCO-format set, in the order of their ids, each with its target.
 
     An image is a float tensor ``[3, H, W]`` in 0..255, in the channel order of ``INPUT.FORMAT``.
     In training it is augmented and its target is ``{"boxes": float [n, 4], "labels": int64 [n]}``
@@ -145,8 +142,6 @@ class DetectionDataset(Dataset):
     Crowd regions and objects without area are left out, and images without an object as well where
     ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` says so. Otherwise the image is as stored (its EXIF
     rotation applied) and its target is ``{"image_id": id}``.
-
-    Augmentation draws from torch's global random numbers; :func:`.loading.batches` seeds them.
 
     Attributes:
         coco: the annotation file, its annotations numbered from 1.

@@ -35,10 +35,8 @@ _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 def evaluate(
     model: nn.Module, dataset: DetectionDataset, cfg: CfgNode, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """
-    Predicts every image of a set and scores the predictions.
-
-    They are written to ``<folder>/coco_instances_results.json`` in COCO's result format.
+    """Predicts every image of a set and scores the predictions, which are written to
+    ``<folder>/coco_instances_results.json`` in COCO's result format.
 
     Args:
         model: a detector of torchvision's on ``MODEL.DEVICE``; its mode is put back afterwards.

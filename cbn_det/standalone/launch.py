@@ -21,11 +21,7 @@ _ELSEWHERE = "the standalone engine is one process: several need --engine detect
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Runs what the command line asks for and returns the exit code (see ``--help``).
-
-    Args:
-        args: of :func:`~cbn_det.run.arguments.argument_parser`, with ``command``, their text.
-    """
+    """Runs what the command line (with ``command``, its text) asks for; returns the exit code."""
     try:
         cfg, notes = build_config(args)
     except ConfigError as error:
@@ -46,25 +42,14 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def trial(args: argparse.Namespace) -> Trial:
-    """The training that a command line asks for, to be tried.
-
-    Raises:
-        ConfigError: the command line or the config cannot be run.
-    """
+    """The training that a command line asks for, to be tried; raises ConfigError."""
     cfg, notes = build_config(args)
     return Trial(StandaloneJob(cfg, args), notes)
 
 
 def build_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
-    """Reads, adapts and checks the config of a run.
-
-    Returns:
-        The frozen config, and one line for everything that was replaced because this machine lacks
-        it.
-
-    Raises:
-        ConfigError: a file, key or value that cannot be run.
-    """
+    """The checked, frozen config of a run, and a line for everything that was replaced because
+    this machine lacks it. Raises ConfigError for a file, key or value that cannot be run."""
     _check_processes(args)
     cfg = read_config(args.config_file, args.opts)
     notes = check_run(cfg, args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -21,23 +21,18 @@ Sample = tuple[Tensor, dict[str, Any]]  # image and target, as DetectionDataset 
 
 
 def batches(dataset: Dataset, cfg: CfgNode, start: int = 0) -> Iterator[list[Sample]]:
-    """
-    Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its own.
-
-    Which images make up batch i and how they are augmented depends on ``SEED`` and i alone: a
-    run resumed at i sees what an unbroken one sees, with any number of ``DATALOADER.NUM_WORKERS``.
-    The global random numbers of this process are left as they are.
+    """Endless training batches of ``SOLVER.IMS_PER_BATCH`` images, each epoch in an order of its
+    own. Which images make up batch i and how they are augmented depends on ``SEED`` and i alone.
 
     Args:
         dataset: of :class:`.datasets.DetectionDataset`, or several concatenated; not empty.
-        start: how many batches come before the first one; an iteration takes one, or several whose
-            gradients it accumulates.
+        start: how many batches come before the first one.
 
     Raises:
         DataError: an image cannot be read.
     """
-    keys = _training_keys(len(dataset), cfg, start)
-    return _read(dataset, keys, cfg)
+    keys, entropy = _training_keys(len(dataset), cfg, start), [cfg.SEED, _AUGMENTATION]
+    return read_ahead(dataset.__getitem__, entropy, keys, cfg.DATALOADER.NUM_WORKERS)
 
 
 def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
@@ -47,7 +42,7 @@ def in_order(dataset: Dataset, cfg: CfgNode) -> Iterator[Sample]:
         DataError: an image cannot be read.
     """
     keys = [[(index, 0)] for index in range(len(dataset))]
-    for (sample,) in _read(dataset, keys, cfg):
+    for (sample,) in read_ahead(dataset.__getitem__, [], keys, cfg.DATALOADER.NUM_WORKERS):
         yield sample
 
 
@@ -60,8 +55,3 @@ def _training_keys(size: int, cfg: CfgNode, start: int) -> Iterator[list[Key]]:
     for first in count(start * images, images):
         positions = range(first, first + images)
         yield [(int(order(p // size)[p % size]), p) for p in positions]
-
-
-def _read(dataset: Dataset, keys: Iterable[list[Key]], cfg: CfgNode) -> Iterator[list[Sample]]:
-    entropy = [cfg.SEED, _AUGMENTATION]
-    return read_ahead(dataset.__getitem__, entropy, keys, cfg.DATALOADER.NUM_WORKERS)

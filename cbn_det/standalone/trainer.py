@@ -41,7 +41,7 @@ from ..run.signals import Interrupted, StopRequest, stop_requests
 from .loading import Sample, batches
 from .metrics import Metrics
 from .optimizer import build_optimizer, clip_gradients, learning_rate
-from .weights import check_own
+from .weights import check
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Trainer:
     def _load(self, path: str) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         training = state["training"]
-        check_own(self.bare_model, state["model"], f"--resume: {path}")
+        check(self.bare_model, state["model"], f"--resume: {path}", complete=True)
         self.bare_model.load_state_dict(state["model"])
         fitted, optimizer_change = fit_optimizer_state(
             self.optimizer, self.bare_model, state["optimizer"], training["parameter_names"]

@@ -31,8 +31,6 @@ def load_weights(
     116.28, 103.53]`` and ``PIXEL_STD: [58.395, 57.12, 57.375]``.
 
     Args:
-        model: from :func:`~cbn_det.standalone.model.build_model`; changed in place.
-        path: the file.
         complete: nothing may be left at its initial value, as for an evaluation.
         named_by: the config key or option that the file comes from, for the errors.
 
@@ -45,27 +43,20 @@ def load_weights(
     """
     where = f"{named_by} {os.fspath(path)}"
     state = _read(os.fspath(path), where)
-    _check(model, state, where, complete)
+    check(model, state, where, complete)
     model.load_state_dict(state, strict=False)
     left = model.state_dict().keys() - state.keys()
     summary = f"{where}: {_parts(state)} loaded"
     return f"{summary}; left at their initial values: {_parts(left)}" if _parts(left) else summary
 
 
-def check_own(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Refuses weights that are not this model's to the last tensor, those to resume.
-
-    Args:
-        state: of the file.
-        where: names the file.
+def check(model: nn.Module, state: Mapping[str, Tensor], where: str, complete: bool) -> None:
+    """Refuses weights that do not fit the model or, with ``complete``, are not its own to the last
+    tensor.
 
     Raises:
-        ConfigError: names the file, the first tensor and the config key to look at.
+        ConfigError: names the file (``where``), the first tensor and the config key to look at.
     """
-    _check(model, state, where, complete=True)
-
-
-def _check(model: nn.Module, state: Mapping[str, Tensor], where: str, complete: bool) -> None:
     wanted = model.state_dict()
     in_file = set(map(_layer, state))
     check_complete(
