@@ -105,7 +105,7 @@ def reproduce(args: argparse.Namespace) -> int:
     rows = {table.name: reproduction.rows(table, args.rows) for table in tables}
     chosen = [row for group in rows.values() for row in group]
     if args.list:
-        print(checks_text(reproduction, tables), overview(reproduction, tables), sep="\n", end="")
+        print(checks_text(reproduction), overview(reproduction, tables), sep="\n", end="")
         return 0
     if args.dry_run or args.run:
         runs = reproduction.runs(chosen, args.seeds)
@@ -115,7 +115,7 @@ def reproduce(args: argparse.Namespace) -> int:
         for run in runs:
             print(as_typed(["python", *run.command[1:]]))
         return 0
-    print(checks_text(reproduction, tables))
+    print(checks_text(reproduction))
     code = 0
     if args.run:
         where = places(args, reproduction.on_gpu(chosen), runs)
@@ -124,7 +124,7 @@ def reproduce(args: argparse.Namespace) -> int:
                 held.enter_context(locked(args.output / name))
             held.enter_context(interruptible())
             code = exit_code(run_all(runs, **where))
-        print(f"\n{checks_text(reproduction, tables)}")
+        print(f"\n{checks_text(reproduction)}")
     for table in tables:
         print(table_text(reproduction, table, rows[table.name]))
     print(LEGEND)

@@ -177,12 +177,8 @@ def result_of(run: Run, ending: str) -> dict:
 
 
 def full_disk_note(text: str, folder: Path) -> str | None:
-    """The words for a run that failed since the disk was full; None where there is no sign of it.
-
-    Args:
-        text: what the run said at its end.
-        folder: where it wrote.
-    """
+    """The words for a run that failed since the disk was full, of what it said at its end; None
+    where there is no sign of it."""
     free = shutil.disk_usage(folder).free
     if DISK_IS_FULL.search(text) or free < NEARLY_FULL_BYTES:
         return f"the disk is full ({free / 2**20:.0f} MB free now): free some space, then run again"

@@ -33,14 +33,7 @@ MAX_WIDTH = 1600
 
 @dataclass
 class Comparison:
-    """A comparison that has been run.
-
-    Args:
-        plan: what was asked for.
-        outcomes: how every run ended.
-        command: the command line that was given.
-        seconds: how long it took.
-    """
+    """A comparison that has been run, by a command line and in so many seconds."""
 
     plan: Plan
     outcomes: list[Outcome]

@@ -110,11 +110,8 @@ class Reproduction:
         gpus: of a run, on each of its machines; None: as many as its config is for.
         machines: that the GPUs of a run are spread over.
         iterations: another length of training, to try things out; None: the config's.
-        precise_bn: iterations of PreciseBN for a second evaluation; 0: none.
-        datasets: (name, annotations, images) triples for ``--coco-dataset``.
-        overrides: KEY VALUE pairs of the config, for every row.
+        precise_bn, datasets, overrides: see :class:`~cbn_det.study.plan.Plan`.
         configs: folder of the tables.
-        launcher: how a run is started.
 
     Raises:
         ValueError: an override of what a row says itself.

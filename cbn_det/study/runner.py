@@ -59,13 +59,10 @@ def visible_gpus() -> list[str]:
 
 
 class Places:
-    """Places for the processes of runs side by side, each with a GPU where there are any.
+    """Places for `number` processes side by side, each with a GPU where there are any.
 
-    With more processes than GPUs, GPUs are shared.
-
-    Args:
-        number: of processes side by side.
-        gpus: names for CUDA_VISIBLE_DEVICES; none: runs that use no GPU.
+    With more processes than GPUs, GPUs are shared. `gpus` are names for CUDA_VISIBLE_DEVICES, which
+    is left alone where there are none.
     """
 
     def __init__(self, number: int, gpus: Sequence[str] = ()) -> None:
@@ -111,11 +108,7 @@ def run_all(
     one resumes from its last checkpoint. A run that ends badly is an outcome, never an exception.
 
     Args:
-        runs: what to run.
-        jobs: single-rank runs side by side; one with more ranks takes as many places, and runs
-            alone where there are fewer.
-        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs, one a rank as far as there
-            are; none: it is left alone.
+        jobs, gpus: see :class:`Places`.
         submit: starts a run elsewhere, or finds it running there, in place of a process here.
 
     Raises:
