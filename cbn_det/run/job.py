@@ -29,7 +29,7 @@ from .folder import DIVERGED, FAILED, FINISHED
 from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
 from .precise_bn import kept_statistics, recompute_statistics
-from .signals import Interrupted, sigterm_interrupts
+from .signals import Interrupted, handled
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Job(ABC):
 
     def execute(self) -> int:
         """Runs the job and returns the exit code."""
-        with sigterm_interrupts():
+        with handled(signal.default_int_handler, signal.SIGTERM):
             try:
                 return self._execute()
             except PeerFailed:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ..progress import Bars, say
 from ..run.files import read_result
+from ..run.signals import handled
 from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
@@ -173,17 +174,15 @@ def _end_all(active: list[Active]) -> None:
         nonlocal hurry
         hurry = True
 
-    previous = {s: signal.signal(s, again) for s in (signal.SIGINT, signal.SIGTERM)}
-    ending = [process for process in active if process.stop()]
-    deadline = time.monotonic() + STOP_SECONDS
-    if not all(process.ended() for process in ending):
-        say("waiting for the last checkpoints; Ctrl-C again ends everything at once")
-    while not hurry and time.monotonic() < deadline and not all(p.ended() for p in ending):
-        time.sleep(0.05)
-    for process in ending:
-        process.kill()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    with handled(again, signal.SIGINT, signal.SIGTERM):
+        ending = [process for process in active if process.stop()]
+        deadline = time.monotonic() + STOP_SECONDS
+        if not all(process.ended() for process in ending):
+            say("waiting for the last checkpoints; Ctrl-C again ends everything at once")
+        while not hurry and time.monotonic() < deadline and not all(p.ended() for p in ending):
+            time.sleep(0.05)
+        for process in ending:
+            process.kill()
 
 
 def as_asked_for(run: Run, result: dict) -> dict:
