@@ -70,13 +70,8 @@ class Job(ABC):
 
     @abstractmethod
     def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
-        """Makes the data sets known and checks them.
-
-        Args:
-            eval_only: no training image is needed.
-
-        Returns:
-            the report of each set in COCO format, by name.
+        """Makes the data sets known and checks them; the report of each set in COCO format, by
+        name.
 
         Raises:
             ValueError: they cannot be used.
