@@ -15,7 +15,6 @@ from .results import Measured, Spread
 from .tables import cell, machines, versions
 
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
-BASELINE_NAMES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}
 NOT_RUN = "not run yet"
 PRECISE = "AP, PreciseBN"
 
@@ -169,14 +168,14 @@ def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> lis
     ours = {name: None if spread is None else spread.mean for name, spread in spreads.items()}
     theirs = {row.name: row.published_ap(task) for row in rows}
     lines: dict[str, dict[str, str]] = {row.name: {"row": row.name} for row in rows}
-    for baseline in BASELINES:
+    for baseline, known_as in BASELINES.items():
         own, published = differences(ours, baseline), differences(theirs, baseline)
         if not own and not published:
             continue
         for name, line in lines.items():
             cell = [f"{own[name]:+.1f}"] if name in own else []
             cell += [f"({published[name]:+.1f})"] if name in published else []
-            line[f"AP - AP of {BASELINE_NAMES[baseline]}"] = " ".join(cell) or "-"
+            line[f"AP - AP of {known_as}"] = " ".join(cell) or "-"
     return [line for line in lines.values() if set(list(line.values())[1:]) - {"-"}]
 
 
