@@ -128,7 +128,10 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
             (table.heading, list(zip(table.rows, table.lines, strict=True)))
             for table in tables.make_tables(rows)
         ],
-        classes=[(table.heading, table.lines) for table in tables.of_classes(rows)],
+        classes=[
+            (table.heading, [(None, line) for line in table.lines])
+            for table in tables.of_classes(rows)
+        ],
         notes=tables.notes(rows, plan.config_iterations, plan.expected),
         figures=[
             (caption, Markup(figures.to_svg(figure)), figure.get_figwidth() > figures.ONE_PANEL)
