@@ -27,7 +27,7 @@ ROOMS = {
 }
 # room -> its files that other rooms and the files beside the rooms may import; the rest is its own
 DOORS = {
-    "data": "__init__ coco_api coco_folder digits findings image_check pictures pretrained"
+    "data": "__init__ coco_api digits findings image_check pictures pretrained"
     " scenes sets worst_images",
     "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
     " remembering sites spec trace",

@@ -61,14 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tell(tool: str, findings: Iterator[Finding]) -> int:
-    """Prints findings as they come, and at the end how many are problems.
-
-    Args:
-        tool: named where files cannot be read at all.
-
-    Returns:
-        the exit code: 0 ready, 1 problems, 130 stopped by Ctrl-C.
-    """
+    """Prints findings as they come, and at the end how many are problems. Returns the exit code."""
     problems = 0
     try:
         for finding in findings:

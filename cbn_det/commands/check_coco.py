@@ -1,9 +1,7 @@
 """Check data before days are spent on training: your own sets, or COCO 2017.
 
-Your own sets are checked as training would check them, and whether images are in both.
-
-COCO 2017: layout, annotations, images and their number. ROOT is the folder that the environment
-variable DETECTRON2_DATASETS names, or coco/ in it:
+Sets are checked as training would check them, and whether images are in both. ROOT is the folder
+that the environment variable DETECTRON2_DATASETS names, or coco/ in it:
 
   ROOT/coco/annotations/instances_train2017.json   ROOT/coco/train2017/*.jpg   (118287)
   ROOT/coco/annotations/instances_val2017.json     ROOT/coco/val2017/*.jpg     (5000)
@@ -23,13 +21,10 @@ exit codes: 0 ready   1 problems, each on a line   2 wrong arguments   130 stopp
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..data import default_root
-from ..data.coco_folder import check_folder
-from ..data.findings import Finding
-from ..data.sets import check_own_sets
+from ..data.sets import Files, check_own_sets
 from .check import tell
 
 
@@ -54,12 +49,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def findings(args: argparse.Namespace) -> Iterator[Finding]:
-    if not (args.train or args.test):
-        return check_folder(args.root)
-    train, test = ([tuple(files) for files in sets] for sets in (args.train, args.test))
-    return check_own_sets(train, test, masks=args.masks)
+def coco_2017(root: Path) -> tuple[list[Files], list[Files]]:
+    """The sets to train on and to test on below a folder."""
+    coco = root if (root / "annotations").is_dir() else root / "coco"
+    train, test = (
+        [(coco / "annotations" / f"instances_{split}.json", coco / split)]
+        for split in ("train2017", "val2017")
+    )
+    return train, test
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return tell("check_coco", findings(make_parser().parse_args(arguments)))
+    args = make_parser().parse_args(arguments)
+    if args.train or args.test:
+        train, test = ([tuple(files) for files in sets] for sets in (args.train, args.test))
+        return tell("check_coco", check_own_sets(train, test, masks=args.masks))
+    return tell("check_coco", check_own_sets(*coco_2017(args.root), masks=True))

@@ -76,7 +76,6 @@ def make_parser() -> argparse.ArgumentParser:
     splits = parser.add_mutually_exclusive_group()
     splits.add_argument(
         "--images-per-gpu",
-        "--images",
         nargs="+",
         type=positive,
         default=[2],
@@ -128,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--iters",
-        type=int,
+        type=positive,
         help="length of a run; steps and warm-up are scaled (default: the config's)",
     )
     add(

@@ -51,11 +51,7 @@ def add_opts(parser: argparse.ArgumentParser) -> None:
 
 def add_detector(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Gives a parser what says which detector is trained, and on which data: ``--recipe``,
-    ``--config-file``, ``--coco-dataset`` and ``--opts``.
-
-    Args:
-        more: help for ``--config-file``.
-    """
+    ``--config-file`` (with ``more`` help), ``--coco-dataset`` and ``--opts``."""
     add = parser.add_argument
     add("--recipe", choices=sorted(RECIPES), default="scratch", help="default scratch")
     add("--config-file", help=f"base config in place of the recipe's. {more}")

@@ -45,7 +45,7 @@ from ..run.files import write_text
 from ..study.compare import exit_code, guarded
 from ..study.processes import HOME, interruptible, locked
 from ..study.published import TABLES
-from ..study.reproduce import Reproduction, table_named
+from ..study.reproduce import Reproduction
 from ..study.reproduce_report import LEGEND, checks_text, document, overview, table_text
 from ..study.runner import run_all
 from .flags import add_opts, add_places, places, positive
@@ -56,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("table", nargs="?", metavar="TABLE", help="a name of --list, or all")
+    tables = [*TABLES, "all"]
+    add("table", nargs="?", choices=tables, metavar="TABLE", help="a name of --list, or all")
     add("--list", action="store_true", help="the tables, and how much of each has been measured")
     add("--rows", nargs="+", default=[], metavar="ROW", help="rows or norms (default: all rows)")
     add("--run", action="store_true", help="train the rows that are not finished")
@@ -101,11 +102,11 @@ def reproduce(args: argparse.Namespace) -> int:
         overrides=args.opts,
     )
     everything = args.list or args.table == "all"
-    tables = list(TABLES.values()) if everything else [table_named(args.table)]
+    tables = list(TABLES.values()) if everything else [TABLES[args.table]]
     rows = {table.name: reproduction.rows(table, args.rows) for table in tables}
     chosen = [row for group in rows.values() for row in group]
     if args.list:
-        print(checks_text(reproduction, tables), overview(reproduction, tables), sep="\n", end="")
+        print(checks_text(reproduction), overview(reproduction, tables), sep="\n", end="")
         return 0
     if args.dry_run or args.run:
         runs = reproduction.runs(chosen, args.seeds)
@@ -115,7 +116,7 @@ def reproduce(args: argparse.Namespace) -> int:
         for run in runs:
             print(as_typed(["python", *run.command[1:]]))
         return 0
-    print(checks_text(reproduction, tables))
+    print(checks_text(reproduction))
     code = 0
     if args.run:
         where = places(args, reproduction.on_gpu(chosen), runs)
@@ -124,7 +125,7 @@ def reproduce(args: argparse.Namespace) -> int:
                 held.enter_context(locked(args.output / name))
             held.enter_context(interruptible())
             code = exit_code(run_all(runs, **where))
-        print(f"\n{checks_text(reproduction, tables)}")
+        print(f"\n{checks_text(reproduction)}")
     for table in tables:
         print(table_text(reproduction, table, rows[table.name]))
     print(LEGEND)

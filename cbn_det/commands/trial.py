@@ -34,12 +34,7 @@ _LESS_MEMORY = "lower SOLVER.IMS_PER_BATCH (with --accumulate for the same total
 
 
 def try_out(trial: Trial, accumulate: int, load_weights: bool) -> Iterator[Finding]:
-    """Builds the model and trains it for three steps.
-
-    Args:
-        accumulate: mini-batches of a step.
-        load_weights: those of ``MODEL.WEIGHTS``, which are there.
-    """
+    """Builds the model and trains it for three steps."""
     reset_peak_memory()  # reading annotations may take more than training
     before = peak_memory_mb()
     on_gpu = trial.cfg.MODEL.DEVICE.startswith("cuda")

@@ -57,14 +57,11 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
 def check_images(
     folder: Path, images: dict[Any, dict], findings: Findings, reader: str | None = None
 ) -> int:
-    """
+    """Returns the number of images that were decoded.
+
     Args:
-        folder: that the ``file_name`` of each image is relative to.
         images: entries with ``file_name``, ``width`` and ``height``, by id.
         reader: :data:`DETECTRON2`, :data:`PILLOW`, or None where that is not known.
-
-    Returns:
-        the number of images that were decoded.
     """
     if not folder.is_dir():
         findings.refuse(f"image folder '{folder}' does not exist: check the path")

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -26,13 +26,8 @@ _PART = 4096  # bytes from the middle, where pictures of equal headers and borde
 def names_in_use(
     train: Collection[str], test: Collection[str], known: Collection[str], *, eval_only: bool
 ) -> list[str]:
-    """
-    The names that a run reads, each once.
-
-    Args:
-        train, test: ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        known: the names that stand for files.
-        eval_only: no training follows: ``train`` does not count.
+    """The names of ``DATASETS.TRAIN`` and ``DATASETS.TEST`` that a run reads, each once; ``known``
+    ones stand for files.
 
     Raises:
         DataError: a name is unknown, or there is nothing to train on.
@@ -59,14 +54,8 @@ def check_set(
     eval_only: bool,
     reader: str | None,
 ) -> CocoReport:
-    """
-    :func:`check_coco` of a named set as a run uses it, and whether its masks fit
+    """:func:`check_coco` of a named set as a run uses it, and whether its masks fit
     ``INPUT.MASK_FORMAT``.
-
-    Args:
-        cfg: of the run.
-        eval_only: no training follows.
-        reader: of :func:`check_coco`.
 
     Raises:
         DataError: the message names the set.
@@ -93,12 +82,8 @@ def check_set(
 
 
 def check_classes(key: str, num_classes: int, classes: Mapping[str, list[str]]) -> None:
-    """
-    Compares the detector's number of classes with that of each data set.
-
-    Args:
-        key: the config key that ``num_classes`` is the value of.
-        classes: the class names of each data set.
+    """Compares the detector's number of classes, the value of ``key``, with the class names of each
+    data set.
 
     Raises:
         DataError: they differ, or the data sets have different classes.
@@ -114,8 +99,6 @@ def check_classes(key: str, num_classes: int, classes: Mapping[str, list[str]]) 
 
 def check_same_classes(classes: Mapping[str, list[str]]) -> None:
     """
-    Compares the class names of data sets, given by name.
-
     Raises:
         DataError: two sets have different classes.
     """
@@ -163,17 +146,9 @@ def without_training_object(train: Sequence[CocoReport]) -> str | None:
 
 def check_own_sets(
     train: Sequence[Files], test: Sequence[Files], *, masks: bool
-) -> Generator[Finding, None, list[CocoReport]]:
-    """
-    Checks each set, whether their classes are the same, and whether images are in both.
-
-    Args:
-        train, test: the sets of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        masks: of :func:`~cbn_det.data.check_coco`.
-
-    Returns:
-        the report of each set that can be used.
-    """
+) -> Iterator[Finding]:
+    """Checks each set of ``DATASETS.TRAIN`` and ``DATASETS.TEST``, whether their classes are the
+    same, and whether images are in both."""
     reports: dict[Files, CocoReport] = {}
     sets = list(dict.fromkeys((*train, *test)))
     for files in sets:
@@ -192,7 +167,7 @@ def check_own_sets(
             yield Finding(NOTE, warning)
         yield Finding(OK, f"{report}, {report.num_images_decoded} images decoded")
     if len(reports) < len(sets):
-        return list(reports.values())  # what follows compares all of them
+        return  # what follows compares all of them
     if unused := without_training_object([reports[files] for files in train]):
         yield Finding(NOTE, unused)
     yield _check_classes(reports.values(), masks)
@@ -203,7 +178,6 @@ def check_own_sets(
                 for name, group in (("train", train), ("test", test))
             }
         )
-    return list(reports.values())
 
 
 def _check_classes(reports: Iterable[CocoReport], masks: bool) -> Finding:

@@ -89,14 +89,11 @@ def score_images(coco: COCO, predictions: Sequence[dict[str, Any]]) -> list[Imag
 
 
 def write_worst_images(scenes: Scenes, path: Path, count: int = 12) -> list[ImageScore]:
-    """
-    Writes one PNG of the images with the lowest scores, predictions beside annotations.
-
-    Args:
-        count: of images on the sheet, less where fewer have an error.
+    """Writes one PNG of the ``count`` images with the lowest F1, predictions beside annotations.
 
     Returns:
-        the scores of the images on the sheet; without any there is no sheet, nor an older one.
+        the scores of the images on the sheet; where none has an error there is no sheet, nor an
+        older one.
     """
     worst = [s for s in score_images(scenes.coco, scenes.predictions) if s.f1 < 1][:count]
     path.unlink(missing_ok=True)

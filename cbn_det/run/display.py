@@ -26,15 +26,11 @@ _COLUMNS = 3  # of classes side by side
 
 
 def class_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """AP of each class as a table, worst first.
+    """AP of each class and task as a table, worst of the first task first, in columns to be read
+    downwards; classes without an object in the set come last. "" where no result is of a class.
 
     Args:
         results: of one data set, by task: ``{"bbox": {"AP": ..., "AP-person": ...}}``.
-
-    Returns:
-        all classes with their AP of each task, sorted by the first task's, in columns to be read
-        downwards; classes without an AP (no object in the set) come last. "" where no result is of
-        a class.
     """
     tasks = [t for t, values in results.items() if any(k.startswith(_PREFIX) for k in values)]
     names = dict.fromkeys(k for task in tasks for k in results[task] if k.startswith(_PREFIX))
@@ -55,14 +51,9 @@ def class_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_all_pictures(output: Path, annotations: Path, images: Path, trainer: Any) -> None:
-    """Writes pictures of predictions beside annotations, for TensorBoard too; after an evaluation
-    on its own also the images with the lowest F1.
-
-    Args:
-        output: folder of the predictions, and for the pictures.
-        annotations, images: COCO file and image folder of the set.
-        trainer: with its ``iter``; None after an evaluation on its own.
-    """
+    """Writes pictures of predictions beside annotations into the predictions' folder, for
+    TensorBoard too; after an evaluation on its own, which has no trainer, also the images with the
+    lowest F1."""
     scenes = Scenes(output / PREDICTIONS, annotations, images)
     pictures = write_pictures(scenes, output / "pictures")
     if trainer is None:

@@ -105,12 +105,9 @@ def describe(
 
 
 def start_training(folder: Path, resume: bool = False) -> None:
-    """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay. A
-    run that starts has no result yet: whoever finds one later knows that this run wrote it.
-
-    Args:
-        resume: the earlier run goes on, so that only its result is removed.
-    """
+    """Removes what an earlier run in this folder would pass off as this one's; checkpoints stay,
+    and of a run that is resumed all but the result. A run that starts has no result yet: whoever
+    finds one later knows that this run wrote it."""
     (folder / RESULT).unlink(missing_ok=True)
     for name in () if resume else _STALE:
         path = folder / name
@@ -125,11 +122,7 @@ def start_training(folder: Path, resume: bool = False) -> None:
 
 
 def start_evaluation(folder: Path) -> None:
-    """Removes what an earlier evaluation would pass off as this one's.
-
-    Args:
-        folder: of the evaluation.
-    """
+    """Removes what an earlier evaluation in this folder would pass off as this one's."""
     for name in _OF_EVALUATION:
         (folder / name).unlink(missing_ok=True)
 

@@ -19,7 +19,6 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..data import CocoReport
-from ..data.coco_api import class_names
 from ..norms import image_share
 from ..norms.freeze import with_freeze
 from . import folder as run_folder
@@ -30,7 +29,7 @@ from .folder import DIVERGED, FAILED, FINISHED
 from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
 from .precise_bn import kept_statistics, recompute_statistics
-from .signals import Interrupted, sigterm_interrupts
+from .signals import Interrupted, handled
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +70,8 @@ class Job(ABC):
 
     @abstractmethod
     def prepare(self, eval_only: bool) -> dict[str, CocoReport]:
-        """Makes the data sets known and checks them.
-
-        Args:
-            eval_only: no training image is needed.
-
-        Returns:
-            the report of each set in COCO format, by name.
+        """Makes the data sets known and checks them; the report of each set in COCO format, by
+        name.
 
         Raises:
             ValueError: they cannot be used.
@@ -160,11 +154,6 @@ class Job(ABC):
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         """fvcore's count of the model on the first test image."""
 
-    def test_files(self) -> tuple[Path, Path]:
-        """Annotation file and image folder of the first test set, known once it was evaluated."""
-        report = self.sets[self.cfg.DATASETS.TEST[0]]
-        return report.annotations, report.images
-
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
         forgotten argument costs nobody a finished training."""
@@ -188,7 +177,7 @@ class Job(ABC):
 
     def execute(self) -> int:
         """Runs the job and returns the exit code."""
-        with sigterm_interrupts():
+        with handled(signal.default_int_handler, signal.SIGTERM):
             try:
                 return self._execute()
             except PeerFailed:
@@ -281,10 +270,11 @@ class Job(ABC):
             if names:
                 self.result["flops"] = count_flops(model, self.analyse_flops)
                 try:
-                    annotations, images = self.test_files()
+                    report = self.sets[names[0]]
+                    annotations, images = report.annotations, report.images
                     # for whoever loads the model: names of classes, and images to try it on
                     known = {"annotations": str(annotations), "images": str(images)}
-                    self.result["test_set"] = {**known, "classes": class_names(annotations)}
+                    self.result["test_set"] = {**known, "classes": report.class_names}
                     write_all_pictures(self.output, annotations, images, self.trainer)
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")

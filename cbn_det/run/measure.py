@@ -43,12 +43,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_flops(model: nn.Module, analyse: Callable[[nn.Module], FlopCountAnalysis]) -> int | None:
-    """Multiply-adds of one image; None, with the reason in the log, for a model that cannot be
-    traced.
-
-    Args:
-        analyse: fvcore's count of the model in evaluation mode.
-    """
+    """Multiply-adds of one image by fvcore's count of the model in evaluation mode; None, with the
+    reason in the log, for a model that cannot be traced."""
     training = model.training
     model.eval()
     try:

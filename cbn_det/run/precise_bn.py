@@ -118,7 +118,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     saved = [
         (buffer, buffer.clone())
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, _BatchNorm)
         for name, buffer in module.named_buffers(recurse=False)
         if name in _STATISTICS
     ]

@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,12 +22,23 @@ class StopRequest:
 
 
 @contextmanager
+def handled(handler: Callable[[int, Any], Any], *numbers: int) -> Iterator[None]:
+    """Within it, signals go to a handler. ``signal.default_int_handler`` makes a Ctrl-C of each."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Within it, a first SIGINT or a SIGTERM only sets ``requested``; a second SIGINT raises."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # signals reach the main thread only
-        return
 
     def stop(number: int, frame: object) -> None:
         if number == signal.SIGINT:
@@ -35,26 +47,8 @@ def stop_requests() -> Iterator[StopRequest]:
             print("stopping after this iteration; Ctrl-C again stops at once", file=sys.stderr)
         request.requested = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(stop, signal.SIGINT, signal.SIGTERM):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Within it, a SIGTERM is a Ctrl-C."""
-    try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ignore_interrupts(worker: int) -> None:

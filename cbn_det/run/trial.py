@@ -36,11 +36,8 @@ class Trial:
         return built(lambda: self._job.prepare(eval_only=False))
 
     def build(self, folder: Path, load_weights: bool) -> nn.Module:
-        """The model to train, on its device, as one process has it.
-
-        Args:
-            folder: for what an engine cannot help writing.
-            load_weights: those of ``MODEL.WEIGHTS``.
+        """The model to train, on its device, as one process has it. What an engine cannot help
+        writing goes to ``folder``.
 
         Raises:
             ValueError: it cannot be built from the config, or the weights do not fit.

@@ -18,13 +18,10 @@ PREFIXES = ("backbone.bottom_up.", "backbone.body.")
 
 
 def extract_backbone(checkpoint: Path, output: Path) -> int:
-    """Write the weights of the network below the FPN, from either engine's checkpoint, to `output`.
-
-    Returns:
-        how many tensors were written.
+    """Write the weights of the network below the FPN, from either engine's checkpoint, to `output`;
+    how many tensors that are.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
         ValueError: the checkpoint has no such weights.
     """
     import torch  # only needed here: everything else of the study works without it

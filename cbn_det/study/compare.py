@@ -58,11 +58,7 @@ def train(
     """Run everything in a plan that is not finished yet: the recipe's backbone, where it has one,
     then the compared runs side by side.
 
-    Args:
-        plan: what to compare.
-        jobs: single-rank runs side by side.
-        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs.
-        submit: starts a run elsewhere, in place of a process here.
+    `jobs`, `gpus` and `submit` are those of :func:`~cbn_det.study.runner.run_all`.
 
     Raises:
         KeyboardInterrupt: stopped by Ctrl-C, SIGTERM or SIGHUP; every run started here was ended.

@@ -65,18 +65,18 @@ def to_svg(figure: Figure) -> str:
     return text.replace("<svg", '<svg role="img" fill="currentColor"', 1)
 
 
-def loss_curves(results: list[tuple[Run, dict]]) -> Figure | None:
+def loss_curves(runs: list[Run]) -> Figure | None:
     """Training loss, smoothed; None where no run logged any."""
-    curves = {run.label: _smooth(_points(run, "total_loss")) for run, _ in results}
-    return _draw_curves(results, curves, "training loss (smoothed)", marker="")
+    curves = {run.label: _smooth(_points(run, "total_loss")) for run in runs}
+    return _draw_curves(runs, curves, "training loss (smoothed)", marker="")
 
 
-def ap_curves(results: list[tuple[Run, dict]]) -> Figure | None:
+def ap_curves(runs: list[Run]) -> Figure | None:
     """Box AP of the evaluations during training; None where no run was evaluated twice."""
-    curves = {run.label: _points(run, "bbox/AP") for run, _ in results}
+    curves = {run.label: _points(run, "bbox/AP") for run in runs}
     if all(len(curve) < 2 for curve in curves.values()):
         return None
-    return _draw_curves(results, curves, "box AP", marker="o")
+    return _draw_curves(runs, curves, "box AP", marker="o")
 
 
 def final_ap(rows: list[Measured]) -> Figure | None:
@@ -131,13 +131,13 @@ def _smooth(curve: Curve, weight: float = 0.8) -> Curve:
 
 
 def _draw_curves(
-    results: list[tuple[Run, dict]], curves: dict[str, Curve], name: str, marker: str
+    runs: list[Run], curves: dict[str, Curve], name: str, marker: str
 ) -> Figure | None:
     """One line a run; colour: its norm, line style: its split."""
-    drawn = [run for run, _ in results if curves[run.label]]
+    drawn = [run for run in runs if curves[run.label]]
     if not drawn:
         return None
-    colour = colours([run.norm for run, _ in results])
+    colour = colours([run.norm for run in runs])
     totals = sorted({run.split.total for run in drawn})
     figure, all_axes = side_by_side([f"total batch {total}" for total in totals])
     for axes, total in zip(all_axes, totals, strict=True):

@@ -81,10 +81,8 @@ class Plan:
     """A comparison on one engine. Rows of different world size or total batch share no table.
 
     Args:
-        output: folder of the comparison; runs go below `output/runs`.
+        output: runs go below `output/runs`.
         norms: norm specs as in a config, e.g. "GN", "CBN(window=4)"; "none" for no norm.
-        splits: ranks x images per GPU.
-        seeds: one run each.
         reference: whether BN with the same total batches on one rank is trained too: what a norm
             that makes up for the small batch would reach.
         engine: detectron2 or standalone; part of what a run is, so that two engines never mix.
@@ -92,15 +90,12 @@ class Plan:
         config: base config in place of the recipe's own. With "{norm}" in its path, each norm has a
             config of its own, whose norms are left as they are where the spec has no options.
         sites: names of `cbn_det.study.recipes.SITES` to put the norm at; None: as the config does.
-        iterations: length of the compared runs; the config's schedule is scaled to it. None: as in
-            the config.
-        precise_bn: iterations over which BatchNorm statistics are recomputed for a second
-            evaluation; 0: none.
+        iterations: the config's schedule is scaled to so many; None: it is left alone.
+        precise_bn: iterations of PreciseBN for a second evaluation; 0: none.
         datasets: (name, annotations, images) triples for `--coco-dataset`.
         overrides: KEY VALUE pairs of the config, for every compared run.
         flags: further arguments of the launcher, for every compared run.
-        machines: how many machines the ranks of a run are spread over.
-        launcher: how a run is started.
+        machines: that the ranks of a run are spread over.
 
     Raises:
         ValueError: an unknown site, an engine that cannot run a split, ranks that the

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ..run.errors import USAGE
 from ..run.files import RESULT, read_result
+from ..run.signals import handled
 from .plan import Run
 
 CHILD = (sys.executable, "-m", "cbn_det.study.child")
@@ -118,6 +120,10 @@ class Process:
         return True
 
 
+#: within it, SIGTERM and SIGHUP are a Ctrl-C, so that runs can save before they end
+interruptible = partial(handled, signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder: for this process, and for those that inherit the file.
@@ -136,18 +142,6 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         os.set_inheritable(file.fileno(), True)
         yield
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C, so that runs can save before they end."""
-    handler = signal.default_int_handler
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def prepare_folder(run: Run) -> None:
@@ -177,12 +171,8 @@ def result_of(run: Run, ending: str) -> dict:
 
 
 def full_disk_note(text: str, folder: Path) -> str | None:
-    """The words for a run that failed since the disk was full; None where there is no sign of it.
-
-    Args:
-        text: what the run said at its end.
-        folder: where it wrote.
-    """
+    """The words for a run that failed since the disk was full, of what it said at its end; None
+    where there is no sign of it."""
     free = shutil.disk_usage(folder).free
     if DISK_IS_FULL.search(text) or free < NEARLY_FULL_BYTES:
         return f"the disk is full ({free / 2**20:.0f} MB free now): free some space, then run again"

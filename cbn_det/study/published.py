@@ -40,11 +40,9 @@ class Published:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: a folder of ``configs/coco``, each config in it a row.
+    """A table: the folder ``name`` of ``configs/coco``, each config in it a row.
 
     Args:
-        name: of the folder.
-        title: detector, schedule, and where the norm is.
         published: numbers by row, "cbn_2img" for ``cbn_2img.yaml``.
         elsewhere: numbers for orientation.
         remarks: what a reader of the differences has to know.
@@ -59,12 +57,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Check:
-    """A published row that a reproduction must reach before any other is believed.
-
-    Args:
-        table, row: names.
-        expected: by task, AP with PreciseBN and how far from it a run may be.
-    """
+    """A published row that a reproduction must reach before any other is believed: by task, AP
+    with PreciseBN and how far from it a run may be."""
 
     table: str
     row: str

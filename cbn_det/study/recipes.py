@@ -86,12 +86,7 @@ def read_yaml(config: Path) -> dict[str, Any]:
 def setting(config: Path, key: str, overrides: Sequence[str] = (), default: Any = None) -> Any:
     """What a config file, those it builds on, or overrides set a key to.
 
-    Args:
-        key: dotted, "SOLVER.MAX_ITER".
-        overrides: KEY VALUE pairs; such a value is text.
-
-    Raises:
-        OSError, ValueError: see :func:`read_yaml`.
+    The value of an override is text. For what is raised see :func:`read_yaml`.
     """
     node: Any = read_yaml(config)
     for part in key.split("."):
@@ -120,7 +115,6 @@ def norm_keys(
 
     Args:
         config: of the user's own; None: the recipe's.
-        recipe: a name of `RECIPES`.
         engine: the standalone engine knows no keys of models that it does not have.
         sites: names of `SITES`. None: where the config names a norm that is not frozen; where it
             names none, the recipe's sites that the config does not freeze.
@@ -159,10 +153,6 @@ def batch(config: Path, ranks: int, images: int, iterations: int | None) -> list
     number of processes. They follow the images per process in the same way, which needs nothing but
     another reference: 16 images on 8 GPUs are 2 per GPU, on 16 GPUs 1 per GPU. Where the length is
     given as well, the rate alone is left to scale. Without the key they stay what they are.
-
-    Args:
-        config: the base config.
-        iterations: length of the run, or None for what the config says.
 
     Raises:
         ValueError: the config's batch is no multiple of `images`.

@@ -33,14 +33,7 @@ MAX_WIDTH = 1600
 
 @dataclass
 class Comparison:
-    """A comparison that has been run.
-
-    Args:
-        plan: what was asked for.
-        outcomes: how every run ended.
-        command: the command line that was given.
-        seconds: how long it took.
-    """
+    """A comparison that has been run, by a command line and in so many seconds."""
 
     plan: Plan
     outcomes: list[Outcome]
@@ -48,8 +41,9 @@ class Comparison:
     seconds: float
 
     def __post_init__(self) -> None:
-        self.results = [(outcome.run, outcome.result) for outcome in self.outcomes]
-        self.rows = make_rows([(run.norm, run.split, result) for run, result in self.results])
+        self.runs = [outcome.run for outcome in self.outcomes]
+        self.results = [outcome.result for outcome in self.outcomes]
+        self.rows = make_rows([(o.run.norm, o.run.split, o.result) for o in self.outcomes])
         self.reused = sum(outcome.reused for outcome in self.outcomes)
 
     @property
@@ -57,7 +51,7 @@ class Comparison:
         """How long it took, for a reader; where nothing was left to train, how long that took."""
         if self.reused < len(self.outcomes):
             return _duration(self.seconds)
-        trained = sum(result.get("train_seconds") or 0.0 for _, result in self.results)
+        trained = sum(result.get("train_seconds") or 0.0 for result in self.results)
         runs = "the run was" if self.reused == 1 else f"all {self.reused} runs were"
         return f"{runs} finished before, after {_duration(trained)} of training in all"
 
@@ -68,7 +62,7 @@ class Comparison:
         title = f"Comparison of norms, {recipe}{plan.config_name}, {plan.engine} engine"
         title = f"# {title}" if style == "github" else title
         return tables.text_report(
-            self.rows, self.results, title, style, plan.config_iterations, plan.expected
+            self.rows, self.results, title, plan.seeds, style, plan.config_iterations, plan.expected
         )
 
     def write(self) -> list[Path]:
@@ -81,11 +75,11 @@ class Comparison:
         drawn = {
             "ap_curves.png": (
                 "Box AP of the evaluations during training, one line a run.",
-                figures.ap_curves(self.results),
+                figures.ap_curves(self.runs),
             ),
             "loss.png": (
                 "Training loss, smoothed, one line a run.",
-                figures.loss_curves(self.results),
+                figures.loss_curves(self.runs),
             ),
             "ap.png": (
                 "Final box AP; error bars: spread over seeds, where there are several.",
@@ -102,7 +96,7 @@ class Comparison:
             "engine": self.plan.engine,
             "command": self.command,
             "rows": [_summary(row) for row in self.rows],
-            "runs": [dataclasses.asdict(run) | {"result": result} for run, result in self.results],
+            "runs": [dataclasses.asdict(o.run) | {"result": o.result} for o in self.outcomes],
         }
         return [
             write_text(output / "table.md", self.text("github")),
@@ -122,7 +116,7 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plan, rows, results = comparison.plan, comparison.rows, comparison.results
+    plan, rows = comparison.plan, comparison.rows
     return env.get_template(TEMPLATE).render(
         comparison=comparison,
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -134,17 +128,20 @@ def _page(comparison: Comparison, drawn: list[tuple[str, Figure]]) -> str:
             (table.heading, list(zip(table.rows, table.lines, strict=True)))
             for table in tables.make_tables(rows)
         ],
-        classes=[(table.heading, table.lines) for table in tables.of_classes(rows)],
+        classes=[
+            (table.heading, [(None, line) for line in table.lines])
+            for table in tables.of_classes(rows)
+        ],
         notes=tables.notes(rows, plan.config_iterations, plan.expected),
         figures=[
             (caption, Markup(figures.to_svg(figure)), figure.get_figwidth() > figures.ONE_PANEL)
             for caption, figure in drawn
         ],
         scenes=_scenes(comparison),
-        machines=tables.machines([result for _, result in results]),
-        versions=tables.versions([result for _, result in results]),
-        runs=[(run, _run_facts(run, result), result) for run, result in results],
-        commands=[(run.label, join(run.command)) for run, _ in results],
+        machines=tables.machines(comparison.results),
+        versions=tables.versions(comparison.results),
+        runs=[(o.run, _run_facts(o.run, o.result), o.result) for o in comparison.outcomes],
+        commands=[(run.label, join(run.command)) for run in comparison.runs],
         colours=figures.colours([row.norm for row in rows]),
         words=tables.in_words,
     )
@@ -178,7 +175,7 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     plan = comparison.plan
     # What the runs said of themselves; where none got far enough, what they were asked to do.
     lengths = sorted({row.iterations for row in comparison.rows if row.iterations})
-    data = [result.get("dataset") or {} for _, result in comparison.results]
+    data = [result.get("dataset") or {} for result in comparison.results]
     wide = {s: f" on each of {s.ranks} processes" for s in plan.splits if s.ranks > 1}
     return {
         "iterations": _either(lengths or [plan.iterations or "the config's"]),
@@ -197,7 +194,7 @@ def _scenes(comparison: Comparison) -> list[tuple[str, list[tuple[Run, str]]]]:
     """
     scenes: dict[str, list[tuple[Run, str]]] = {}
     shown = set()
-    for run, _ in comparison.results:
+    for run in comparison.runs:
         if (run.norm, run.split) not in shown:
             for name, uri in picture_strip(run.folder):
                 shown.add((run.norm, run.split))

@@ -15,20 +15,19 @@ from pathlib import Path
 
 from ..config_files import CONFIGS
 from ..run.files import read_result
-from .plan import LAUNCHER, Run, Split, dataset_words, signature
-from .published import TABLES, Published, Table
+from .plan import LAUNCHER, SET_BY_THE_PLAN, Run, Split, dataset_words, signature
+from .published import Published, Table
 from .recipes import device, read_yaml, schedule
 from .results import TASKS, Measured, metrics_with_truth, reason_of
 
 COCO_TABLES = CONFIGS / "coco"
-#: norms that differences are taken to, where a table has them
-BASELINES = ("none", "bn", "syncbn", "gn")
+#: norms that differences are taken to, where a table has them, with the names readers know
+BASELINES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}
 _CBN = ("cbn", "cbn_naive", "cbn_as_released")
 _ORDER = (*BASELINES, "gn+ws", "brn", *_CBN, "kn", "gkn", "mbn", "bgn")
 #: norms that train with what they remember of earlier steps
 _REMEMBERING = ("brn", *_CBN, "mbn")
 NOT_FINISHED = {"status": "not finished", "message": "it runs, or was interrupted"}
-_SET_HERE = ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE", "SEED", "OUTPUT_DIR")
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,8 @@ class Reproduction:
         gpus: of a run, on each of its machines; None: as many as its config is for.
         machines: that the GPUs of a run are spread over.
         iterations: another length of training, to try things out; None: the config's.
-        precise_bn: iterations of PreciseBN for a second evaluation; 0: none.
-        datasets: (name, annotations, images) triples for ``--coco-dataset``.
-        overrides: KEY VALUE pairs of the config, for every row.
+        precise_bn, datasets, overrides: see :class:`~cbn_det.study.plan.Plan`.
         configs: folder of the tables.
-        launcher: how a run is started.
 
     Raises:
         ValueError: an override of what a row says itself.
@@ -131,7 +127,7 @@ class Reproduction:
     launcher: tuple[str, ...] = LAUNCHER
 
     def __post_init__(self) -> None:
-        taken = [key for key in self.overrides[::2] if key in _SET_HERE]
+        taken = [key for key in self.overrides[::2] if key in SET_BY_THE_PLAN]
         if taken:
             raise ValueError(f"{taken[0]} belongs to the row: --opts cannot change it")
 
@@ -238,13 +234,3 @@ class Reproduction:
         # Of values, not of the text: a comment in a config changes nothing.
         settings = {key: value for key, value in row.settings.items() if key != "OUTPUT_DIR"}
         return signature([settings, self._changes(row)])
-
-
-def table_named(name: str) -> Table:
-    """
-    Raises:
-        ValueError: there is no such table.
-    """
-    if name not in TABLES:
-        raise ValueError(f"there is no table {name!r}; known are {', '.join(TABLES)}")
-    return TABLES[name]

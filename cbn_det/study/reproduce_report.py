@@ -15,7 +15,6 @@ from .results import Measured, Spread
 from .tables import cell, machines, versions
 
 TASK_NAMES = {"bbox": "box", "segm": "mask"}
-BASELINE_NAMES = {"none": "none", "bn": "BN", "syncbn": "SyncBN", "gn": "GN"}
 NOT_RUN = "not run yet"
 PRECISE = "AP, PreciseBN"
 
@@ -28,20 +27,10 @@ LEGEND = (
 _CHECKS = "Checks, to pass before any other row is believed: AP with PreciseBN as published."
 
 
-def checks_text(reproduction: Reproduction, tables: Sequence[Table]) -> str:
-    """Which of the rows that others have published come out here, of the detectors of the tables;
-    "" where none is known."""
-    detectors = {_detector(table.name) for table in tables}
-    lines = [
-        f"- {_checked(reproduction, check)}"
-        for check in CHECKS
-        if _detector(check.table) in detectors
-    ]
-    return "\n".join([_CHECKS, "", *lines]) + "\n" if lines else ""
-
-
-def _detector(table: str) -> str:
-    return table.partition("_")[0]
+def checks_text(reproduction: Reproduction) -> str:
+    """Whether the rows come out here that others have published."""
+    lines = [f"- {_checked(reproduction, check)}" for check in CHECKS]
+    return "\n".join([_CHECKS, "", *lines]) + "\n"
 
 
 def _checked(reproduction: Reproduction, check: Check) -> str:
@@ -134,7 +123,7 @@ def document(reproduction: Reproduction, tables: Sequence[Table], command: str) 
         "A row is `configs/coco/TABLE/ROW.yaml`, which `python tools/reproduce.py TABLE --rows ROW "
         "--run` trains. Rows without a number are not listed; `python tools/reproduce.py TABLE` "
         "prints them, with AP50, AP75 and the differences between norms.",
-        checks_text(reproduction, tables),
+        checks_text(reproduction),
     ]
     nothing = []
     for table in tables:
@@ -179,14 +168,14 @@ def _gains(rows: Sequence[Row], measured: dict[str, Measured], task: str) -> lis
     ours = {name: None if spread is None else spread.mean for name, spread in spreads.items()}
     theirs = {row.name: row.published_ap(task) for row in rows}
     lines: dict[str, dict[str, str]] = {row.name: {"row": row.name} for row in rows}
-    for baseline in BASELINES:
+    for baseline, known_as in BASELINES.items():
         own, published = differences(ours, baseline), differences(theirs, baseline)
         if not own and not published:
             continue
         for name, line in lines.items():
             cell = [f"{own[name]:+.1f}"] if name in own else []
             cell += [f"({published[name]:+.1f})"] if name in published else []
-            line[f"AP - AP of {BASELINE_NAMES[baseline]}"] = " ".join(cell) or "-"
+            line[f"AP - AP of {known_as}"] = " ".join(cell) or "-"
     return [line for line in lines.values() if set(list(line.values())[1:]) - {"-"}]
 
 

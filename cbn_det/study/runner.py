@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ..progress import Bars, say
 from ..run.files import read_result
+from ..run.signals import handled
 from .child import STOP_SECONDS
 from .plan import Run
 from .processes import Process
@@ -59,13 +60,10 @@ def visible_gpus() -> list[str]:
 
 
 class Places:
-    """Places for the processes of runs side by side, each with a GPU where there are any.
+    """Places for `number` processes side by side, each with a GPU where there are any.
 
-    With more processes than GPUs, GPUs are shared.
-
-    Args:
-        number: of processes side by side.
-        gpus: names for CUDA_VISIBLE_DEVICES; none: runs that use no GPU.
+    With more processes than GPUs, GPUs are shared. `gpus` are names for CUDA_VISIBLE_DEVICES, which
+    is left alone where there are none.
     """
 
     def __init__(self, number: int, gpus: Sequence[str] = ()) -> None:
@@ -111,11 +109,7 @@ def run_all(
     one resumes from its last checkpoint. A run that ends badly is an outcome, never an exception.
 
     Args:
-        runs: what to run.
-        jobs: single-rank runs side by side; one with more ranks takes as many places, and runs
-            alone where there are fewer.
-        gpus: names for CUDA_VISIBLE_DEVICES, shared out among the runs, one a rank as far as there
-            are; none: it is left alone.
+        jobs, gpus: see :class:`Places`.
         submit: starts a run elsewhere, or finds it running there, in place of a process here.
 
     Raises:
@@ -180,17 +174,15 @@ def _end_all(active: list[Active]) -> None:
         nonlocal hurry
         hurry = True
 
-    previous = {s: signal.signal(s, again) for s in (signal.SIGINT, signal.SIGTERM)}
-    ending = [process for process in active if process.stop()]
-    deadline = time.monotonic() + STOP_SECONDS
-    if not all(process.ended() for process in ending):
-        say("waiting for the last checkpoints; Ctrl-C again ends everything at once")
-    while not hurry and time.monotonic() < deadline and not all(p.ended() for p in ending):
-        time.sleep(0.05)
-    for process in ending:
-        process.kill()
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    with handled(again, signal.SIGINT, signal.SIGTERM):
+        ending = [process for process in active if process.stop()]
+        deadline = time.monotonic() + STOP_SECONDS
+        if not all(process.ended() for process in ending):
+            say("waiting for the last checkpoints; Ctrl-C again ends everything at once")
+        while not hurry and time.monotonic() < deadline and not all(p.ended() for p in ending):
+            time.sleep(0.05)
+        for process in ending:
+            process.kill()
 
 
 def as_asked_for(run: Run, result: dict) -> dict:

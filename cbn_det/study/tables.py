@@ -6,13 +6,13 @@ column for each. A column in which no row has a number is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
 
-from .plan import Run, Split
+from .plan import Split
 from .results import AP_COLUMNS, OF_CLASS, TASKS, Measured, Spread
 
 TASK_NAMES = {"bbox": "", "segm": "mask "}
@@ -238,18 +238,15 @@ def versions(results: list[dict]) -> list[str]:
 
 def text_report(
     rows: list[Measured],
-    results: list[tuple[Run, dict]],
+    results: list[dict],
     title: str,
+    seeds: Sequence[int],
     style: str = "simple",
     config_iterations: int | None = None,
     expected: str = "",
 ) -> str:
-    """All tables as text, and below them seeds, machine and versions of the runs.
-
-    Args:
-        style: a format of tabulate.
-        config_iterations, expected: see :func:`notes`.
-    """
+    """All tables as text, and below them seeds, machine and versions of the runs; `style` is a
+    format of tabulate, and for the rest see :func:`notes`."""
     parts = [title]
     for table in make_tables(rows):
         lines = table.lines
@@ -260,10 +257,6 @@ def text_report(
             ]
         text = tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
         parts += [table.heading, text]
-    below = notes(rows, config_iterations, expected)
-    seeds = sorted({run.seed for run, _ in results if run.seed is not None})
-    made = [f"seeds {' '.join(map(str, seeds))}"] if seeds else []
-    found = [result for _, result in results]
-    if made := "; ".join([*made, *machines(found), *versions(found)]):
-        below.append(f"Made with: {made}.")
+    made = [f"seeds {' '.join(map(str, sorted(seeds)))}", *machines(results), *versions(results)]
+    below = [*notes(rows, config_iterations, expected), f"Made with: {'; '.join(made)}."]
     return "\n\n".join([*parts, "\n".join(below)]) + "\n"
