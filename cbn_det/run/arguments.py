@@ -17,11 +17,11 @@ examples
     cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/cbn \\
         MODEL.FPN.NORM "CBN(window=8)" MODEL.ROI_BOX_HEAD.NORM GN
 
-  BatchNorm, and fixed statistics of many images from half of the schedule on (one or two images a
-  GPU; any norm that folds takes freeze):
+  BatchNorm, and fixed statistics of many images from 80 % of the schedule on (one or two images
+  a GPU; any norm that folds takes freeze):
     cbn-det train quickstart/faster_rcnn_R_18_FPN_digits_cbn OUTPUT_DIR out/frozen \\
-        MODEL.RESNETS.NORM "BN(freeze=0.5)" MODEL.FPN.NORM "BN(freeze=0.5)" \\
-        MODEL.ROI_BOX_HEAD.NORM "BN(freeze=0.5)"
+        MODEL.RESNETS.NORM "BN(freeze=0.8)" MODEL.FPN.NORM "BN(freeze=0.8)" \\
+        MODEL.ROI_BOX_HEAD.NORM "BN(freeze=0.8)"
 
   Your own images, with annotations in COCO format (also wants MODEL.ROI_HEADS.NUM_CLASSES):
     cbn-det train my.yaml \\
