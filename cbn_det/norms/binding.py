@@ -17,20 +17,10 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from .conv_call import (
-    ConvCall,
-    call_by,
-    computed_weight,
-    mismatch,
-    operation_of,
-    past_hooks,
-    saved,
-)
+from .conv_call import ConvCall, call_by, computed_weight, mismatch, operation_of, saved
 from .conv_statistics import ConvGeometry
 from .functional import statistics_dtype
 from .recalibration import in_backward
-
-__all__ = ["NOTHING_SEEN", "ConvBound", "install", "past_hooks"]
 
 # Forwards whose numbers are read, which waits for the device: two that agree are proof, the others
 # are constant.

@@ -68,25 +68,10 @@ class KN2d(Predicting, SmallBatchNorm2d):
         ValueError: an option out of range.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        gain: float = DEFAULT_GAIN,
-        freeze: float = 1.0,
-        ema: str = "pooled",
-        momentum: float | None = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
-    ) -> None:
-        own = {"freeze": freeze, "ema": ema, "momentum": momentum, "eps": eps, "affine": affine}
-        super().__init__(num_features, **own, **factory)
+    def __init__(self, num_features: int, *, gain: float = DEFAULT_GAIN, **shared: Any) -> None:
+        super().__init__(num_features, **shared)
         self._start_predicting(num_features, gain)
         self._input: Tensor | None = None  # during a forward
-
-    def options(self) -> dict[str, Any]:
-        return {"gain": self.gain} | super().options()
 
     @property
     def batch_share(self) -> float:
@@ -119,7 +104,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
     def estimate(self, batch: Moments) -> Estimate:
         prediction = None if self.is_batchnorm else self._predict(self._input, batch.mean)
         if prediction is None:
-            return Estimate(batch.mean, batch.var, 1.0)
+            return super().estimate(batch)
         return self._mixed(prediction, batch.mean, batch.var)
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
