@@ -89,7 +89,10 @@ def short(path: Path) -> str:
 
 def norm_of(row: Path) -> str:
     """The row's norm as a config names it."""
-    name = row.stem.rpartition("_")[0]
+    name, _, images = row.stem.rpartition("_")
+    if name == "cbn" and "authors" not in row.parent.name:  # the paper's rule
+        window = min(math.ceil(16 / int(images.removesuffix("img"))), 8)
+        return f"CBN(window={window})"
     return AUTHORS[name] if "authors" in row.parent.name and name in AUTHORS else SPECS[name]
 
 
