@@ -76,7 +76,7 @@ def dispatch_bound() -> Rows:
 
 
 def with_recovered(name: str) -> Rows:
-    """Rows of ``benchmarks/emulated_ranks.py`` on digits, beside BN of the batch-size comparison."""
+    """Rows of emulated ranks on digits, beside BN of the batch-size comparison."""
     of_bn = {r["ranks x images"]: r for r in read(RESULTS / "batch_size.csv") if r["norm"] == "BN"}
     most = float(of_bn["1 x 8"]["AP"])
     table = []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 pytestmark = pytest.mark.detectron2
 
@@ -220,17 +221,15 @@ def test_precise_bn_only_reads_what_is_remembered(zoo, name):
         assert now["steps"] == memory[key]["steps"]
         assert now["forwards"] == memory[key]["forwards"]
         assert now["pushed"] == memory[key]["pushed"] == 3
-        for part in ("rows", "stacked", "kept", "older"):
-            _assert_same(now[part], memory[key][part])
+        torch.testing.assert_close(_stores(now), _stores(memory[key]), rtol=0, atol=0)
     assert {m.momentum for m in layers.values()} == {0.1}
     zoo.train(model, 1)  # the buffers that fvcore put in place are trained on
     assert {len(m.memory) for m in layers.values()} == {3}
 
 
-def _assert_same(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:
-    assert now.keys() == then.keys() and now.keys()
-    for key, value in now.items():
-        assert torch.equal(value, then[key]), key
+def _stores(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a saved memory that are of iterations before the present one."""
+    return {part: state[part] for part in ("rows", "stacked", "kept", "older")}
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "fvcore"])
@@ -755,13 +754,9 @@ def test_bfloat16_autocast(zoo):
         assert all(term.isfinite() for term in terms.values())
     layers = zoo.cbn_layers(model)
     assert {len(m.memory) for m in layers.values()} == {1}
-    rows = [
-        row
-        for m in layers.values()
-        for part, row in m.memory_state_dict().items()
-        if part in ("pending", "stacked", "kept", "rows", "older")
-    ]
-    assert {value.dtype for row in rows for value in row.values()} == {torch.float32}
+    states = [m.memory_state_dict() for m in layers.values()]
+    stores = [[*_stores(state).values(), state["pending"]] for state in states]
+    assert {value.dtype for value in tree_leaves(stores)} == {torch.float32}
     assert {m.running_var.dtype for m in layers.values()} == {torch.float32}
     seen = []
     stem = model.backbone.bottom_up.stem.conv1

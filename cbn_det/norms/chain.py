@@ -184,8 +184,10 @@ class Chained:
                     return
             if chain is None and found.reason == COMPILED:
                 _warn_of_compilation()
+        # a parameter that no module is known to hold could be replaced without a trace
+        unsure = any(held.module is None for held in found.held())
         self.__dict__["_known"] = _Known(
-            found, scope, _revision, clock.now(), thread.tracing, repeated
+            found, scope, _revision, clock.now(), thread.tracing, repeated, unsure
         )
 
     # ---- copies ----

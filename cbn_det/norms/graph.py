@@ -228,9 +228,7 @@ class _Walk:
         return variable if isinstance(variable, nn.Parameter) else None
 
     def _held(self, parameter: Tensor) -> Held:
-        if id(parameter) not in self._owners:
-            raise _ChainEnds("a parameter of no module whose forward is running")
-        return Held(*self._owners[id(parameter)])
+        return Held(parameter, *self._owners.get(id(parameter), (None,)))
 
     @cached_property
     def _owners(self) -> dict[int, tuple[nn.Module, str]]:

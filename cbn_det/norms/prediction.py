@@ -34,13 +34,19 @@ class Unusable(Exception):
     """A parameter that nothing can be predicted with as it is now; carries the reason."""
 
 
-@dataclass(frozen=True)
 class Held:
-    """A parameter, as the module that holds it under ``name`` has it at each use: what replaces it
-    (pruning, FSDP, an assignment) counts from then on."""
+    """A parameter, as the module that holds it has it at each use: what replaces it (pruning, FSDP,
+    an assignment) counts from then on.
 
-    module: nn.Module
-    name: str
+    Args:
+        parameter: as it was found.
+        module: that holds it; None where nobody knows, and then it stays as it was found.
+        name: under which the module holds it.
+    """
+
+    def __init__(self, parameter: Tensor, module: nn.Module | None, name: str = "") -> None:
+        self.module, self.name = module, name
+        self._parameter = parameter if module is None else None
 
     def now(self) -> Tensor:
         """The parameter.
@@ -48,13 +54,22 @@ class Held:
         Raises:
             Unusable: the module computes it now, or it is distributed.
         """
+        if self.module is None:
+            return self._parameter
         value = self.module._parameters.get(self.name)
         if value is None:
             raise Unusable(f"the {self.name} is computed")
         return _whole(value)
 
+    @property
+    def identity(self) -> tuple[Any, str]:
+        """Equal for equal parameters."""
+        return id(self._parameter if self.module is None else self.module), self.name
+
     def describe(self, names: Names) -> str:
-        return names.get(id(self.module), _ELSEWHERE)
+        if self.module is not None:
+            return names.get(id(self.module), _ELSEWHERE)
+        return names.get(id(self._parameter), "?").removesuffix(".weight")
 
 
 def _whole(value: Tensor | None) -> Tensor | None:
@@ -99,10 +114,15 @@ class Expression:
         for part in self.sources:
             yield from part.walk()
 
+    def held(self) -> Iterator[Held]:
+        """The parameters in it, those of norm layers aside that it knows as modules."""
+        for part in self.walk():
+            yield from part.parameters
+
     def modules(self) -> Iterator[nn.Module]:
         """Those in it."""
+        yield from (held.module for held in self.held() if held.module is not None)
         for part in self.walk():
-            yield from (held.module for held in part.parameters)
             yield from (value for value in part.options if isinstance(value, nn.Module))
 
     def made_of(self) -> Iterator[Tensor]:

@@ -54,7 +54,8 @@ class _Layout:
 
     def _unique(self, part: Expression) -> Expression:
         sources = tuple(map(self._unique, part.sources))
-        key = (type(part), part.options, part.parameters, *map(id, sources))
+        own = (held.identity for held in part.parameters)
+        key = (type(part), part.options, *map(id, sources), *own)
         if key not in self._known:
             self._known[key] = part = type(part)(part.width, sources, part.parameters, part.options)
             depth = max((self._depths[source] for source in sources), default=0)
