@@ -400,8 +400,21 @@ def test_a_norm_key_of_another_project_counts_as_used_by_a_layer_at_no_known_pla
     cfg.MODEL.MY_HEAD = CfgNode({"NORM": "CBN(window=6)"})
     mine, another = get_norm("CBN(window=6)", 8), get_norm("BGN", 8)
     assert registered.unused_norms(cfg, nn.ModuleDict({"my_head": mine})) == []
-    for model in ({"backbone": nn.Sequential(mine)}, {"my_head": another}):
-        assert registered.unused_norms(cfg, nn.ModuleDict(model)) == ["MODEL.MY_HEAD.NORM"]
+    backbone = nn.ModuleDict({"backbone": nn.Sequential(mine)})
+    assert registered.unused_norms(cfg, backbone) == []  # a backbone of the project's own
+    cfg.MODEL.RESNETS.NORM = "CBN"
+    for model in (backbone, nn.ModuleDict({"my_head": another})):
+        assert "MODEL.MY_HEAD.NORM" in registered.unused_norms(cfg, model)
+
+
+def test_norms_that_freeze_at_has_replaced_count_as_used(registered):
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "CBN", 5
+    assert registered.unused_norms(cfg, build_model(cfg)) == []
 
 
 def test_without_detectron2_register_says_so_and_the_norms_work():

@@ -3,8 +3,8 @@
 Sets are checked as training would check them, and whether images are in both. ROOT is the folder
 that the environment variable DETECTRON2_DATASETS names, or coco/ in it:
 
-  ROOT/coco/annotations/instances_train2017.json   ROOT/coco/train2017/*.jpg   (118287)
-  ROOT/coco/annotations/instances_val2017.json     ROOT/coco/val2017/*.jpg     (5000)
+  ROOT/coco/annotations/instances_train2017.json   ROOT/coco/train2017/*.jpg
+  ROOT/coco/annotations/instances_val2017.json     ROOT/coco/val2017/*.jpg
 
 Every annotation and the existence of every image are checked, 5000 images of each set are decoded
 completely. That takes a few minutes and, for train2017, some GB of memory. Each line says ok, note

@@ -185,7 +185,8 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     def options(self) -> dict[str, Any]:
         """The constructor's options with their present values, as ``type(self)(C, **options)``
         takes."""
-        return {name: getattr(self, name) for name in options_of(type(self))}
+        own = options_of(type(self))
+        return {name: getattr(self, name) for name in own if hasattr(self, name)}
 
     # ---- forward ----
 

@@ -141,7 +141,8 @@ class Chained:
     def _find_chain(self, y: Tensor) -> Conv | None:
         compiling = torch.compiler.is_compiling()
         if not compiling and (self.training or thread.tracing):
-            if self._known is not None and self._known.at != clock.now() and not self._reported:
+            known = self._known is not None and not thread.tracing
+            if known and self._known.at != clock.now() and not self._reported:
                 _report(self._known.scope)
             self._look_for_chain(y)
             if self._known is not None and self._known.repeated and self._known.at == clock.now():

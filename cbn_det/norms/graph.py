@@ -193,23 +193,24 @@ class _Walk:
                 return _over(kind, source, parameters=(self._held(parameter),))
         if multiplies:
             raise _ChainEnds("no rule for a product of activations")
+        for edge, other in ((left, right), (right, left)):
+            if _is_nothing(edge):
+                return self._expression(other)
         return _over(nodes.Sum, self._expression(left), self._expression(right))
 
     def _multiplied(self, node: Any, edges: list[Any]) -> Expression:
         """A product with, or quotient by, a number or a mask of mean 1."""
-        left, right = edges
-        divides = _operation(node) == "Div"
-        if right is not None and (divides or left is not None):
-            raise _ChainEnds("no rule for a quotient or product of activations")
-        factor = saved(node, "other" if right is None else "self")
-        if factor is None:
-            raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
-        source = self._expression(left if right is None else right)
-        if not divides and _is_mask(factor, node):
-            return source
+        factor, source = _constant_factor(node, edges)
+        if _is_mask(factor, node):
+            return self._expression(source)
+        before = _edges(source) if source and _operation(source) in ("Mul", "Div") else ()
+        if None in before:  # drop path in two steps: x / keep * mask
+            inner, first = _constant_factor(source, before)
+            if not _is_mask(inner, node) and _is_mask(factor * inner, node):
+                return self._expression(first)
         if factor.numel() == 1 and factor != 0:
-            number = float(1.0 / factor if divides else factor)
-            return _over(nodes.Scaled, source, options=(number,))
+            number = float(factor)
+            return _over(nodes.Scaled, self._expression(source), options=(number,))
         raise _ChainEnds("a product with a tensor that is no mask of dropout")
 
     def _other_norm(self, edges: list[Any]) -> Expression:
@@ -264,6 +265,26 @@ def running_modules() -> Iterator[nn.Module]:
             if isinstance(running, nn.Module):
                 yield running
         frame = frame.f_back
+
+
+def _constant_factor(node: Any, edges: list[Any]) -> tuple[Tensor, Any]:
+    """What has no gradient in a product or quotient, as a factor, and the edge of what has."""
+    left, right = edges
+    divides = _operation(node) == "Div"
+    if right is not None and (divides or left is not None):
+        raise _ChainEnds("no rule for a quotient or product of activations")
+    factor = saved(node, "other" if right is None else "self")
+    if factor is None:
+        raise _ChainEnds("a product with a tensor that was changed since, or is checkpointed")
+    return (1.0 / factor if divides else factor), left if right is None else right
+
+
+def _is_nothing(node: Any) -> bool:
+    """Whether an edge is ``x.sum() * 0``, which keeps unused parameters in a graph."""
+    if node is None or _operation(node) != "Mul" or node._input_metadata[0].shape:
+        return False
+    edges = _edges(node)
+    return None in edges and not bool(_constant_factor(node, edges)[0].any())
 
 
 def _is_mask(factor: Tensor, node: Any) -> bool:

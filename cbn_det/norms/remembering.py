@@ -267,6 +267,8 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         Raises:
             ValueError: says what differs.
         """
+        if state.keys() != self.memory_state_dict().keys():
+            raise ValueError("the saved memory is of another version of this package")
         if state["capacity"] != self.memory.capacity:
             raise ValueError(
                 f"the saved memory has window={state['capacity'] + 1}, this layer has"

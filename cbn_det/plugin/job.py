@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -132,6 +132,10 @@ class Detectron2Job(Job):
         record = DatasetCatalog.get(self.cfg.DATASETS.TEST[0])[0]
         sample = DatasetMapper(self.cfg, is_train=False)(dict(record))
         return FlopCountAnalysis(model, [{"image": sample["image"]}])
+
+    def test_files(self) -> tuple[Path, Path]:
+        metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
+        return Path(metadata.json_file), Path(metadata.get("image_root") or "")
 
     def verify(self, results: dict[str, Any]) -> bool:
         try:

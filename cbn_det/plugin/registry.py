@@ -17,7 +17,7 @@ from typing import Any
 
 import detectron2.layers.batch_norm as home
 from detectron2.config import CfgNode
-from detectron2.layers import CycleBatchNormList
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Size, Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -236,17 +236,23 @@ def norms_in_use(cfg: CfgNode) -> dict[str, str]:
 
 def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     """The config keys in use that name one of our norms, but of which the model has no layer:
-    neither where the key's layers are nor at a place that belongs to no key of `NORM_KEYS`.
+    neither where the key's layers are nor at a place whose own key does not name this norm. Layers
+    that ``FREEZE_AT`` has made FrozenBatchNorm count.
 
     Some heads take no norm, and some code compares names and falls through to "no norm" for those
     it does not know; nothing else would tell.
     """
     unused = []
+    names = {key: parse_spec(norm)[0] if norm else "" for key, norm in norms_in_use(cfg).items()}
     for key, norm in norms_in_use(cfg).items():
-        name = parse_spec(norm)[0] if norm else ""
+        name = names[key]
         if name in known_norms() and norm not in DETECTRON2_NORMS:
-            layers = [n for n, m in model.named_modules() if isinstance(m, norm_class(name))]
-            if not any(site_of(layer) in (key, "") for layer in layers):
+            others = {other for other, of_other in names.items() if of_other == name} - {key}
+            sites = {
+                site_of(n) for n, m in model.named_modules() if isinstance(m, norm_class(name))
+            }
+            frozen = (n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d))
+            if not (sites - others or key in map(site_of, frozen)):
                 unused.append(key)
     return unused
 

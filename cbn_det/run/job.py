@@ -19,6 +19,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from ..data import CocoReport
+from ..data.coco_api import class_names
 from ..norms import image_share
 from ..norms.freeze import with_freeze
 from . import folder as run_folder
@@ -154,6 +155,11 @@ class Job(ABC):
     def analyse_flops(self, model: nn.Module) -> FlopCountAnalysis:
         """fvcore's count of the model on the first test image."""
 
+    def test_files(self) -> tuple[Path, Path]:
+        """Annotation file and image folder of the first test set, known once it was evaluated."""
+        report = self.sets[self.cfg.DATASETS.TEST[0]]
+        return report.annotations, report.images
+
     def start(self) -> None:
         """Takes the folder over from the run before, once nothing can be refused any more: a
         forgotten argument costs nobody a finished training."""
@@ -270,11 +276,10 @@ class Job(ABC):
             if names:
                 self.result["flops"] = count_flops(model, self.analyse_flops)
                 try:
-                    report = self.sets[names[0]]
-                    annotations, images = report.annotations, report.images
+                    annotations, images = self.test_files()
                     # for whoever loads the model: names of classes, and images to try it on
                     known = {"annotations": str(annotations), "images": str(images)}
-                    self.result["test_set"] = {**known, "classes": report.class_names}
+                    self.result["test_set"] = {**known, "classes": class_names(annotations)}
                     write_all_pictures(self.output, annotations, images, self.trainer)
                 except Exception:  # a model without instances, a broken font: not the run's failure
                     logger.exception("no pictures of predictions")
