@@ -53,7 +53,7 @@ from cbn_det.run.files import write_text
 from cbn_det.run.measure import machine
 from cbn_det.run.precise_bn import recompute_statistics
 from cbn_det.study.plan import Split
-from cbn_det.study.recipes import RECIPES, norm_keys, norm_words
+from cbn_det.study.recipes import RECIPES, norm_keys, norm_words, schedule
 
 #: images, of all ranks, that statistics are computed over
 RECOMPUTED_OVER = 200
@@ -132,15 +132,12 @@ def batchnorm_until(norm: str, iterations: int) -> int:
 def build(
     kind: type[EmulatedTrainer], norm: str, split: Split, seed: int, output: Path, args: Any
 ) -> Any:
-    recipe = RECIPES[args.recipe]
-    config = find_config(args.config_file or str(recipe.config))
-    keys = norm_keys(
-        Path(args.config_file) if args.config_file else None, args.recipe, "detectron2"
-    )
-    words: list[Any] = [*norm_words(keys, norm), "SEED", seed, "OUTPUT_DIR", output]
+    own = Path(find_config(args.config_file)) if args.config_file else None
+    config = str(own or RECIPES[args.recipe].config)
+    words: list[Any] = norm_words(norm_keys(own, args.recipe, "detectron2"), norm)
+    words += [*schedule(Path(config), args.iters), "SEED", seed, "OUTPUT_DIR", output]
     words += ["SOLVER.IMS_PER_BATCH", split.total, "SOLVER.BASE_LR", RATE]
-    words += ["SOLVER.MAX_ITER", args.iters, "SOLVER.STEPS", (int(args.iters * 0.8),)]
-    words += ["SOLVER.WARMUP_ITERS", round(args.iters / 12), "SOLVER.CHECKPOINT_PERIOD", 10**6]
+    words += ["SOLVER.CHECKPOINT_PERIOD", 10**6]
     words += ["TEST.EVAL_PERIOD", 0, "TEST.PRECISE_BN.ENABLED", False]
     words += ["TEST.PRECISE_BN.NUM_ITER", RECOMPUTED_OVER // split.total, *args.opts]
     cfg = read_config(config, list(map(str, words)))
@@ -182,8 +179,8 @@ def train(norm: str, start: int, split: Split, seed: int, shared: Path, args: An
         row = {"norm": norm, "split": str(split), "seed": seed, "start": start}
         row |= {"AP": found["AP"], "AP50": found["AP50"], "precise": None}
         with EventStorage():
-            batches = RECOMPUTED_OVER // split.total
-            if recompute_statistics(trainer.bare_model, trainer.batches(), batches):
+            count = trainer.cfg.TEST.PRECISE_BN.NUM_ITER
+            if recompute_statistics(trainer.bare_model, trainer.batches(), count):
                 row["precise"] = trainer.evaluate()["bbox"]["AP"]
     return row
 
