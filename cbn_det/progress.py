@@ -33,6 +33,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
+        self._said: dict[str, str] = {}
         self._last = 0.0
 
     def due(self) -> bool:
@@ -47,7 +48,10 @@ class Bars:
             self._bars.pop(name).close()
         for name, (done, total, text) in states.items():
             if not sys.stderr.isatty():
-                say(f"{name}: {done}/{total or '?'} {text}")
+                line = f"{name}: {done}/{total or '?'} {text}"
+                if self._said.get(name) != line:
+                    say(line)
+                self._said[name] = line
                 continue
             if name not in self._bars:
                 self._bars[name] = tqdm(desc=name, bar_format=_BAR, leave=False, dynamic_ncols=True)

@@ -411,6 +411,17 @@ def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
     assert not drawn[-1].strip(), "they are gone at the end"
 
 
+def test_without_a_terminal_a_line_is_said_once(monkeypatch, capsys) -> None:
+    bars = progress.Bars()
+    for done in (0, 0, 20):
+        bars.show({"GN": (done, 40, "starting"), "BN": (0, None, "starting")})
+    assert capsys.readouterr().out.splitlines() == [
+        "GN: 0/40 starting",
+        "BN: 0/? starting",
+        "GN: 20/40 starting",
+    ]
+
+
 def test_plain_progress_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
     compare(make_plan(tmp_path, ["GN"]), jobs=1)

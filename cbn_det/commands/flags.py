@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..run.arguments import add_datasets
+from ..run.cores import usable_cores
 from ..study.plan import Run
 from ..study.recipes import RECIPES
 from ..study.runner import Active, visible_gpus
@@ -112,7 +112,7 @@ def places(args: argparse.Namespace, on_gpu: bool, runs: Sequence[Run]) -> dict[
     submit = submitter(args, on_gpu)
     gpus = (args.gpus or visible_gpus()) if on_gpu and not submit else []
     everything = sum(run.ranks for run in runs) if submit else 0
-    jobs = args.jobs or everything or len(gpus) or os.cpu_count() or 1
+    jobs = args.jobs or everything or len(gpus) or usable_cores()
     return {"jobs": jobs, "gpus": gpus, "submit": submit}
 
 

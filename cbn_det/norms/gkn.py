@@ -24,7 +24,7 @@ from .base import SmallBatchNorm2d, check_groups
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
 from .graph import mark
 from .posterior import DEFAULT_GAIN, Predicting, posterior
-from .spec import register_norm
+from .spec import register_norm, shown_options
 from .traced import Unscriptable, call_in_graph
 
 
@@ -72,8 +72,7 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
         return {"groups": self.num_groups, "gain": gain, "eps": eps, "affine": affine}
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
-        return f"{self.num_channels}, {options}"
+        return f"{self.num_channels}, {shown_options(self)}"
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

@@ -20,9 +20,10 @@ from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..run import folder as run_folder
+from ..run.cores import usable_cores
 from ..run.errors import STOPPED, USAGE, ConfigError, one_line
 from ..run.files import read_result
-from ..run.measure import usable_cores
+from ..run.signals import handled
 from ..run.trial import Trial
 from . import job
 from .config import build_config
@@ -145,10 +146,10 @@ def _wait(context: Any) -> tuple[int, str]:
         for process in context.processes:
             process.terminate()  # they save and stop; SIGINT twice would stop them at once
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not context.join(grace_period=_GRACE_SECONDS):
-            pass
+        with handled(pass_on, signal.SIGINT, signal.SIGTERM):
+            while not context.join(grace_period=_GRACE_SECONDS):
+                pass
     except mp.ProcessExitedException as error:
         if interrupted:
             return STOPPED, ""
@@ -157,9 +158,6 @@ def _wait(context: Any) -> tuple[int, str]:
         return error.exit_code, ""
     except mp.ProcessRaisedException as error:
         return 1, str(error).strip()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0, ""
 
 

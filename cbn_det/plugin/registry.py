@@ -242,19 +242,21 @@ def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     Some heads take no norm, and some code compares names and falls through to "no norm" for those
     it does not know; nothing else would tell.
     """
-    unused = []
-    names = {key: parse_spec(norm)[0] if norm else "" for key, norm in norms_in_use(cfg).items()}
-    for key, norm in norms_in_use(cfg).items():
-        name = names[key]
-        if name in known_norms() and norm not in DETECTRON2_NORMS:
-            others = {other for other, of_other in names.items() if of_other == name} - {key}
-            sites = {
-                site_of(n) for n, m in model.named_modules() if isinstance(m, norm_class(name))
-            }
-            frozen = (n for n, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d))
-            if not (sites - others or key in map(site_of, frozen)):
-                unused.append(key)
-    return unused
+    norms = norms_in_use(cfg)
+    names = {key: parse_spec(norm)[0] if norm else "" for key, norm in norms.items()}
+    found = [(type(module), site_of(place)) for place, module in model.named_modules()]
+
+    def is_used(key: str) -> bool:
+        cls = norm_class(names[key])
+        others = {other for other, name in names.items() if name == names[key]} - {key}
+        return any(
+            site == key if issubclass(kind, FrozenBatchNorm2d) else site not in others
+            for kind, site in found
+            if issubclass(kind, (cls, FrozenBatchNorm2d))
+        )
+
+    ours = [k for k, n in norms.items() if names[k] in known_norms() and n not in DETECTRON2_NORMS]
+    return [key for key in ours if not is_used(key)]
 
 
 def site_of(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import resource
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+from .cores import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,6 @@ def machine(on_gpu: bool) -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
     }
-
-
-def usable_cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from ..run.cores import usable_cores
 from ..run.errors import USAGE
 from ..run.files import RESULT, read_result
 from ..run.signals import handled
@@ -62,8 +63,7 @@ class Process:
         log: str = "console.log",
     ) -> None:
         self._run = run
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = str(max(1, (cores or 1) // sharing))
+        threads = str(max(1, usable_cores() // sharing))
         env = source_environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # GNU OpenMP's threads wait for each other in a loop, for most of a core where something
         # else runs too: 12 convolutions with two threads on two busy cores took 5.7 s instead of
