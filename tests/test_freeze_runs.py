@@ -1,4 +1,4 @@
-"""``freeze`` in the trainers of both engines, and in detectron2's own."""
+"""``freeze``, and SyncBN's ``start``, in the trainers of both engines, and in detectron2's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FROZEN = (
 )
 
 
-def detectron2_trainer(inputs: Path, output: Path) -> Any:
+def detectron2_trainer(inputs: Path, output: Path, words: tuple[str, ...] = FROZEN) -> Any:
     from detectron2.utils import comm
 
     from cbn_det.plugin.config import build_config
     from cbn_det.plugin.datasets import prepare_datasets
     from cbn_det.plugin.trainer import Trainer
 
-    args = parsed(inputs, output, *FROZEN)
+    args = parsed(inputs, output, *words)
     cfg, _ = build_config(args, comm.get_world_size())
     prepare_datasets(cfg, args.coco_dataset)
     output.mkdir(exist_ok=True)
@@ -95,6 +95,41 @@ def _statistics_of_a_rank(rank: int, world: int, inputs: Path, folder: Path) -> 
     norms = [m for m in trainer.bare_model.modules() if getattr(m, "frozen", False)]
     assert len(norms) == 8 + 1
     return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+
+
+STARTED = (*FROZEN, "MODEL.FPN.NORM", "SyncBN(start=0.5)", "MODEL.ROI_BOX_HEAD.NORM", "")
+
+
+def _synchronised(rank: int, world: int, inputs: Path, folder: Path) -> list[Any]:
+    from detectron2.utils import comm
+
+    comm.create_local_process_group(world)
+    trainer = detectron2_trainer(inputs, folder / "whole", STARTED)
+    trainer.train()
+    if rank == 0:
+        (folder / "broken").mkdir()
+        shutil.copy(_checkpoint(folder / "whole", 2), folder / "broken")
+        (folder / "broken" / "last_checkpoint").write_text("model_0000002.pth")
+        shutil.copy(folder / "whole" / "metrics.json", folder / "broken")
+    comm.synchronize()
+    again = detectron2_trainer(inputs, folder / "broken", STARTED)
+    again.resume_or_load(resume=True)
+    layers = [m for m in again.bare_model.modules() if hasattr(m, "started")]
+    found = [[layer.started for layer in layers]]
+    again.train()
+    found.append([layer.started for layer in layers])
+    state = trainer.bare_model.state_dict()
+    assert same(again.bare_model.state_dict(), state)
+    return [*found, {key: value for key, value in state.items() if "running" in key}]
+
+
+@pytest.mark.detectron2
+def test_ranks_synchronise_from_the_start_on_and_resume_exactly(
+    inputs: Path, tmp_path: Path
+) -> None:
+    first, second = run_ranks(_synchronised, 2, tmp_path / "ranks", inputs, tmp_path)
+    assert first[:2] == second[:2] == [[False] * 8, [True] * 8]
+    assert same(first[2], second[2])
 
 
 @pytest.mark.detectron2

@@ -82,12 +82,13 @@ def test_without_a_share_it_is_that_of_training():
     with image_share(layer, images_per_gpu=2, world_size=8):
         out = layer(x[:1]).detach().numpy()
     np.testing.assert_allclose(out, mixed(layer, x[:1], 0.5), rtol=1e-9, atol=1e-9)
-    synced = nn.SyncBatchNorm(4).eval().double()
-    synced.load_state_dict(layer.state_dict())
-    with image_share(synced, images_per_gpu=2, world_size=8) as names:
-        assert names == [""]
-        out = synced(x[:1]).detach().numpy()
-    np.testing.assert_allclose(out, mixed(layer, x[:1], 1 / 16), rtol=1e-9, atol=1e-9)
+    for synced in (nn.SyncBatchNorm(4), build_norm("SyncBN(start=0.5)", 4)):
+        synced = synced.eval().double()
+        synced.load_state_dict(layer.state_dict())
+        with image_share(synced, images_per_gpu=2, world_size=8) as names:
+            assert names == [""]
+            out = synced(x[:1]).detach().numpy()
+        np.testing.assert_allclose(out, mixed(layer, x[:1], 1 / 16), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("spec", NORMS[1:4] + ["MBN(burn_in=0, window=3, decay=1.0)"])

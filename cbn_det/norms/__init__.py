@@ -40,6 +40,7 @@ from .spec import (
     register_norm,
     try_norm,
 )
+from .sync_bn import SyncBN2d
 from .trace import find_chain, find_chain_at_call
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Moments",
     "NormRow",
     "SmallBatchNorm2d",
+    "SyncBN2d",
     "build_norm",
     "check_bindings",
     "convert_norm",

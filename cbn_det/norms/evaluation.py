@@ -72,7 +72,7 @@ def image_share(
         own = share
         if own is None:
             own = _batch_share(layer) / images_per_gpu
-            own /= world_size if "SyncBatchNorm" in type(layer).__name__ else 1
+            own /= world_size if "Sync" in type(layer).__name__ else 1
         if own > 0.0:
             handles.append(layer.register_forward_hook(partial(_weighed, own)))
             names.append(name)

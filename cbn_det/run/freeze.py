@@ -1,4 +1,5 @@
-"""When the statistics of norms with ``freeze`` are computed anew for the last time."""
+"""What norms do at a time of the schedule: ``freeze``, for which statistics are computed anew for
+the last time, and SyncBN's ``start``."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from typing import Any
 from torch import nn
 
 from ..norms.freeze import Freezable, with_freeze
+from ..norms.sync_bn import with_start
 from .precise_bn import recompute_statistics
 
 logger = logging.getLogger(__name__)
 
 
 class FreezeStatistics:
-    """Freezes the norms of a model that have the option ``freeze``, when their time has come::
+    """Freezes the norms of a model that have the option ``freeze``, when their time has come, and
+    starts those that have ``start``::
 
         freeze = FreezeStatistics(model, max_iter, lambda: batches(train_set))
         for i in range(max_iter):
@@ -43,6 +46,9 @@ class FreezeStatistics:
         self._layers = list(with_freeze(model).values())
         for layer in self._layers:
             layer.freeze_steps = round(layer.freeze * max_iter)
+        self._starting = with_start(model)
+        for layer in self._starting:
+            layer.start_steps = round(layer.start * max_iter)
 
     def due(self, iteration: int) -> list[Freezable]:
         """The layers to be frozen before an iteration. A resumed training may be past their
@@ -58,6 +64,8 @@ class FreezeStatistics:
         Raises:
             ValueError: ``batches`` ended early.
         """
+        for layer in self._starting:
+            layer.started = iteration >= layer.start_steps
         due = self.due(iteration)
         if due:
             # a frozen part of the model (FREEZE_AT, eval()) keeps its statistics

@@ -1,0 +1,134 @@
+"""BatchNorm first, SyncBatchNorm for the last part of training.
+
+With one or two images a rank the statistics of all ranks' images are nearer to those that a model
+is tested with. They cost a collective in each layer's forward and backward pass. The CBN paper
+(arXiv 2002.05712, Table 7) reports that the last third of training is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
+
+from . import clock
+from .base import Forward, is_number
+from .bn import BN2d
+from .functional import statistics_dtype, without_autocast
+from .recalibration import in_backward
+from .spec import register_norm
+
+
+@register_norm("SyncBN")
+class SyncBN2d(BN2d):
+    """Synchronised Batch Normalization over [N, C, H, W].
+
+    On a GPU the kernels are those of ``nn.SyncBatchNorm``; on a CPU two sums over the ranks are
+    taken. A rank may have an empty input.
+
+    Args:
+        num_features: channels C.
+        start: fraction of the schedule, in [0, 1), before which it is BatchNorm. A training loop
+            says when it has come: :class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers
+            of this package and ``NormHook`` call.
+        freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
+
+    Attributes:
+        start_steps: the iteration that ``start`` comes to; None until it is known.
+        started: whether statistics are of all ranks now.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    start_steps: int | None = None
+
+    def __init__(self, num_features: int, *, start: float = 0.0, **shared: Any) -> None:
+        super().__init__(num_features, **shared)
+        if not (is_number(start) and 0.0 <= start < 1.0):
+            raise ValueError(
+                f"start={start!r}: expected a number in [0, 1), the fraction of the schedule before"
+                " which it is BatchNorm"
+            )
+        self.start = start
+        self.started = start == 0.0
+
+    def _begin(self, input: Tensor, how: Forward) -> None:
+        super()._begin(input, how)
+        if not self.started and self.start_steps is None:
+            clock.warn_once(
+                f"start={self.start!r} of SyncBN layers has no effect: nobody says when that time"
+                " has come. Call cbn_det.run.freeze.FreezeStatistics(model, max_iter,"
+                " batches).before_step(i) before each iteration i."
+            )
+
+    @torch.compiler.disable
+    def _train(self, input: Tensor) -> Tensor:
+        if not (self.started and dist.is_available() and dist.is_initialized()):
+            return super()._train(input)
+        self._check_input_dim(input)
+        how = Forward(torch.is_grad_enabled(), in_backward())
+        self._begin(input, how)
+        momentum, mean, var = self.momentum, self.running_mean, self.running_var
+        if how.repeated or self._unchanged:
+            mean, var = mean.clone(), var.clone()
+        else:
+            self.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / max(float(self.num_batches_tracked), 1.0)
+        before = mean.clone()
+        with without_autocast(input.device):
+            output = self._normalize_over_ranks(input, mean, var, momentum)
+        if self.ema == "pooled" and momentum:
+            # the variance between mini-batches; `mean` has moved by a part of the way
+            var.add_((mean - before).square(), alpha=(1.0 - momentum) / momentum)
+        return output
+
+    def _normalize_over_ranks(
+        self, x: Tensor, mean: Tensor, var: Tensor, momentum: float
+    ) -> Tensor:
+        if x.device.type != "cpu":
+            group, world = dist.group.WORLD, dist.get_world_size()
+            given = x, self.weight, self.bias, mean, var, self.eps, momentum, group, world
+            return SyncBatchNorm.apply(*given)
+        exact = x.to(statistics_dtype(x))
+        count = exact.new_full((1,), x.numel() // x.shape[1])
+        sums = _SumOverRanks.apply(torch.cat((exact.sum((0, 2, 3)), count)))
+        total = sums[-1].clamp(min=1.0)
+        found = sums[:-1] / total
+        centred = exact - found.view(1, -1, 1, 1)
+        spread = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / total
+        with torch.no_grad():
+            unbiased = spread * (total / (total - 1.0).clamp(min=1.0))
+            # not where every rank's input is empty
+            moves = momentum * (sums[-1] > 0).to(sums.dtype)
+            for running, value in ((mean, found), (var, unbiased)):
+                running.lerp_(value.to(running.dtype), moves.to(running.dtype))
+        output = centred * (spread + self.eps).rsqrt().view(1, -1, 1, 1)
+        if self.affine:
+            output = output * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return output.to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the ranks, whose gradient is that of the sum of the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def with_start(model: nn.Module) -> list[SyncBN2d]:
+    """The layers that are, or will be, synchronised from some iteration on."""
+    return [m for m in model.modules() if isinstance(m, SyncBN2d) and m.start > 0.0]
