@@ -32,7 +32,7 @@ DOORS = {
     "norms": "__init__ binding chain convert freeze functional graph numbers recalibration"
     " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
-    "run": "arguments checkpoint command_line detector errors export files"
+    "run": "arguments checkpoint command_line cores detector errors export files"
     " folder freeze job loading measure metrics_file nonfinite precise_bn signals trial",
     "standalone": "detector launch",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm
 
 from . import clock
@@ -127,8 +127,3 @@ class _SumOverRanks(torch.autograd.Function):
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient
-
-
-def with_start(model: nn.Module) -> list[SyncBN2d]:
-    """The layers that are, or will be, synchronised from some iteration on."""
-    return [m for m in model.modules() if isinstance(m, SyncBN2d) and m.start > 0.0]

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..norms import SyncBN2d
 from ..norms.freeze import Freezable, with_freeze
-from ..norms.sync_bn import with_start
 from .precise_bn import recompute_statistics
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class FreezeStatistics:
         self._layers = list(with_freeze(model).values())
         for layer in self._layers:
             layer.freeze_steps = round(layer.freeze * max_iter)
-        self._starting = with_start(model)
+        synced = [m for m in model.modules() if isinstance(m, SyncBN2d)]
+        self._starting = [layer for layer in synced if layer.start > 0.0]
         for layer in self._starting:
             layer.start_steps = round(layer.start * max_iter)
 
