@@ -174,9 +174,12 @@ def mixture(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
 
 
 def even_mixture(parts: Tensor) -> Tensor:
-    """The same, [2, ...], of parts that count alike, given as ``parts`` [parts, 2, ...]."""
-    spread, mixed = torch.var_mean(parts, 0, correction=0)
-    mixed[1] += spread[0]
+    """The same, [2, ...], of parts that count alike, given as ``parts`` [parts, 2, ...]. Not by
+    ``var_mean``, which is 20 times as slow across rows on a CPU."""
+    share = 1.0 / len(parts)
+    mixed = parts.cumsum(0)[-1].mul_(share)
+    between = (parts[:, 0] - mixed[0]).square_().cumsum(0)[-1]
+    mixed[1].add_(between, alpha=share)
     return mixed
 
 
