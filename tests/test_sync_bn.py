@@ -23,7 +23,8 @@ from cbn_det.norms import (
     sync_bn,
     sync_running_stats,
 )
-from cbn_det.run.freeze import FreezeStatistics
+from cbn_det.run.freeze import FreezeStatistics, as_at_the_end
+from cbn_det.run.precise_bn import recompute_statistics
 
 ITERATIONS, START = 6, 4
 SPEC = "SyncBN(start=0.67)"
@@ -148,6 +149,26 @@ def test_an_activation_checkpoint_counts_a_forward_once(tmp_path: Path) -> None:
         for recompute in (False, True)
     )
     assert all(map(torch.equal, plain[0] + plain[1], twice[0] + twice[1]))
+
+
+def _recomputed(rank: int, ranks: int, trained: bool) -> list[Tensor]:
+    model = network(build_norm(SPEC, 4)).append(build_norm("BN(freeze=0.5)", 2).double())
+    if trained:
+        as_at_the_end(model)
+        assert model[4].frozen
+    batches = [images(i, (1, 2))[rank] for i in range(3)]
+    recompute_statistics(model, batches, 3, layers=[model[1]])
+    seen = model[1](model[0](batches[0])).detach()
+    return [seen.mean((0, 2, 3))]
+
+
+def test_of_a_loaded_model_statistics_are_recomputed_over_the_ranks(tmp_path: Path) -> None:
+    """As in the last part of its training."""
+    late, early = (
+        run_ranks(_recomputed, 2, tmp_path / str(trained), trained) for trained in (True, False)
+    )
+    assert max(float(mean.abs().max()) for [mean] in early) < 1e-9, "each rank for itself"
+    assert min(float(mean.abs().max()) for [mean] in late) > 1e-3
 
 
 def _half(rank: int, ranks: int) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,7 @@ class FreezeStatistics:
         self._layers = list(with_freeze(model).values())
         for layer in self._layers:
             layer.freeze_steps = round(layer.freeze * max_iter)
-        synced = [m for m in model.modules() if isinstance(m, SyncBN2d)]
-        self._starting = [layer for layer in synced if layer.start > 0.0]
+        self._starting = [layer for layer in _synchronised(model) if layer.start > 0.0]
         for layer in self._starting:
             layer.start_steps = round(layer.start * max_iter)
 
@@ -80,3 +79,15 @@ class FreezeStatistics:
                 f" computed over {self._iterations} iterations"
             )
         return len(due)
+
+
+def as_at_the_end(model: nn.Module) -> None:
+    """Puts the norms of a trained model, which was loaded, to what they had become."""
+    for frozen in with_freeze(model).values():
+        frozen.freeze_statistics()
+    for synced in _synchronised(model):
+        synced.started = True
+
+
+def _synchronised(model: nn.Module) -> list[SyncBN2d]:
+    return [m for m in model.modules() if isinstance(m, SyncBN2d)]

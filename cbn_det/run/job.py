@@ -21,12 +21,12 @@ from torch import nn
 from ..data import CocoReport
 from ..data.coco_api import class_names
 from ..norms import image_share
-from ..norms.freeze import with_freeze
 from . import folder as run_folder
 from .display import class_table, write_all_pictures
 from .errors import CRASHED, NOT_FINITE, OK, STOPPED, USAGE, ConfigError, one_line
 from .files import RESULT, read_result, remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
+from .freeze import as_at_the_end
 from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
 from .precise_bn import kept_statistics, recompute_statistics
@@ -209,8 +209,7 @@ class Job(ABC):
                 )
             if self.args.eval_only:
                 model = built(self.build_trained)
-                for layer in with_freeze(model).values():
-                    layer.freeze_statistics()  # the weights were trained with these, no others
+                as_at_the_end(model)  # the weights were trained with these statistics, no others
                 self.start()
                 results = self.evaluate(model)
             else:
