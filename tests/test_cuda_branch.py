@@ -33,6 +33,16 @@ def test_a_step_after_burn_in_waits_for_no_number(norm: str) -> None:
             work.step()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_that_deterministic_algorithms_refuse(norm: str) -> None:
+    """torch names cumsum, of numbers that are not whole, among those that raise on CUDA."""
+    with cuda_branch():
+        work = stack_workload(norm, 2, (2, 64, 8, 8), "meta")
+        for _ in range(set_schedule(work.model)):
+            work.step()
+        assert not [name for name in count_steps(work.step) if "cumsum" in name]
+
+
 # autograd takes mv on a CPU for KN's where it takes a sum on meta
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if "KN" not in norm])
 def test_the_meta_device_dispatches_what_a_cpu_does(norm: str) -> None:

@@ -104,22 +104,25 @@ def test_before_it_is_each_ranks_batchnorm_and_then_that_of_all(tmp_path: Path) 
             torch.testing.assert_close(value, theirs, rtol=1e-10, atol=1e-10)
 
 
-def _statistics(rank: int, ranks: int, spec: str) -> list[Tensor]:
+def _statistics(rank: int, ranks: int, spec: str, whole: bool = False) -> list[Tensor]:
     layer = build_norm(spec, 3).double()
-    for i in range(4):
-        layer(images(i, (1, 2))[rank])
-    return state(layer)
+    batches = [torch.cat(b) if whole else b[rank] for b in (images(i, (1, 2)) for i in range(6))]
+    for x in batches[:4]:
+        layer(x)
+    found = state(layer)
+    layer.reset_running_stats()
+    with torch.no_grad():  # an average begun anew is of what is shown
+        for x in batches[4:]:
+            layer(x)
+    return found + state(layer)
 
 
-def test_running_statistics_pooled_or_cumulative(tmp_path: Path) -> None:
-    for options in ("ema='pooled'", "momentum=None"):
-        found = run_ranks(_statistics, 2, tmp_path / options[0], f"SyncBN({options})")
-        alone = build_norm(f"BN({options})", 3).double()
-        for i in range(4):
-            alone(torch.cat(images(i, (1, 2))))
-        for rank in found:
-            for ours, theirs in zip(rank, state(alone), strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("options", ["ema='pooled'", "momentum=None"])
+def test_running_statistics_pooled_or_cumulative(options: str, tmp_path: Path) -> None:
+    expected = _statistics(0, 1, f"BN({options})", whole=True)
+    for rank in run_ranks(_statistics, 2, tmp_path, f"SyncBN({options})"):
+        for ours, theirs in zip(rank, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def _without_an_image(rank: int, ranks: int) -> list[Tensor]:
@@ -171,6 +174,17 @@ def test_of_a_loaded_model_statistics_are_recomputed_over_the_ranks(tmp_path: Pa
     assert min(float(mean.abs().max()) for [mean] in late) > 1e-3
 
 
+@pytest.mark.detectron2
+def test_a_rank_in_trouble_knows_that_the_others_wait_in_forward() -> None:
+    from cbn_det.plugin.step import has_sync_norm
+
+    model = network(build_norm(SPEC, 4))
+    times = FreezeStatistics(model, ITERATIONS, list)
+    for i in range(ITERATIONS):
+        times.before_step(i)
+        assert has_sync_norm(model) == (i >= START)
+
+
 def _half(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     layer = build_norm("SyncBN", 3)
     x = images(0, (1, 2))[rank].float()
@@ -217,16 +231,18 @@ def _given_on_a_gpu(rank: int, ranks: int) -> dict[str, object]:
             return x
 
     sync_bn.SyncBatchNorm = Torchs
-    x = torch.empty(2, 3, 4, 4, device="meta")
-    assert layer(x) is x
+    for n in (2, 0):
+        x = torch.empty(n, 3, 4, 4, device="meta", dtype=torch.bfloat16)
+        assert layer(x).dtype == torch.bfloat16
+        assert given["input"].dtype == (torch.bfloat16 if n else torch.float32)
     own = "weight", "bias", "running_mean", "running_var"
     assert all(given[name] is getattr(layer, name) for name in own)
     return {name: given[name] for name in ("eps", "momentum", "world_size")}
 
 
 def test_on_a_gpu_the_kernels_are_torchs(tmp_path: Path) -> None:
-    expected = {"eps": 1e-4, "momentum": 0.1, "world_size": 1}
-    assert run_ranks(_given_on_a_gpu, 1, tmp_path) == [expected]
+    expected = {"eps": 1e-4, "momentum": 0.1, "world_size": 2}
+    assert run_ranks(_given_on_a_gpu, 2, tmp_path) == [expected] * 2
 
 
 def test_options_and_table(monkeypatch: pytest.MonkeyPatch) -> None:

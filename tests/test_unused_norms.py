@@ -92,6 +92,7 @@ def trainer_of(inputs: Path, output: Path, head: str, tower: str, fpn: str) -> A
     [
         ("KnownNames", "CBN", "CBN", ["MODEL.TOWER.NORM"]),  # layers of the FPN hide nothing
         ("KnownNames", "CBN(window=3)", "BN", ["MODEL.TOWER.NORM"]),
+        ("KnownNames", "BN(freeze=0.8)", "SyncBN(start=0.5)", ["MODEL.TOWER.NORM"]),
         ("KnownNames", "GN", "CBN", []),
         ("AsksDetectron2", "CBN", "CBN", []),
         ("AsksDetectron2", "BGN(groups=2)", "CBN", []),

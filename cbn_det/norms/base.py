@@ -91,7 +91,7 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     - one value per channel is allowed (its variance is 0 where nothing else is remembered);
     - training forwards that only gather statistics (:attr:`recomputing_statistics`) are
       BatchNorm's: those of PreciseBN, ``update_bn``, or a mean teacher;
-    - nothing is communicated between ranks in forward:
+    - nothing is communicated between ranks in forward, but by SyncBN:
       :func:`cbn_det.norms.sync_running_stats` pools running statistics.
 
     What a method remembers from iteration to iteration is in

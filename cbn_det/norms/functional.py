@@ -159,27 +159,31 @@ def _moments_on_cpu(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def mixture(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a mixture: the variance within its parts plus that between them. By
-    ``cumsum``, since ``sum`` adds up columns at the end of a row in another order than the rest.
+def mixture(mean: Tensor, var: Tensor, weights: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture.
 
     Args:
         mean, var: [parts, ...], of each part.
         weights: broadcastable to them; they sum to 1 over the first dimension.
     """
-    mixed = (weights * mean).cumsum(0)[-1]
+    mixed = _sum_of(weights * mean)
     difference = mean - mixed
     parts = torch.addcmul(var, difference, difference)
-    return mixed, parts.mul_(weights).cumsum(0)[-1]
+    return mixed, _sum_of(parts.mul_(weights))
+
+
+def _sum_of(parts: Tensor) -> Tensor:
+    """Over the first dimension, every column in the same order. On a CPU ``sum`` adds up columns at
+    the end of a row otherwise than the rest; on CUDA ``cumsum`` is no deterministic algorithm."""
+    return parts.cumsum(0)[-1] if parts.device.type == "cpu" else parts.sum(0)
 
 
 def even_mixture(parts: Tensor) -> Tensor:
-    """The same, [2, ...], of parts that count alike, given as ``parts`` [parts, 2, ...]. Not by
-    ``var_mean``, which is 20 times as slow across rows on a CPU."""
-    share = 1.0 / len(parts)
-    mixed = parts.cumsum(0)[-1].mul_(share)
-    between = (parts[:, 0] - mixed[0]).square_().cumsum(0)[-1]
-    mixed[1].add_(between, alpha=share)
+    """The same, [2, ...], of parts that count alike, given as ``parts`` [parts, 2, ...]."""
+    if parts.device.type not in FUSED:  # across rows var_mean takes up to 40 times as long there
+        return torch.stack(mixture(parts[:, 0], parts[:, 1], 1.0 / len(parts)))
+    spread, mixed = torch.var_mean(parts, 0, correction=0)
+    mixed[1] += spread[0]
     return mixed
 
 

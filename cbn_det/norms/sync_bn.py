@@ -1,8 +1,8 @@
 """BatchNorm first, SyncBatchNorm for the last part of training.
 
-With one or two images a rank the statistics of all ranks' images are nearer to those that a model
-is tested with. They cost a collective in each layer's forward and backward pass. The CBN paper
-(arXiv 2002.05712, Table 7) reports that the last third of training is enough.
+Statistics of all ranks' images are nearer to those that a model is tested with than those of one or
+two images. They cost a collective in each layer's forward and backward pass. The CBN paper (arXiv
+2002.05712, Table 7) reports that the last third of training is enough.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm
 
 from . import clock
@@ -26,8 +27,9 @@ from .spec import register_norm
 class SyncBN2d(BN2d):
     """Synchronised Batch Normalization over [N, C, H, W].
 
-    On a GPU the kernels are those of ``nn.SyncBatchNorm``; on a CPU two sums over the ranks are
-    taken. A rank may have an empty input.
+    The kernels are those of ``nn.SyncBatchNorm`` on a GPU; two sums over the ranks on a CPU. A rank
+    may have an empty input. Where no rank has any, running statistics stay on a CPU; on a GPU they
+    are what ``nn.SyncBatchNorm`` makes of them.
 
     Args:
         num_features: channels C.
@@ -67,7 +69,7 @@ class SyncBN2d(BN2d):
 
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
-        if not (self.started and dist.is_available() and dist.is_initialized()):
+        if not (self.started and _ranks() > 1):
             return super()._train(input)
         self._check_input_dim(input)
         how = Forward(torch.is_grad_enabled(), in_backward())
@@ -77,8 +79,8 @@ class SyncBN2d(BN2d):
             mean, var = mean.clone(), var.clone()
         else:
             self.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / max(float(self.num_batches_tracked), 1.0)
+        if momentum is None or (self.recomputing_statistics and self.ema == "pooled"):
+            momentum = max(momentum or 0.0, 1.0 / max(float(self.num_batches_tracked), 1.0))
         before = mean.clone()
         with without_autocast(input.device):
             output = self._normalize_over_ranks(input, mean, var, momentum)
@@ -91,9 +93,10 @@ class SyncBN2d(BN2d):
         self, x: Tensor, mean: Tensor, var: Tensor, momentum: float
     ) -> Tensor:
         if x.device.type != "cpu":
-            group, world = dist.group.WORLD, dist.get_world_size()
-            given = x, self.weight, self.bias, mean, var, self.eps, momentum, group, world
-            return SyncBatchNorm.apply(*given)
+            # an empty rank sends its dtype, which others take for that of their statistics
+            given = x if x.numel() else x.to(statistics_dtype(x))
+            rest = self.weight, self.bias, mean, var, self.eps, momentum, dist.group.WORLD, _ranks()
+            return SyncBatchNorm.apply(given, *rest).to(x.dtype)
         exact = x.to(statistics_dtype(x))
         count = exact.new_full((1,), x.numel() // x.shape[1])
         sums = _SumOverRanks.apply(torch.cat((exact.sum((0, 2, 3)), count)))
@@ -123,7 +126,12 @@ class _SumOverRanks(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -36,11 +36,11 @@ class NormHook(HookBase):
             return [cbn_det.NormHook(self.model), *super().build_hooks()]
 
     It tells the layers how long training is, runs MBN's second forward pass after each step,
-    freezes norms with ``freeze`` at their time, and pools running statistics over ranks before each
-    evaluation and checkpoint. It takes their
-    periods from the hooks behind it: from the attribute ``period`` or ``_period``, which those of
-    detectron2 have and one of your own may have. The trainer's checkpoints hold what the norms
-    remember, and a resumed training goes on with it (on several ranks, with that of rank 0).
+    freezes norms with ``freeze`` and starts SyncBN with ``start`` at their time, and pools running
+    statistics over ranks before each evaluation and checkpoint. It takes their periods from the
+    hooks behind it: from the attribute ``period`` or ``_period``, which those of detectron2 have
+    and one of your own may have. The trainer's checkpoints hold what the norms remember, and a
+    resumed training goes on with it (on several ranks, with that of rank 0).
 
     One iteration of the trainer must be one optimiser step. If you wrap the model in a
     DistributedDataParallel yourself, pass it ``broadcast_buffers=False``, as detectron2 does.

@@ -26,6 +26,7 @@ from ..norm_keys import NORM_KEYS
 from ..norms import SmallBatchNorm2d, build_norm, known_norms, norm_class, parse_spec, try_norm
 from ..norms.binding import ConvBound
 from ..norms.recalibration import in_backward
+from ..norms.spec import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -247,12 +248,13 @@ def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
     found = [(type(module), site_of(place)) for place, module in model.named_modules()]
 
     def is_used(key: str) -> bool:
-        cls = norm_class(names[key])
-        others = {other for other, name in names.items() if name == names[key]} - {key}
+        name, cls = names[key], norm_class(names[key])
+        others = {other for other, of_other in names.items() if of_other == name} - {key}
         return any(
             site == key if issubclass(kind, FrozenBatchNorm2d) else site not in others
             for kind, site in found
-            if issubclass(kind, (cls, FrozenBatchNorm2d))
+            if issubclass(kind, FrozenBatchNorm2d)
+            or (issubclass(kind, cls) and name_of(kind) in (None, name))
         )
 
     ours = [k for k, n in norms.items() if names[k] in known_norms() and n not in DETECTRON2_NORMS]

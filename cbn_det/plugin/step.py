@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..norms import SyncBN2d
 from ..run.checkpoint import fit_optimizer_state, parameter_names
 from ..run.nonfinite import Diverged, PeerFailed
 from ..run.signals import StopRequest
@@ -135,6 +136,8 @@ class CheckedStep(SimpleTrainer):
 def has_sync_norm(model: nn.Module) -> bool:
     """Whether the model's forward communicates with other ranks."""
     return any(
-        isinstance(m, nn.SyncBatchNorm) or type(m).__name__ == "NaiveSyncBatchNorm"
+        isinstance(m, nn.SyncBatchNorm)
+        or type(m).__name__ == "NaiveSyncBatchNorm"
+        or (isinstance(m, SyncBN2d) and m.started)
         for m in model.modules()
     )
