@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -59,8 +58,6 @@ from cbn_det.study.recipes import RECIPES, norm_keys, norm_words, schedule
 RECOMPUTED_OVER = 200
 #: of the batch-size comparison
 ITERATIONS, RATE = 600, 0.04
-
-_SWITCHED = re.compile(r"SyncBN(?:\(start=([\d.]+)\))?")
 
 
 class Reached(Exception):
@@ -115,9 +112,6 @@ class SharedStart(EmulatedTrainer):
 
 def batchnorm_until(norm: str, iterations: int) -> int:
     """The iteration up to which a norm is BatchNorm in training."""
-    switched = _SWITCHED.fullmatch(norm)
-    if switched:
-        return round(float(switched[1] or 0) * iterations)
     if norm == "BN":
         return iterations
     if norm.startswith("G"):
@@ -125,7 +119,7 @@ def batchnorm_until(norm: str, iterations: int) -> int:
     layer = build_norm(norm, 64)
     times = [getattr(layer, "freeze", 1.0)]
     if not norm.startswith("BN"):
-        times.append(getattr(layer, "burn_in", 0))
+        times.append(layer.start if norm.startswith("SyncBN") else getattr(layer, "burn_in", 0))
     return min(round(t * iterations) if isinstance(t, float) else t for t in times)
 
 
@@ -150,10 +144,16 @@ def build(
 
 def train_shared(stops: Sequence[int], split: Split, seed: int, folder: Path, args: Any) -> None:
     """Leaves a checkpoint of BatchNorm in a folder after each of ``stops`` iterations."""
-    if all((folder / f"model_{stop - 1:07d}.pth").exists() for stop in stops):
+    kept = {int(path.stem[-7:]) + 1: path.name for path in folder.glob("model_[0-9]*.pth")}
+    missing = sorted(set(stops) - kept.keys())
+    if not missing:
         return
+    latest, before = folder / "last_checkpoint", [done for done in kept if done < missing[0]]
+    latest.unlink(missing_ok=True)  # it may be behind what is missing
+    if before:
+        latest.write_text(kept[max(before)])
     trainer = build(SharedStart, "BN", split, seed, folder, args)
-    trainer.stops = stops
+    trainer.stops = missing
     trainer.resume_or_load(resume=True)
     try:
         trainer.train()
@@ -163,14 +163,14 @@ def train_shared(stops: Sequence[int], split: Split, seed: int, folder: Path, ar
 
 def train(norm: str, start: int, split: Split, seed: int, shared: Path, args: Any) -> Row:
     """Trains a norm from iteration ``start`` on, where BatchNorm's run in ``shared`` leaves off."""
-    switched = _SWITCHED.fullmatch(norm)
-    as_trained = ("BN", Split(1, split.total)) if switched else (norm, split)
+    synced = norm.startswith("SyncBN")
+    as_trained = ("BN", Split(1, split.total)) if synced else (norm, split)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(EmulatedTrainer, *as_trained, seed, Path(folder), args)
         if start:
             name = f"model_{start - 1:07d}.pth"
             state = torch.load(shared / name, weights_only=True)
-            if switched:
+            if synced:
                 state["model"] = of_one_rank(state["model"])
             torch.save(state, Path(folder, name))
             Path(folder, "last_checkpoint").write_text(name)

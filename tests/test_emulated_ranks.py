@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,3 +130,31 @@ def test_what_norms_share_is_where_they_are_batchnorm(norm: str, iteration: int)
     from emulated_ranks import batchnorm_until
 
     assert batchnorm_until(norm, 600) == iteration
+
+
+def test_what_norms_share_is_trained_from_the_latest_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import emulated_ranks
+    from emulated_ranks import Reached, train_shared
+
+    begun = []
+
+    class Trainer:
+        stops: Sequence[int]
+
+        def resume_or_load(self, resume: bool) -> None:
+            latest = tmp_path / "last_checkpoint"
+            begun.append((latest.read_text() if latest.exists() else "", list(self.stops)))
+
+        def train(self) -> None:
+            for stop in self.stops:
+                name = f"model_{stop - 1:07d}.pth"
+                (tmp_path / name).touch()
+                (tmp_path / "last_checkpoint").write_text(name)
+            raise Reached
+
+    monkeypatch.setattr(emulated_ranks, "build", lambda *args: Trainer())
+    for stops in ([20, 40], [30, 40, 50], [10, 50], [40, 10]):
+        train_shared(stops, "8x1", 1, tmp_path, None)
+    assert begun == [("", [20, 40]), ("model_0000019.pth", [30, 50]), ("", [10])]
