@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norms import SmallBatchNorm2d, settle
+from ..norms.functional import moments as moments_of
 from ..norms.numbers import kept_numbers
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,10 +32,10 @@ class PooledMoments:
         x = args[0]
         if x.numel() == 0:
             return
-        dims = [d for d in range(x.dim()) if d != 1]
-        count = x.numel() // x.shape[1]
-        var, mean = torch.var_mean(x.float(), dim=dims, correction=0)
-        self.add(torch.tensor(float(count), device=x.device), mean.double(), var.double() * count)
+        x = x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
+        found = moments_of(x)
+        count = torch.tensor(float(found.count), device=x.device)
+        self.add(count, found.mean.double(), found.var.double() * found.count)
 
     def add(self, count: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> None:
         total = self.count + count
