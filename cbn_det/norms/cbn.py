@@ -66,12 +66,13 @@ class CBN2d(FollowingNorm2d):
     Args:
         num_features: channels C.
         window: iterations averaged over, the current one included (k in the paper; 1 is BatchNorm).
-            The paper's rule is ``min(ceil(16 / images per GPU), 8)``, the default that of 4 images.
+            The paper's rule is ``min(ceil(16 / images per GPU), 8)``, the default that of 4 images;
+            from scratch at one image a GPU 8 did harm (docs/results/digits.md).
         burn_in: how long to train as plain BatchNorm before statistics are remembered: optimiser
             steps (int), or a fraction of the schedule (float in (0, 1)) that
             :func:`cbn_det.norms.resolve_burn_in` turns into steps. The default is that of the
-            authors' config files (8 of 12 epochs); the paper's is 1/4, and its figure for COCO
-            shows no difference.
+            authors' config files (8 of 12 epochs); the paper's is 1/4. Its figure for COCO shows no
+            difference; from scratch an early one did harm.
         compensation: how a remembered entry is carried over to the present weight. ``'taylor'``:
             the paper's rule. ``'none'``: as it is ("naive CBN", which needs no convolution).
         positions: output positions an iteration, on average, that ``d var / dW`` is estimated on,
