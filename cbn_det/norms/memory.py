@@ -174,6 +174,8 @@ def _common_rows(layers: list[Any], count: int) -> Tensor:
         whole = any_value.new_zeros(first.capacity, count, sum(widths))
     else:
         whole = _side_by_side([layer.memory.rows for layer in layers])
+        if whole is first.rows._base:
+            return whole
     for layer, part in zip(layers, whole.split(widths, 2), strict=True):
         layer.memory.rows = part
     return whole
@@ -181,20 +183,15 @@ def _common_rows(layers: list[Any], count: int) -> Tensor:
 
 def _side_by_side(values: list[Tensor]) -> Tensor:
     """[..., sum of C] of values [..., C]; what they are all parts of, if they are."""
-    whole, widths = values[0]._base, [value.shape[-1] for value in values]
-    if whole is not None and whole.shape[-1] == sum(widths):
-        parts = whole.split(widths, -1)
-        if all(_same(value, part) for value, part in zip(values, parts, strict=True)):
+    whole, at = values[0]._base, 0
+    for value in values:
+        if value._base is not whole or value.storage_offset() != at:
+            break
+        at += value.shape[-1]
+    else:
+        if whole is not None and whole.shape == (*values[0].shape[:-1], at):
             return whole
     return torch.cat(values, -1)
-
-
-def _same(view: Tensor, part: Tensor) -> bool:
-    return (
-        view._base is part._base
-        and view.shape == part.shape
-        and view.storage_offset() == part.storage_offset()
-    )
 
 
 def share_out(layers: list[Any], older: Tensor) -> None:
