@@ -234,6 +234,14 @@ def test_notebook_runs(path: Path, monkeypatch) -> None:
         assert found == expected, number
 
 
+def test_the_api_page_has_every_norm() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
+    classes = [spec.norm_class(name) for name in spec.known_norms()]
+    ours = [cls for cls in classes if cls.__module__.startswith("cbn_det.")]
+    assert len(ours) >= 9
+    assert not [c for c in ours if f"::: {c.__module__}.{c.__name__}\n" not in page]
+
+
 def test_what_is_skipped_is_counted_and_says_why() -> None:
     skipped = [one for one in ALL if one.kind == "skip"]
     assert len(skipped) == SKIPPED, ids(skipped)
