@@ -135,6 +135,11 @@ def check_other(words: list[str]) -> None:
         extras = runpy.run_path(str(REPOSITORY / "setup.py"))["EXTRAS"]
         for names in re.findall(r"^\.\[([\w,]+)\]$", "\n".join(words), re.MULTILINE):
             assert set(names.split(",")) <= set(extras), words
+    elif words[:2] == ["python", "-m"]:  # one of ours without flags says what it takes
+        asked = [sys.executable, *words[1:3]]
+        said = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True).stderr
+        takes = ["usage:", *words[:3]]
+        assert said.split()[: len(takes)] == takes and len(said.split()) == 1 + len(words), said
     elif words[:2] == ["docker", "compose"]:
         assert (REPOSITORY / words[words.index("-f") + 1]).is_file(), words
     else:
