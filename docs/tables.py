@@ -14,6 +14,7 @@ import argparse
 import csv
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -87,16 +88,6 @@ def with_recovered(name: str) -> Rows:
     return table
 
 
-def freeze() -> Rows:
-    """BatchNorm's statistics fixed, as an earlier form of the script trained it."""
-    return with_recovered("freeze.csv")
-
-
-def freeze_digits() -> Rows:
-    """Norms with fixed statistics, on digits."""
-    return with_recovered("freeze_digits.csv")
-
-
 SELECTIONS = {
     function.__name__: function
     for function in (
@@ -104,10 +95,8 @@ SELECTIONS = {
         operations_of_an_iteration,
         operations_of_a_layer,
         dispatch_bound,
-        freeze,
-        freeze_digits,
     )
-}
+} | {name: partial(with_recovered, f"{name}.csv") for name in ("freeze", "freeze_digits")}
 
 
 def cell(row: dict[str, str], name: str) -> str:

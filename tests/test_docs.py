@@ -225,7 +225,7 @@ def test_the_quick_start_runs(tmp_path, source_env) -> None:
 def test_notebook_runs(path: Path, monkeypatch) -> None:
     """Its code cells, one after the other; they print what stands in it, up to numbers."""
     monkeypatch.chdir(path.parent)
-    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"]]
+    cells = json.loads(path.read_text("utf-8"))["cells"]
     cells = [cell for cell in cells if cell["cell_type"] == "code"]
     assert len(cells) >= 4
     names: dict[str, Any] = {"__name__": "__main__"}

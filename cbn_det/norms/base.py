@@ -213,7 +213,7 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         moves = not (how.repeated or self._unchanged)
         is_batchnorm = self.is_batchnorm
         if is_batchnorm and self._is_plain(input):
-            output = self._batchnorm(input, moves)
+            output = self._batchnorm(input, moves, self.momentum)
             self._record(None, input, how)
             return output
         with without_autocast(input.device):
@@ -252,21 +252,24 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             and not (self.recomputing_statistics and self.ema == "pooled")
         )
 
-    def _batchnorm(self, input: Tensor, moves: bool) -> Tensor:
+    def _batchnorm(self, input: Tensor, moves: bool, momentum: float) -> Tensor:
         """``nn.BatchNorm2d``'s forward; ``moves``: the running statistics, too."""
-        momentum, mean, var = self.momentum, self.running_mean, self.running_var
+        mean, var = self.running_mean, self.running_var
         if not moves:  # a checkpoint wants as many tensors kept as in the first forward
-            running = mean.clone(), var.clone()
-            return F.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
+            return self._over_batch(input, mean.clone(), var.clone(), momentum)
         self.num_batches_tracked.add_(1)
-        before = mean.clone() if self.ema == "pooled" else None
-        # `.data`: the backward pass keeps them, and would refuse what was changed since
-        running = mean.data, var.data
-        output = F.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
+        before = mean.clone() if self.ema == "pooled" and momentum else None
+        output = self._over_batch(input, mean, var, momentum)
         if before is not None:  # the variance between mini-batches; `mean` has moved by a part
             difference = torch.sub(mean, before, out=before)
             var.addcmul_(difference, difference, value=(1.0 - momentum) / momentum)
         return output
+
+    def _over_batch(self, input: Tensor, mean: Tensor, var: Tensor, momentum: float) -> Tensor:
+        """Normalises by the mini-batch, towards which ``mean`` and ``var`` are moved."""
+        # `.data`: the backward pass keeps them, and would refuse what was changed since
+        running = mean.data, var.data
+        return F.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
 
     def _moments_and_running(self, input: Tensor) -> Moments:
         """Moments, with which the running statistics have moved, in one kernel."""

@@ -58,6 +58,10 @@ class SyncBN2d(BN2d):
         self.start = start
         self.started = start == 0.0
 
+    @property
+    def _is_synchronised(self) -> bool:
+        return self.started and _ranks() > 1
+
     def _begin(self, input: Tensor, how: Forward) -> None:
         super()._begin(input, how)
         if not self.started and self.start_steps is None:
@@ -69,29 +73,22 @@ class SyncBN2d(BN2d):
 
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:
-        if not (self.started and _ranks() > 1):
+        if not self._is_synchronised:
             return super()._train(input)
         self._check_input_dim(input)
         how = Forward(torch.is_grad_enabled(), in_backward())
         self._begin(input, how)
-        momentum, mean, var = self.momentum, self.running_mean, self.running_var
-        if how.repeated or self._unchanged:
-            mean, var = mean.clone(), var.clone()
-        else:
-            self.num_batches_tracked.add_(1)
+        momentum, moves = self.momentum, not (how.repeated or self._unchanged)
         if momentum is None or (self.recomputing_statistics and self.ema == "pooled"):
-            momentum = max(momentum or 0.0, 1.0 / max(float(self.num_batches_tracked), 1.0))
-        before = mean.clone()
+            count = float(self.num_batches_tracked) + moves
+            momentum = max(momentum or 0.0, 1.0 / max(count, 1.0))
         with without_autocast(input.device):
-            output = self._normalize_over_ranks(input, mean, var, momentum)
-        if self.ema == "pooled" and momentum:
-            # the variance between mini-batches; `mean` has moved by a part of the way
-            var.add_((mean - before).square(), alpha=(1.0 - momentum) / momentum)
-        return output
+            return self._batchnorm(input, moves, momentum)
 
-    def _normalize_over_ranks(
-        self, x: Tensor, mean: Tensor, var: Tensor, momentum: float
-    ) -> Tensor:
+    def _over_batch(self, x: Tensor, mean: Tensor, var: Tensor, momentum: float) -> Tensor:
+        """The mini-batch is that of all ranks."""
+        if not self._is_synchronised:
+            return super()._over_batch(x, mean, var, momentum)
         if x.device.type != "cpu":
             # an empty rank sends its dtype, which others take for that of their statistics
             given = x if x.numel() else x.to(statistics_dtype(x))

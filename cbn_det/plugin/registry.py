@@ -251,10 +251,9 @@ def unused_norms(cfg: CfgNode, model: nn.Module) -> list[str]:
         name, cls = names[key], norm_class(names[key])
         others = {other for other, of_other in names.items() if of_other == name} - {key}
         return any(
-            site == key if issubclass(kind, FrozenBatchNorm2d) else site not in others
+            (site == key and issubclass(kind, FrozenBatchNorm2d))
+            or (site not in others and issubclass(kind, cls) and name_of(kind) in (None, name))
             for kind, site in found
-            if issubclass(kind, FrozenBatchNorm2d)
-            or (issubclass(kind, cls) and name_of(kind) in (None, name))
         )
 
     ours = [k for k, n in norms.items() if names[k] in known_norms() and n not in DETECTRON2_NORMS]
