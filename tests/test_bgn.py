@@ -10,6 +10,7 @@ from oracles import MixtureEMA
 from torch import nn
 
 from cbn_det.norms import BGN2d, build_norm, format_norm_table, norm_rows
+from cbn_det.norms.base import unchanged
 from cbn_det.norms.functional import Estimate, normalize
 
 
@@ -44,9 +45,10 @@ def gradients(out, leaves):
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_output_and_gradients_equal_the_paper(groups, channels_last):
+@pytest.mark.parametrize("images", [1, 3])
+def test_output_and_gradients_equal_the_paper(groups, channels_last, images):
     norm = layer(groups=groups)
-    x = inputs(1)
+    x = inputs(1, n=images)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     x.requires_grad_()
@@ -98,9 +100,25 @@ def test_one_image_is_group_normalization():
     torch.testing.assert_close(norm(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_precision_of_groups_whose_channels_lie_far_apart():
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)])
+def test_one_image_is_trained_by_group_normalizations_kernels(size):
+    """And is otherwise as one of several: its second pass and checkpoints leave the layer alone."""
+    x = inputs(5, n=1, size=size).requires_grad_()
+    norm = layer(groups=3)
+    out = norm(x)
+    assert out.grad_fn.name() == "NativeGroupNormBackward0"
+    before = [buffer.clone() for buffer in norm.buffers()]
+    with unchanged([norm]):
+        norm(x)
+    torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=False).sum().backward()
+    assert int(norm.num_batches_tracked) == int(before[2]) + 1  # of the checkpoint's first forward
+    norm(x.to(torch.bfloat16))  # what torch's kernel does not take: as several images
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_precision_of_groups_whose_channels_lie_far_apart(images):
     """The variance between the channels of a group, in float32, at mean / std = 1000."""
-    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000.0
+    x = torch.randn(images, 4, 16, 16, generator=torch.Generator().manual_seed(0)) + 1000.0
     x[:, 1] += 3.0
     out = BGN2d(4, groups=2)(x)
     expected = paper_bgn(x.double(), 2, torch.ones(4), torch.zeros(4))
@@ -108,13 +126,14 @@ def test_precision_of_groups_whose_channels_lie_far_apart():
 
 
 @pytest.mark.parametrize("rule", ["pooled", "batch"])
-def test_running_statistics_are_those_of_the_groups(rule):
+@pytest.mark.parametrize("images", [1, 3])
+def test_running_statistics_are_those_of_the_groups(rule, images):
     norm = BGN2d(6, groups=2, ema=rule)
     pooled, plain = MixtureEMA(2), [np.zeros(2), np.ones(2)]
     for t in range(5):
-        x = inputs(t, c=6, dtype=torch.float32) + t
+        x = inputs(t, n=images, c=6, dtype=torch.float32) + t
         norm(x)
-        merged = x.double().view(3, 2, -1).transpose(0, 1).flatten(1).numpy()
+        merged = x.double().view(images, 2, -1).transpose(0, 1).flatten(1).numpy()
         mean, var, count = merged.mean(1), merged.var(1), merged.shape[1]
         pooled.update(mean, var, count)
         plain = [0.9 * plain[0] + 0.1 * mean, 0.9 * plain[1] + 0.1 * merged.var(1, ddof=1)]
