@@ -8,8 +8,9 @@ give many values. With ``G`` groups of ``C / G`` neighbouring channels, ``c`` in
     y_c   = gamma_c (x_c - mu_g) / sqrt(var_g + eps) + beta_c
 
 ``G = C`` is BatchNorm, ``G = 1`` takes one mean and one variance of the whole mini-batch. Of one
-image it is GroupNorm in training, and has its kernels. Nothing is remembered, and no parameter is added. Running statistics are those of the groups, kept a channel
-each, so that evaluation is BatchNorm's and folds into the convolution.
+image, BGN in training is GroupNorm, and has its kernels. Nothing is remembered, and no parameter is
+added. Running statistics are those of the groups, kept a channel each, so that evaluation is
+BatchNorm's and folds into the convolution.
 
 The paper merges channels, height and width into one axis and cuts that into G pieces. Where these
 would end in the middle of a channel, the layer takes ``gcd(G, C)`` groups; a G above C, whose
