@@ -35,20 +35,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files whose tests fork and differentiate in the child. They run first: autograd refuses that once
-# it has threads of its own, which some later test starts in whatever process it shares with them.
-FORKING = {
-    "test_accumulate.py",
-    "test_convert.py",
-    "test_detector_ranks.py",
-    "test_exact_resume.py",
-    "test_norm_hook.py",
-    "test_norms_ddp.py",
-}
+def _forks(item: pytest.Item) -> bool:
+    """Whether tests of its file fork and differentiate in the child. They run first: autograd
+    refuses that once it has threads of its own, which some later test starts in whatever process it
+    shares with them."""
+    return hasattr(item.module, "run_ranks") or item.path.name == "test_exact_resume.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in FORKING)
+    items.sort(key=lambda item: not _forks(item))
     marked = [item for item in items if item.get_closest_marker("detectron2")]
     reason = _why_no_detectron2() if marked else None
     for item in marked if reason else []:
