@@ -43,7 +43,8 @@ def _forks(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not _forks(item))
+    # test_freeze_runs.py does both: last of these
+    items.sort(key=lambda item: (not _forks(item), item.path.name == "test_freeze_runs.py"))
     marked = [item for item in items if item.get_closest_marker("detectron2")]
     reason = _why_no_detectron2() if marked else None
     for item in marked if reason else []:
