@@ -35,16 +35,10 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _forks(item: pytest.Item) -> bool:
-    """Whether tests of its file fork and differentiate in the child. They run first: autograd
-    refuses that once it has threads of its own, which some later test starts in whatever process it
-    shares with them."""
-    return hasattr(item.module, "run_ranks") or item.path.name == "test_exact_resume.py"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # test_freeze_runs.py does both: last of these
-    items.sort(key=lambda item: (not _forks(item), item.path.name == "test_freeze_runs.py"))
+    # It forks the tests' own process and differentiates there. Autograd refuses that once it has
+    # threads, which some later test starts in whatever process it shares with them.
+    items.sort(key=lambda item: item.path.name != "test_exact_resume.py")
     marked = [item for item in items if item.get_closest_marker("detectron2")]
     reason = _why_no_detectron2() if marked else None
     for item in marked if reason else []:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from both_engines import ENGINES, make_trainer, words_for
-from ranks import run_ranks
+from ranks import in_order, run_ranks
 from tiny_run import result_of, run_loggers_removed, tiny_inputs
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -46,7 +46,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def first_come_first_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchors and proposals are sampled in order, so that it does not matter when."""
-    monkeypatch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n))
+    monkeypatch.setattr(torch, "randperm", in_order)
 
 
 # two steps; without norms larger ones diverge
@@ -93,6 +93,7 @@ def _one_rank(rank: int, world: int, inputs: Path, folder: Path) -> Any:
     import cbn_det
 
     cbn_det.register()
+    torch.randperm = in_order
     comm.create_local_process_group(world)
     trainer = make_trainer(
         *("detectron2", inputs, folder, "--accumulate", "2", *TWO_STEPS, IMAGES, "2")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import in_order, run_ranks
 from test_accumulate import make_trainer
 from tiny_run import tiny_inputs
 from torch import nn
@@ -49,8 +49,10 @@ SYNC_BN = "naiveSyncBN_N"  # what our launcher takes for SyncBN on CPU
 def _one_rank_without_rois(rank: int, world: int, heads: tuple[str, str]) -> Any:
     import zoo_models as zoo
 
+    import cbn_det
     from cbn_det.norms import DoubleForward, memory_state_dict, sync_running_stats
 
+    cbn_det.register()
     specs = [zoo.NORMS.get(kind, SYNC_BN) for kind in heads]
     sections = dict(zip(("ROI_BOX_HEAD", "ROI_MASK_HEAD"), specs, strict=True))
     model = zoo.build("mask_rcnn", "BN", sections=sections)
@@ -166,6 +168,9 @@ def _one_step(rank: int, world: int, norm: str) -> Any:
     """Of Faster R-CNN on this rank's share of two images."""
     import zoo_models as zoo
 
+    import cbn_det
+
+    cbn_det.register()
     model = zoo.build("faster_rcnn_fpn", norm)
     counts = {}
     for name, layer in model.named_modules():
@@ -176,6 +181,7 @@ def _one_step(rank: int, world: int, norm: str) -> Any:
     images = zoo.random_inputs(0, images=2)
     parallel, share = model, images
     if world > 1:
+        torch.randperm = in_order
         parallel, share = DistributedDataParallel(model, broadcast_buffers=False), [images[rank]]
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     terms = zoo.losses(parallel, share)
@@ -189,7 +195,7 @@ def test_two_ranks_of_sync_bn_are_one_of_the_doubled_batch(
     zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # anchors and proposals are sampled in order, so that it does not matter in which process
-    monkeypatch.setattr(torch, "randperm", lambda n, **kwargs: torch.arange(n))
+    monkeypatch.setattr(torch, "randperm", in_order)
     whole, expected, counts, weights = _one_step(0, 1, "BN")
     synchronised = run_ranks(_one_step, 2, tmp_path / "sync", SYNC_BN)
     apart = run_ranks(_one_step, 2, tmp_path / "apart", "BN")
