@@ -218,14 +218,18 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             return output
         with without_autocast(input.device):
             moving = moves and self.averages_batch and self._is_plain(input)
-            batch = self._moments_and_running(input) if moving else self.batch_moments(input)
-            estimate = self.estimate(batch)
-            output = normalize(input, estimate, self.weight, self.bias, self.eps)
+            output, batch, estimate = self._normalized(input, moving)
             with torch.no_grad():
                 if moves and not moving:
                     self._update_running(batch, estimate)
                 self._record(None if is_batchnorm else (batch, estimate), input, how)
         return output
+
+    def _normalized(self, input: Tensor, moving: bool) -> tuple[Tensor, Moments, Estimate]:
+        """The output, with what it was normalised by; ``moving``: running statistics move, too."""
+        batch = self._moments_and_running(input) if moving else self.batch_moments(input)
+        estimate = self.estimate(batch)
+        return normalize(input, estimate, self.weight, self.bias, self.eps), batch, estimate
 
     def _begin(self, input: Tensor, how: Forward) -> None:
         """The start of a training forward."""

@@ -25,9 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Forward, SmallBatchNorm2d
-from .functional import Estimate, GroupMoments, Moments, group_mean, moments_of_groups
-from .recalibration import in_backward
+from .base import SmallBatchNorm2d
+from .functional import (
+    Estimate,
+    GroupMoments,
+    Moments,
+    group_mean,
+    moments_of_groups,
+    to_channels,
+)
 from .spec import register_norm
 
 #: Against the direction of the paper, whose abstract has small batches pool over more channels, in
@@ -70,37 +76,20 @@ class BGN2d(SmallBatchNorm2d):
         self.groups = groups
         self.groups_used = math.gcd(groups or min(DEFAULT_GROUPS, num_features), num_features)
 
-    @torch.compiler.disable
-    def _train(self, input: Tensor) -> Tensor:
-        if not self._is_group_norm(input):
-            return super()._train(input)
-        how = Forward(torch.is_grad_enabled(), in_backward())
-        self._begin(input, how)
-        _, channels, height, width = input.shape
-        sizes = 1, channels, height * width, self.groups_used
-        output, mean, invstd = torch.native_group_norm(
-            input, self.weight, self.bias, *sizes, self.eps
-        )
-        if not (how.repeated or self._unchanged):
-            with torch.no_grad():
-                var = invstd.pow(-2).sub_(self.eps).clamp_(min=0.0)
-                each = [v.view(-1, 1).expand(-1, channels // self.groups_used) for v in (mean, var)]
-                mean, var = torch.cat(each).view(2, channels)
-                batch = Moments(mean, var, input.numel() // self.groups_used)
-                self._update_running(batch, Estimate(mean, var, 1.0))
-        return output
-
-    def _is_group_norm(self, input: Tensor) -> bool:
-        """Whether torch's GroupNorm is this layer in a training forward."""
+    def _normalized(self, input: Tensor, moving: bool) -> tuple[Tensor, Moments, Estimate]:
         dtypes = {t.dtype for t in (input, self.running_mean, self.weight) if t is not None}
-        return (
-            input.dim() == 4
-            and len(input) == 1
-            and input.numel() > 0
-            and len(dtypes) == 1
-            and input.dtype in (torch.float32, torch.float64)
-            and not self.is_batchnorm
+        if len(input) > 1 or len(dtypes) > 1 or input.dtype.itemsize < 4:
+            return super()._normalized(input, moving)
+        _, channels, height, width = input.shape
+        output, mean, invstd = torch.native_group_norm(
+            *(input, self.weight, self.bias),
+            *(1, channels, height * width, self.groups_used, self.eps),
         )
+        with torch.no_grad():
+            var = invstd.pow(-2).sub_(self.eps).clamp_(min=0.0)
+            mean, var = to_channels([mean, var], channels)
+        batch = Moments(mean, var, input.numel() // self.groups_used)
+        return output, batch, Estimate(mean, var, 1.0)
 
     def batch_moments(self, y: Tensor) -> GroupMoments:
         return moments_of_groups(y, self.groups_used, self.eps)

@@ -210,9 +210,14 @@ def moments_of_groups(x: Tensor, groups: int, eps: float) -> GroupMoments:
     rows = n, groups, size * height, width  # a group is a channel of more rows
     whole = moments(x.contiguous().view(rows))
     invstd = (whole.var + eps).rsqrt_()
-    each = [value.unsqueeze(1).expand(-1, size) for value in (whole.mean, whole.var, invstd)]
-    mean, var, of_channels = torch.cat(each).view(3, channels).unbind()
+    mean, var, of_channels = to_channels([whole.mean, whole.var, invstd], channels)
     return GroupMoments(mean, var, whole.count, of_channels, (whole.mean, invstd))
+
+
+def to_channels(values: list[Tensor], channels: int) -> tuple[Tensor, ...]:
+    """What groups of neighbouring channels have, [groups] each, as [channels] each."""
+    each = [value.view(-1, 1).expand(-1, channels // value.numel()) for value in values]
+    return torch.cat(each).view(len(values), channels).unbind()
 
 
 class _Normalize(torch.autograd.Function):
