@@ -25,6 +25,7 @@ from tiny_run import (
 )
 
 from cbn_det.commands import check, trial
+from cbn_det.run.measure import peak_memory_mb, reset_peak_memory
 
 ENGINES = [pytest.param("detectron2", marks=pytest.mark.detectron2), "standalone"]
 CBN = ("MODEL.FPN.NORM", "CBN(window=2, burn_in=2)")
@@ -99,6 +100,22 @@ def test_a_training_that_is_ready(
     )
     code, found = lines(engine, *options)
     assert code == 0 and line_of(found, "OUTPUT_DIR ").startswith("note ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks begin anew on Linux")
+def test_memory_counts_that_was_freed_before() -> None:
+    """As that of annotations is."""
+
+    def blocks() -> list[bytes]:
+        return [bytes([i % 250 + 1]) * 100_000 for i in range(2000)]
+
+    freed = blocks()
+    kept = freed[-1]  # what lies behind the others keeps them from going back by themselves
+    del freed
+    reset_peak_memory()
+    before = peak_memory_mb()
+    used = blocks()
+    assert peak_memory_mb() - before > 150 and used[-1] == kept
 
 
 PROBLEMS = {

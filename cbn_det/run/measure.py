@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
 import platform
 import resource
@@ -32,9 +34,13 @@ def peak_memory_mb() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Lets :func:`peak_memory_mb` begin anew, where the system can: on Linux and GPUs."""
+    """Lets :func:`peak_memory_mb` begin anew, where the system can: on Linux and GPUs. What was
+    freed goes back to the system (glibc): used again, it would count as nothing."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
