@@ -58,6 +58,11 @@ def check_groups(norm: str, channels: int, groups: Any, eps: Any) -> None:
         raise ValueError(f"eps={eps!r}: expected a number of at least 0")
 
 
+def plain(batch: Moments) -> Estimate:
+    """BatchNorm's statistics."""
+    return Estimate(batch.mean, batch.var, 1.0)
+
+
 def _exporting() -> bool:
     """Whether the forward is recorded as a graph that is kept."""
     return torch.jit.is_tracing() or _is_exported()
@@ -168,9 +173,9 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         return moments(y)
 
     def estimate(self, batch: Moments) -> Estimate:
-        """Statistics of this layer now, from this mini-batch's moments and what is remembered. By
-        default: BatchNorm's."""
-        return Estimate(batch.mean, batch.var, 1.0)
+        """Statistics of this layer now, from this mini-batch's moments and what is remembered;
+        called in training forwards that are not BatchNorm's."""
+        return plain(batch)
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         """What the running statistics average. By default: the mini-batch's own moments."""
@@ -218,17 +223,19 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
             return output
         with without_autocast(input.device):
             moving = moves and self.averages_batch and self._is_plain(input)
-            output, batch, estimate = self._normalized(input, moving)
+            output, batch, estimate = self._normalized(input, moving, is_batchnorm)
             with torch.no_grad():
                 if moves and not moving:
                     self._update_running(batch, estimate)
                 self._record(None if is_batchnorm else (batch, estimate), input, how)
         return output
 
-    def _normalized(self, input: Tensor, moving: bool) -> tuple[Tensor, Moments, Estimate]:
+    def _normalized(
+        self, input: Tensor, moving: bool, is_batchnorm: bool
+    ) -> tuple[Tensor, Moments, Estimate]:
         """The output, with what it was normalised by; ``moving``: running statistics move, too."""
         batch = self._moments_and_running(input) if moving else self.batch_moments(input)
-        estimate = self.estimate(batch)
+        estimate = plain(batch) if is_batchnorm else self.estimate(batch)
         return normalize(input, estimate, self.weight, self.bias, self.eps), batch, estimate
 
     def _begin(self, input: Tensor, how: Forward) -> None:

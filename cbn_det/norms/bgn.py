@@ -76,10 +76,12 @@ class BGN2d(SmallBatchNorm2d):
         self.groups = groups
         self.groups_used = math.gcd(groups or min(DEFAULT_GROUPS, num_features), num_features)
 
-    def _normalized(self, input: Tensor, moving: bool) -> tuple[Tensor, Moments, Estimate]:
+    def _normalized(
+        self, input: Tensor, moving: bool, is_batchnorm: bool
+    ) -> tuple[Tensor, Moments, Estimate]:
         dtypes = {t.dtype for t in (input, self.running_mean, self.weight) if t is not None}
         if len(input) > 1 or len(dtypes) > 1 or input.dtype.itemsize < 4:
-            return super()._normalized(input, moving)
+            return super()._normalized(input, moving, is_batchnorm)
         _, channels, height, width = input.shape
         output, mean, invstd = torch.native_group_norm(
             *(input, self.weight, self.bias),

@@ -114,8 +114,6 @@ class BRN2d(RememberingNorm2d):
         return self.limits() == (1.0, 0.0)
 
     def estimate(self, batch: Moments) -> Estimate:
-        if self.is_batchnorm:
-            return super().estimate(batch)
         dtype = batch.mean.dtype
         mean, reference = (v.to(dtype) for v in (self.memory.older[0], self.memory.kept["invstd"]))
         r_max, d_max = self.limits()

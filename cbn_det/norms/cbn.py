@@ -46,7 +46,7 @@ from .compensation import (
 )
 from .conv_statistics import mean_patch
 from .following import FollowingNorm2d
-from .functional import Estimate, Moments, even_mixture, filled_like, mixed_in
+from .functional import Estimate, Moments, even_mixture, mixed_in
 from .memory import push, rows_of, share_out
 from .spec import register_norm
 
@@ -127,7 +127,7 @@ class CBN2d(FollowingNorm2d):
         remembered."""
         if not (self.memory.pushed and self._compensates):
             return {}
-        _, var, mean_change, change = self.memory.rows[: len(self.memory), :4].unbind(1)
+        _, var, *_, mean_change, change = self.memory.rows[: len(self.memory)].unbind(1)
         change = change - mean_change.square()
         return {
             "clamped": (var + change < 0).to(var.dtype).mean(),
@@ -138,9 +138,9 @@ class CBN2d(FollowingNorm2d):
     # ---- the method ----
 
     def estimate(self, batch: Moments) -> Estimate:
-        if not self._memory_takes_part:
-            return super().estimate(batch)
         memory = self.memory
+        if memory.older is None:  # no iteration before this one
+            return super().estimate(batch)
         mean, var = memory.older
         share = 1.0 / (1 + len(memory))
         if self.adds_bias:
@@ -187,11 +187,9 @@ class CBN2d(FollowingNorm2d):
         for layer in layers:
             layer.carry_bias()
             if is_new and compensates:
-                entry = layer.memory.pending
-                layer.derivative.commit(layer.memory, entry)
-                entry["mean_change"] = entry["var_change"] = filled_like(entry["var"], 0.0)
-        row = ROW if compensates else ROW[:2]
-        rows = push(layers, row) if is_new else rows_of(layers)
+                layer.derivative.commit(layer.memory, layer.memory.pending)
+        row, derived = (ROW, 2) if compensates else (ROW[:2], 0)
+        rows = push(layers, row, derived) if is_new else rows_of(layers)
         entries = rows[:, :2]
         if compensates:
             change = carry(layers, rows, is_new)

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .conv_call import ConvCall
@@ -23,22 +24,22 @@ _MOMENTUM = 0.1
 def products_with_patches(patches: Tensor, weight: Tensor) -> Tensor:
     """``<E[p], w>``: [E, groups, d], [C, d] -> [E, C]. What it is when an entry is made is the
     entry's anchor; likewise below."""
-    entries, groups, d = patches.shape
+    _, groups, d = patches.shape
     if groups == 1:
-        return torch.mm(patches.view(entries, d), weight.t())
+        return F.linear(patches.squeeze(1), weight)
     products = torch.bmm(patches.transpose(0, 1), weight.view(groups, -1, d).mT)
     return products.transpose(0, 1).flatten(1)
 
 
 def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
-    """``<d var / dw, w>`` for every channel: [E, C, d], [C, d] -> [E, C]."""
+    """``<d var / dw, w>`` for every channel: [C, E, d], [C, d] -> [E, C]."""
     # batched products, in the order of operands that BLAS is fast at: [C, 1, d] [C, d, E]
-    return torch.bmm(weight.unsqueeze(1), gradients.permute(1, 2, 0)).squeeze(1).T
+    return torch.bmm(weight.unsqueeze(1), gradients.mT).squeeze(1).T
 
 
-#: An entry's values a channel: the statistics, what both have changed by since, and the products of
-#: patch and derivative with the weight of the time.
-ROW = ("mean", "var", "mean_change", "var_change", "anchor", "gradient_anchor")
+#: An entry's values a channel: the statistics, and the products of patch and derivative with the
+#: weight of the time. Beside them is what the statistics have changed by since.
+ROW = ("mean", "var", "anchor", "gradient_anchor")
 
 
 def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
@@ -47,14 +48,14 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
 
     Args:
         layers: that are committed together, with the same kind of derivative.
-        rows: [E, row, sum of C], their entries.
+        rows: [E, row and 2, sum of C], their entries.
         is_new: whether the newest entry comes with this commit.
 
     Returns:
         [E, 2, sum of C], changes of means and variances; a part of ``rows``.
     """
     memory, entries = layers[0].memory, rows.shape[0]
-    change = rows[:, 2:4]
+    change = rows[:, 4:]
     newest = change[(memory.pushed - 1) % memory.capacity]
     before = None if is_new else newest.clone()
     of_means, of_variances = [], []
@@ -65,7 +66,7 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
         of_variances.append(of_variance.expand(entries, -1))
     now = torch.cat(of_means + of_variances, 1).view(entries, 2, -1)
     # of what was not finite, after an overflow, nothing is known
-    torch.sub(now, rows[:, 4:], out=change).nan_to_num_(0.0, 0.0, 0.0)
+    torch.sub(now, rows[:, 2:4], out=change).nan_to_num_(0.0, 0.0, 0.0)
     since = newest if before is None else newest - before
     variances = [layer.running_var for layer in layers]
     running = [layer.running_mean for layer in layers] + variances
@@ -86,7 +87,7 @@ class Seen(NamedTuple):
     weight: Tensor  # [C, d]
 
     def anchored(self, gradient: Tensor) -> dict[str, Tensor]:
-        anchor = products_with(gradient[None], self.weight)[0]
+        anchor = products_with(gradient.unsqueeze(1), self.weight)[0]
         return {"gradient": gradient, "gradient_anchor": anchor}
 
 
@@ -106,7 +107,7 @@ class OwnDerivative:
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
         """[entries or 1, C]: with the present weight [C, d]."""
-        return products_with(memory.stacked["gradient"][: len(memory)], weight)
+        return products_with(memory.stacked["gradient"][: len(memory)].transpose(0, 1), weight)
 
 
 class AveragedDerivative:
@@ -154,9 +155,9 @@ class AveragedDerivative:
         newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
         kept["gradient"].lerp_(estimate, newest)
         kept["anchor"] = kept["anchor"].add(step, alpha=newest)
-        memory.rows[:, 5].add_(step, alpha=newest)  # no entry has changed by it
+        memory.rows[:, 3].add_(step, alpha=newest)  # no entry has changed by it
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
-        now = products_with(memory.kept["gradient"][None], weight)
+        now = products_with(memory.kept["gradient"].unsqueeze(1), weight)
         memory.kept["anchor"] = now[0]
         return now

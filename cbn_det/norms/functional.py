@@ -101,6 +101,11 @@ def _filled(number: float, size: int, dtype: torch.dtype, device: torch.device) 
         return torch.full((size,), number, dtype=dtype, device=device)
 
 
+def inverse_std(var: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(var + eps)`` of variances [C]."""
+    return (var + filled_like(var, eps)).rsqrt_()  # adding a number takes a CPU twice as long
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast would run the matrix products of a compensation in 16 bits."""
     if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
@@ -209,7 +214,7 @@ def moments_of_groups(x: Tensor, groups: int, eps: float) -> GroupMoments:
     size = channels // groups
     rows = n, groups, size * height, width  # a group is a channel of more rows
     whole = moments(x.contiguous().view(rows))
-    invstd = (whole.var + eps).rsqrt_()
+    invstd = inverse_std(whole.var, eps)
     mean, var, of_channels = to_channels([whole.mean, whole.var, invstd], channels)
     return GroupMoments(mean, var, whole.count, of_channels, (whole.mean, invstd))
 
@@ -234,12 +239,12 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         dtype = mean.dtype
         mean, var = mean.contiguous(), var.contiguous()  # the kernels do not look at strides
-        zero = filled_like(mean, 0.0)
         w = filled_like(mean, 1.0) if weight is None else weight.to(dtype)
-        b = zero if bias is None else bias.to(dtype)
-        invstd = (var + eps).rsqrt_() if estimate.invstd is None else estimate.invstd
+        b = filled_like(mean, 0.0) if bias is None else bias.to(dtype)
+        invstd = inverse_std(var, eps) if estimate.invstd is None else estimate.invstd
         scale, shift, scaled = estimate.scale, estimate.shift, invstd
         if scale is not None:
+            zero = filled_like(mean, 0.0)
             w, b, scaled = torch._foreach_addcmul(
                 [zero, b, zero], [w, w, invstd], [scale, shift, scale]
             )
@@ -323,31 +328,36 @@ def _plain_backward(
 ) -> Gradients:
     """The same with BatchNorm's own kernels, with invstd for scaled."""
     share, groups, wanted = ctx.share, ctx.groups, ctx.needs_input_grad[0]
-    share_is_one = not isinstance(share, Tensor) and share == 1.0
-    # BatchNorm's backward kernel with our statistics: the gradient for share 1 and no groups, and
-    # the sums that every other gradient below is made of, in fused passes
-    in_one = wanted and groups is None and (share_is_one or x.dtype != mean.dtype)
+    whole = groups is None and not isinstance(share, Tensor) and share == 1.0
+    mixed = x.dtype != mean.dtype
+    in_one = whole or (groups is None and (mixed or x.numel() < _LARGE))
+    # BatchNorm's backward kernel with our statistics: the sums that every gradient below is made of
+    # and, with the weight times the share, that share of its gradient
+    part = w * share if in_one and not whole else w
     dx, sum_gx, sum_g = torch.ops.aten.native_batch_norm_backward(
-        grad, x, w, None, None, mean, invstd, True, ctx.eps, [in_one, True, True]
+        *(grad, x, part, None, None, mean, invstd, True, ctx.eps),
+        [wanted and in_one, True, True],
     )
-    if not wanted or (share_is_one and groups is None):
+    if not wanted or whole:
         return dx, sum_gx, sum_g
+    if in_one:  # the rest passes as behind fixed statistics
+        rest = (w - part).mul_(invstd)
+        if not mixed:
+            return dx.addcmul_(grad, rest.view(1, -1, 1, 1)), sum_gx, sum_g
+        zero, one = filled_like(mean, 0.0), filled_like(mean, 1.0)
+        return dx.add_(F.batch_norm(grad, zero, one, rest, zero, eps=0.0)), sum_gx, sum_g
     if of_groups:
         return _backward_of_groups(grad, x, of_groups, w, ctx.eps), sum_gx, sum_g
     # the projection terms are affine in x_hat, so they are a batch norm of their own, whose kernel
     # is fused and computes in float32 also for 16-bit x
     scale, per = w * invstd, -x.shape[1] / x.numel()
-    if groups is None:  # 16 bits: exchange the kernel's terms for ours
-        factor = scale * ((share - 1.0 if in_one else share) * per)
+    if groups is None:
+        factor = scale * (share * per)
         gain, offset = factor * sum_gx, factor * sum_g
     else:
         factor = invstd * (share * per)
         gain, offset = (factor * group_mean(w * total, groups) for total in (sum_gx, sum_g))
     terms = F.batch_norm(x, mean, var, gain, offset, eps=ctx.eps)
-    if in_one:
-        return dx.add_(terms), sum_gx, sum_g
-    if x.dtype != mean.dtype:
-        return terms.add_(grad * scale.view(1, -1, 1, 1)), sum_gx, sum_g
     return terms.addcmul_(grad, scale.view(1, -1, 1, 1)), sum_gx, sum_g
 
 

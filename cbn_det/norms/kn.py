@@ -102,7 +102,7 @@ class KN2d(Predicting, SmallBatchNorm2d):
         return self.gain == 0 or self.recomputing_statistics
 
     def estimate(self, batch: Moments) -> Estimate:
-        prediction = None if self.is_batchnorm else self._predict(self._input, batch.mean)
+        prediction = self._predict(self._input, batch.mean)
         if prediction is None:
             return super().estimate(batch)
         return self._mixed(prediction, batch.mean, batch.var)

@@ -82,22 +82,18 @@ class MBN2d(RememberingNorm2d):
         self.decay = decay
         self.double_forward = double_forward
         self._start_memory(window, burn_in=burn_in)
-        self._entries = 0  # iterations remembered so far
-        self._refreshed_entries = 0  # of these, those with a second pass
 
     @property
     def batch_share(self) -> float:
         """eta_0."""
-        return self._share_beside(self.window - 1)
-
-    def _share_beside(self, entries: int) -> float:
-        return 1.0 / sum(self.decay**age for age in range(1 + entries))
+        return _newest_share(self.window - 1, self.decay)
 
     def estimate(self, batch: Moments) -> Estimate:
-        if not self._memory_takes_part:
+        memory = self.memory
+        if memory.older is None:  # no iteration before this one
             return super().estimate(batch)
-        share = self._share_beside(len(self.memory))
-        return Estimate(*mixed_in(batch.mean, batch.var, *self.memory.older, share), share)
+        share = _newest_share(len(memory), self.decay)
+        return Estimate(*mixed_in(batch.mean, batch.var, *memory.older, share), share)
 
     def stage(self, batch: Moments, estimate: Estimate, y: Tensor) -> None:
         memory = self.memory
@@ -107,7 +103,7 @@ class MBN2d(RememberingNorm2d):
             share = 1.0 / (memory.forwards + 1)
             mean, var = combined = mixed_in(mean, var, *memory.pending.values(), share)
             if memory.older is not None:
-                combined = mixed_in(mean, var, *memory.older, self._share_beside(len(memory)))
+                combined = mixed_in(mean, var, *memory.older, _newest_share(len(memory), self.decay))
         memory.pending = {"mean": mean, "var": var}
         torch._foreach_copy_([self.running_mean, self.running_var], list(combined))
 
@@ -120,16 +116,14 @@ class MBN2d(RememberingNorm2d):
         weights = _weights(len(memory), memory.slot, layers[0].decay, rows.dtype, rows.device)
         share_out(layers, torch.stack(mixture(rows[:, 0], rows[:, 1], weights)))
         for layer in layers:
-            layer._entries += 1
-            layer._refreshed_entries += layer.memory.refreshed
             layer._watch_second_pass()
 
     def group_for_commit(self) -> Hashable:
         return *super().group_for_commit(), self.decay
 
     def _watch_second_pass(self) -> None:
-        if self.double_forward and self._entries >= _ENTRIES_BEFORE_WARNING:
-            if not self._refreshed_entries:
+        if self.double_forward and self.memory.pushed >= _ENTRIES_BEFORE_WARNING:
+            if not self.memory.second_passes:
                 clock.warn_once(
                     "MBN layers have double_forward=True, and nobody runs the second pass: their"
                     " memory is of weights before each step. Call"
@@ -141,23 +135,22 @@ class MBN2d(RememberingNorm2d):
     def diagnostics(self) -> dict[str, Tensor]:
         """``second_pass``: the share of remembered iterations that a second pass has put right, as
         a 0-dim tensor. Empty before anything is remembered, and with ``double_forward=False``."""
-        if not (self.double_forward and self._entries):
+        memory = self.memory
+        if not (self.double_forward and memory.pushed):
             return {}
-        return {"second_pass": torch.tensor(self._refreshed_entries / self._entries)}
-
-    def memory_state_dict(self) -> dict[str, Any]:
-        passes = [self._entries, self._refreshed_entries]
-        return {**super().memory_state_dict(), "second_passes": passes}
-
-    def load_memory_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_memory_state_dict(state)
-        self._entries, self._refreshed_entries = state["second_passes"]
+        return {"second_pass": torch.tensor(memory.second_passes / memory.pushed)}
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.is_batchnorm:
             super()._update_running(batch, estimate)
         else:
             self.num_batches_tracked.add_(1)  # stage() writes the statistics
+
+
+@lru_cache(maxsize=256)
+def _newest_share(entries: int, decay: float) -> float:
+    """eta_0 beside so many entries."""
+    return 1.0 / sum(decay**age for age in range(1 + entries))
 
 
 @lru_cache(maxsize=256)

@@ -83,9 +83,10 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
         if self.recomputing_statistics or self.window == 1:
             return True
         self._require_times()
-        if self.memory.pushed and self.in_burn_in:  # the schedule was made longer since
+        in_burn_in = self.in_burn_in
+        if in_burn_in and self.memory.pushed:  # the schedule was made longer since
             self.forget()
-        return self.in_burn_in
+        return in_burn_in
 
     def _begin(self, input: Tensor, how: Forward) -> None:
         # a recomputation is of the iteration of its forward, whatever has stepped since
@@ -151,11 +152,6 @@ class RememberingNorm2d(Scheduled, SmallBatchNorm2d):
             )
 
     # ---- iterations ----
-
-    @property
-    def _memory_takes_part(self) -> bool:
-        """Whether earlier iterations take part in the statistics of the present forward."""
-        return self.memory.older is not None and not self.recomputing_statistics
 
     @property
     def steps(self) -> int:
