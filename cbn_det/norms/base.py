@@ -40,24 +40,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_groups(norm: str, channels: int, groups: Any, eps: Any) -> None:
-    """Of a GroupNorm by the name of ``norm``.
-
-    Raises:
-        ValueError: an option out of range, or groups that do not divide the channels.
-    """
-    if type(groups) is not int or groups < 1:
-        raise ValueError(f"groups={groups!r}: expected a positive int")
-    if channels % groups:
-        fitting = max(g for g in range(1, groups) if channels % g == 0)
-        raise ValueError(
-            f"groups={groups} does not divide the {channels} channels: use {norm}(groups={fitting})"
-            " there"
-        )
-    if not (is_number(eps) and eps >= 0.0):
-        raise ValueError(f"eps={eps!r}: expected a number of at least 0")
-
-
 def plain(batch: Moments) -> Estimate:
     """BatchNorm's statistics."""
     return Estimate(batch.mean, batch.var, 1.0)

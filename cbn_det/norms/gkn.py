@@ -16,20 +16,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
-from .base import SmallBatchNorm2d, check_groups
 from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
 from .graph import mark
+from .group_norm import GroupNorm2d
 from .posterior import DEFAULT_GAIN, Predicting, posterior
-from .spec import register_norm, shown_options
-from .traced import Unscriptable, call_in_graph
+from .spec import register_norm
+from .traced import call_in_graph
 
 
 @register_norm("GKN")
-class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
+class GKN2d(Predicting, GroupNorm2d):
     """Group Kalman Normalization over [N, C, H, W]; GroupNorm's parameters, and GroupNorm where
     nothing precedes it.
 
@@ -41,10 +41,8 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
 
     Args:
         num_channels: channels C.
-        groups: number of groups; must divide C.
         gain: weight of the prediction, in [0, 1), 0 being GroupNorm.
-        eps: added to the variance.
-        affine: whether there are a weight and a bias per channel.
+        groups, eps, affine, device, dtype: see :class:`GroupNorm2d`.
 
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
@@ -52,27 +50,12 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
 
     predicts_in_evaluation = Predicting.predicts
 
-    def __init__(
-        self,
-        num_channels: int,
-        *,
-        groups: int = 32,
-        gain: float = DEFAULT_GAIN,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
-    ) -> None:
-        check_groups("GKN", num_channels, groups, eps)
-        super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
+    def __init__(self, num_channels: int, *, gain: float = DEFAULT_GAIN, **shared: Any) -> None:
+        super().__init__(num_channels, **shared)
         self._start_predicting(num_channels, gain)
 
     def options(self) -> dict[str, Any]:
-        """Present values, as ``type(self)(C, **options)`` takes them."""
-        gain, eps, affine = self.gain, self.eps, self.affine
-        return {"groups": self.num_groups, "gain": gain, "eps": eps, "affine": affine}
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, {shown_options(self)}"
+        return {"gain": self.gain, **super().options()}
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -94,8 +77,6 @@ class GKN2d(Predicting, Unscriptable, nn.GroupNorm):
             output = torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         mark(output, self)
         return output
-
-    _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
     def _mix(self, input: Tensor, prediction: Tensor) -> Tensor:
         n, groups = len(input), self.num_groups

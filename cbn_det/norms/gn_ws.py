@@ -22,12 +22,12 @@ from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from . import binding
-from .base import SmallBatchNorm2d, check_groups
 from .binding import ConvBound
 from .conv_call import operation_of
 from .functional import statistics_dtype
-from .spec import register_norm, shown_options
-from .traced import Unscriptable, call_in_graph
+from .group_norm import GroupNorm2d
+from .spec import register_norm
+from .traced import call_in_graph
 
 _WS_EPS = 1e-5
 _LOCK = threading.Lock()
@@ -50,16 +50,14 @@ def standardized(weight: Tensor) -> Tensor:
 
 
 @register_norm("GN+WS")
-class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
+class GNWS2d(ConvBound, GroupNorm2d):
     """GroupNorm over [N, C, H, W] that standardises the weight of the convolution it follows.
 
     A subclass of ``nn.GroupNorm``, with its parameters and state keys; it cannot be folded.
 
     Args:
         num_channels: channels C.
-        groups: number of groups; must divide C.
-        eps: added to the variance of a group.
-        affine: whether there are a weight and a bias per channel.
+        groups, eps, affine, device, dtype: see :class:`GroupNorm2d`.
 
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
@@ -70,17 +68,8 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
     needs_conv = True
     without_conv = "GN"
 
-    def __init__(
-        self,
-        num_channels: int,
-        *,
-        groups: int = 32,
-        eps: float = 1e-5,
-        affine: bool = True,
-        **factory: Any,
-    ) -> None:
-        check_groups("GN+WS", num_channels, groups, eps)
-        super().__init__(groups, num_channels, eps=eps, affine=affine, **factory)
+    def __init__(self, num_channels: int, **shared: Any) -> None:
+        super().__init__(num_channels, **shared)
         self._callers: set[int] = set()  # threads in which the convolution runs
         binding.install()
 
@@ -88,21 +77,12 @@ class GNWS2d(ConvBound, Unscriptable, nn.GroupNorm):
     def num_features(self) -> int:
         return self.num_channels
 
-    def options(self) -> dict[str, Any]:
-        """The constructor's options with their present values."""
-        return {"groups": self.num_groups, "eps": self.eps, "affine": self.affine}
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, {shown_options(self)}"
-
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return call_in_graph(self, input)
         self._check_input(input)
         # not F.group_norm, which refuses a single value in a group
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-
-    _replicate_for_data_parallel = SmallBatchNorm2d._replicate_for_data_parallel
 
     # ---- the convolution ----
 
