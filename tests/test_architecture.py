@@ -33,7 +33,7 @@ DOORS = {
     " remembering sites spec trace",
     "plugin": "detector launch lazy norm_hook registry",
     "run": "arguments checkpoint command_line cores detector errors export files"
-    " folder freeze job loading measure metrics_file nonfinite precise_bn signals trial",
+    " folder job loading measure metrics_file nonfinite norm_schedule precise_bn signals trial",
     "standalone": "detector launch",
 }
 # files beside the rooms that everybody may import, and what of ours these may

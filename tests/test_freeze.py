@@ -31,7 +31,7 @@ from cbn_det.norms import (
     sync_running_stats,
 )
 from cbn_det.run.checkpoint import load_norm_state, norm_state
-from cbn_det.run.freeze import FreezeStatistics
+from cbn_det.run.norm_schedule import NormSchedule
 
 ITERATIONS, WHEN = 8, 5  # freeze=0.6 of 8 is 4.8
 NORMS = {
@@ -77,7 +77,7 @@ class Training:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         resolve_burn_in(model, ITERATIONS)
-        self.freeze = FreezeStatistics(model, ITERATIONS, self.others, iterations=5)
+        self.freeze = NormSchedule(model, ITERATIONS, self.others, iterations=5)
         self.double_forward = DoubleForward(model)
         self.second_passes: list[int] = []
 
@@ -181,10 +181,10 @@ def test_a_schedule_made_longer_thaws_and_one_made_shorter_freezes_anew() -> Non
     state = norm_state(training.model)
     assert state["frozen_norms"] == ["1", "4"]
     longer, shorter = network("BN(freeze=0.6)"), network("BN(freeze=0.6)")
-    FreezeStatistics(longer, 20, others)
+    NormSchedule(longer, 20, others)
     load_norm_state(longer, state, WHEN + 1, 20)
     assert not longer[1].frozen
-    freeze = FreezeStatistics(shorter, 4, others, 2)
+    freeze = NormSchedule(shorter, 4, others, 2)
     load_norm_state(shorter, {**state, "frozen_norms": []}, WHEN + 1, 4)
     assert freeze.before_step(WHEN + 1) == 2 and shorter[1].frozen
     assert freeze.before_step(WHEN + 2) == 0
@@ -195,7 +195,7 @@ def test_a_schedule_made_longer_thaws_and_one_made_shorter_freezes_anew() -> Non
 
 def _of_a_rank(rank: int, world: int) -> list[Tensor]:
     model = network("BN(freeze=0.5)").double()
-    freeze = FreezeStatistics(model, 2, lambda: (b.double() for b in others(rank)), 3)
+    freeze = NormSchedule(model, 2, lambda: (b.double() for b in others(rank)), 3)
     model(images(rank).double())  # each rank has statistics of its own
     freeze.before_step(1)
     found = [model[1].running_mean.clone(), model[1].running_var.clone()]
@@ -225,10 +225,10 @@ def test_a_freeze_out_of_range_is_named(value: str) -> None:
 def test_where_nobody_freezes_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_warned", set())
     model = network("MBN(burn_in=0, freeze=0.6, double_forward=False)")
-    with pytest.warns(UserWarning, match=r"freeze=0.6 of MBN2d .*\.FreezeStatistics\("):
+    with pytest.warns(UserWarning, match=r"freeze=0.6 of MBN2d .*\.NormSchedule\("):
         model(images(0))
     monkeypatch.setattr(clock, "_warned", set())
-    FreezeStatistics(model, 10, others)
+    NormSchedule(model, 10, others)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(images(0))
@@ -248,7 +248,7 @@ def test_a_burn_in_that_outlasts_the_freeze_is_told(monkeypatch: pytest.MonkeyPa
 def test_the_table_says_when() -> None:
     model = network("BN(freeze=0.6)")
     assert "freeze=0.6" in format_norm_table(norm_rows(model))
-    FreezeStatistics(model, 600, others)
+    NormSchedule(model, 600, others)
     assert "BN(ema='batch', freeze=360," in format_norm_table(norm_rows(model))
 
 
@@ -290,7 +290,7 @@ def test_a_frozen_model_folds(spec: str) -> None:
 def test_parts_that_are_not_trained_keep_their_statistics() -> None:
     model = network("BN(freeze=0.6)")
     model[1].eval()
-    FreezeStatistics(model, 10, others, 2).before_step(6)
+    NormSchedule(model, 10, others, 2).before_step(6)
     assert torch.equal(model[1].running_mean, torch.zeros(4))
     assert model[4].running_mean.abs().min() > 0
 
@@ -298,6 +298,6 @@ def test_parts_that_are_not_trained_keep_their_statistics() -> None:
 def test_other_norms_keep_their_statistics() -> None:
     model = network("BN(freeze=0.6)")
     model[4] = nn.BatchNorm2d(6)
-    FreezeStatistics(model, 10, others, 2).before_step(6)
+    NormSchedule(model, 10, others, 2).before_step(6)
     assert torch.equal(model[4].running_mean, torch.zeros(6)) and model[4].training
     assert model[1].running_mean.abs().min() > 0

@@ -23,7 +23,7 @@ from cbn_det.norms import (
     sync_bn,
     sync_running_stats,
 )
-from cbn_det.run.freeze import FreezeStatistics, as_at_the_end
+from cbn_det.run.norm_schedule import NormSchedule, as_at_the_end
 from cbn_det.run.precise_bn import recompute_statistics
 
 ITERATIONS, START = 6, 4
@@ -58,7 +58,7 @@ def state(model: nn.Module) -> list[Tensor]:
 def train(rank: int, ranks: int, spec: str, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
     bare = network(build_norm(spec, 4))
     model = DistributedDataParallel(bare, broadcast_buffers=False)
-    times = FreezeStatistics(bare, ITERATIONS, list)
+    times = NormSchedule(bare, ITERATIONS, list)
     found = []
     for i, of_ranks in enumerate(sizes):
         times.before_step(i)
@@ -179,7 +179,7 @@ def test_a_rank_in_trouble_knows_that_the_others_wait_in_forward() -> None:
     from cbn_det.plugin.step import has_sync_norm
 
     model = network(build_norm(SPEC, 4))
-    times = FreezeStatistics(model, ITERATIONS, list)
+    times = NormSchedule(model, ITERATIONS, list)
     for i in range(ITERATIONS):
         times.before_step(i)
         assert has_sync_norm(model) == (i >= START)
@@ -251,9 +251,9 @@ def test_options_and_table(monkeypatch: pytest.MonkeyPatch) -> None:
             build_norm(f"SyncBN(start={value})", 4)
     monkeypatch.setattr(clock, "_warned", set())
     model = network(build_norm(SPEC, 4))
-    with pytest.warns(UserWarning, match=r"start=0.67 of SyncBN.*FreezeStatistics\("):
+    with pytest.warns(UserWarning, match=r"start=0.67 of SyncBN.*NormSchedule\("):
         model(images(0, (1,))[0])
-    FreezeStatistics(model, 600, list)
+    NormSchedule(model, 600, list)
     assert "start=402" in format_norm_table(norm_rows(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

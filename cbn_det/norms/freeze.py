@@ -4,8 +4,8 @@ At one or two images a mini-batch's statistics are noise, which weights would fi
 fraction of the schedule on, a layer with ``freeze`` normalises with statistics computed anew at
 that time, over many mini-batches of all ranks ("Rethinking 'Batch' in BatchNorm", arXiv
 2105.07576), as in evaluation; weights and affine parameters go on training. A training loop brings
-the mini-batches: :class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers of this package
-and ``NormHook`` call.
+the mini-batches by :class:`cbn_det.run.norm_schedule.NormSchedule`, which the trainers of this
+package and ``NormHook`` call.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ class Freezable(nn.BatchNorm2d):
     def _look_for_freezer(self) -> None:
         """Warns once where nobody will ever freeze the layer; called in training forwards."""
         if self.freeze < 1 and self.freeze_steps is None:
-            clock.warn_once(
-                f"freeze={self.freeze!r} of {type(self).__name__} layers has no effect: nobody"
-                " recomputes their statistics at that time. Call"
-                " cbn_det.run.freeze.FreezeStatistics(model, max_iter, batches).before_step(i)"
-                " before each iteration i."
-            )
+            warn_of_no_schedule(self, "freeze")
+
+
+def warn_of_no_schedule(layer: nn.Module, option: str) -> None:
+    """Warns once that nobody told the layer how long its schedule is."""
+    norm = type(layer).__name__
+    clock.warn_once(
+        f"{option}={getattr(layer, option)!r} of {norm} layers has no effect: nobody says when that"
+        " time has come. Call cbn_det.run.norm_schedule.NormSchedule(model, max_iter,"
+        " batches).before_step(i) before each iteration i."
+    )
 
 
 def with_freeze(model: nn.Module) -> dict[str, Freezable]:

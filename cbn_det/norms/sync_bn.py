@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm
 
-from . import clock
 from .base import Forward, is_number
 from .bn import BN2d
+from .freeze import warn_of_no_schedule
 from .functional import statistics_dtype, without_autocast
 from .recalibration import in_backward
 from .spec import register_norm
@@ -34,8 +34,8 @@ class SyncBN2d(BN2d):
     Args:
         num_features: channels C.
         start: fraction of the schedule, in [0, 1), before which it is BatchNorm. A training loop
-            says when it has come: :class:`cbn_det.run.freeze.FreezeStatistics`, which the trainers
-            of this package and ``NormHook`` call.
+            says when it has come by :class:`cbn_det.run.norm_schedule.NormSchedule`, which the
+            trainers of this package and ``NormHook`` call.
         freeze, ema, momentum, eps, affine, device, dtype: see :class:`SmallBatchNorm2d`.
 
     Attributes:
@@ -65,11 +65,7 @@ class SyncBN2d(BN2d):
     def _begin(self, input: Tensor, how: Forward) -> None:
         super()._begin(input, how)
         if not self.started and self.start_steps is None:
-            clock.warn_once(
-                f"start={self.start!r} of SyncBN layers has no effect: nobody says when that time"
-                " has come. Call cbn_det.run.freeze.FreezeStatistics(model, max_iter,"
-                " batches).before_step(i) before each iteration i."
-            )
+            warn_of_no_schedule(self, "start")
 
     @torch.compiler.disable
     def _train(self, input: Tensor) -> Tensor:

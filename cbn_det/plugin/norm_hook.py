@@ -20,7 +20,7 @@ from ..norms import (
     sync_running_stats,
 )
 from ..run.checkpoint import load_norm_state, norm_state
-from ..run.freeze import FreezeStatistics
+from ..run.norm_schedule import NormSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class NormHook(HookBase):
         self._double_forward = DoubleForward(self._model, proposals)
         self._periods: set[int] = set()
         self._saved: dict[str, Any] | None = None
-        self._freeze: FreezeStatistics | None = None
+        self._norm_schedule: NormSchedule | None = None
 
     def before_train(self) -> None:
         trainer = self.trainer
@@ -76,7 +76,7 @@ class NormHook(HookBase):
         self._periods = set().union(*comm.all_gather(_periods(trainer._hooks)))
         resolve_burn_in(self._model, trainer.max_iter, trainer.start_iter)
         config = getattr(trainer, "cfg", None)  # a LazyConfig's trainer has none
-        self._freeze = FreezeStatistics(
+        self._norm_schedule = NormSchedule(
             self._model,
             trainer.max_iter,
             lambda: iter(trainer.data_loader),
@@ -91,7 +91,7 @@ class NormHook(HookBase):
 
     def before_step(self) -> None:
         with EventStorage():  # what heads log of these forwards is dropped
-            self._freeze.before_step(self.trainer.iter)
+            self._norm_schedule.before_step(self.trainer.iter)
 
     def after_step(self) -> None:
         with EventStorage():  # what heads log of the second pass is dropped

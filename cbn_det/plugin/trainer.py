@@ -30,8 +30,8 @@ from ..norms import (
     norm_rows,
     resolve_burn_in,
 )
-from ..run.freeze import FreezeStatistics
 from ..run.measure import RunClock
+from ..run.norm_schedule import NormSchedule
 from ..run.signals import ignore_interrupts, stop_requests
 from .checkpointer import AtomicCheckpointer
 from .config import FULL_MODEL, scale_schedule
@@ -87,7 +87,7 @@ class Trainer(ResumableTrainer):
         self._trainer = CheckedStep(wrapped, loader, optimizer, accumulate, mixed)
         self.bare_model = model
         self.double_forward = DoubleForward(model, getattr(model, "proposal_generator", None))
-        self._freeze = FreezeStatistics(
+        self._norm_schedule = NormSchedule(
             model, cfg.SOLVER.MAX_ITER, self._batches_of_freeze, cfg.TEST.PRECISE_BN.NUM_ITER
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -181,7 +181,7 @@ class Trainer(ResumableTrainer):
 
     def before_step(self) -> None:
         with EventStorage():  # what heads log of these forwards is dropped
-            self._freeze.before_step(self.iter)
+            self._norm_schedule.before_step(self.iter)
         super().before_step()
 
     def _batches_of_freeze(self) -> Iterator[Any]:

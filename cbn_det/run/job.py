@@ -26,9 +26,9 @@ from .display import class_table, write_all_pictures
 from .errors import CRASHED, NOT_FINITE, OK, STOPPED, USAGE, ConfigError, one_line
 from .files import RESULT, read_result, remove_parts
 from .folder import DIVERGED, FAILED, FINISHED
-from .freeze import as_at_the_end
 from .measure import count_flops, count_parameters, peak_memory_mb
 from .nonfinite import Diverged, PeerFailed, first_bad_layer, first_bad_state
+from .norm_schedule import as_at_the_end
 from .precise_bn import kept_statistics, recompute_statistics
 from .signals import Interrupted, handled
 

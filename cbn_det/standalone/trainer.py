@@ -33,10 +33,10 @@ from ..run.checkpoint import (
     settings_changes,
 )
 from ..run.errors import ConfigError, one_line
-from ..run.freeze import FreezeStatistics
 from ..run.loading import seed_random
 from ..run.measure import RunClock
 from ..run.nonfinite import Diverged, check_state
+from ..run.norm_schedule import NormSchedule
 from ..run.signals import Interrupted, StopRequest, stop_requests
 from .loading import Sample, batches
 from .metrics import Metrics
@@ -98,7 +98,7 @@ class Trainer:
         resolve_burn_in(model, cfg.SOLVER.MAX_ITER)
         self.optimizer = build_optimizer(cfg, model)
         self.double_forward = DoubleForward(model, getattr(model, "rpn", None))
-        self._freeze = FreezeStatistics(
+        self._norm_schedule = NormSchedule(
             model,
             cfg.SOLVER.MAX_ITER,
             self._batches_of_freeze,
@@ -200,7 +200,7 @@ class Trainer:
         loader = self.batches()
         for iteration in range(self.start_iter, solver.MAX_ITER):
             self.iter = iteration
-            self._freeze.before_step(iteration)
+            self._norm_schedule.before_step(iteration)
             self.clock.start_step()
             self._step(loader)
             self.clock.end_step()

@@ -16,13 +16,13 @@ from .precise_bn import recompute_statistics
 logger = logging.getLogger(__name__)
 
 
-class FreezeStatistics:
-    """Freezes the norms of a model that have the option ``freeze``, when their time has come, and
-    starts those that have ``start``::
+class NormSchedule:
+    """Does for the norms of a model what their time has come for: freezes those that have the
+    option ``freeze``, and starts those that have ``start``::
 
-        freeze = FreezeStatistics(model, max_iter, lambda: batches(train_set))
+        schedule = NormSchedule(model, max_iter, lambda: batches(train_set))
         for i in range(max_iter):
-            freeze.before_step(i)
+            schedule.before_step(i)
             ...
 
     Args:
