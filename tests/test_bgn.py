@@ -11,7 +11,8 @@ from torch import nn
 
 from cbn_det.norms import BGN2d, build_norm, format_norm_table, norm_rows
 from cbn_det.norms.base import unchanged
-from cbn_det.norms.functional import Estimate, normalize
+from cbn_det.norms.functional import Estimate
+from cbn_det.norms.normalization import normalize
 
 
 def paper_bgn(x, groups, weight, bias, eps=1e-5):

@@ -171,7 +171,8 @@ def test_gradcheck_with_the_memory_held_constant(mode, kind):
     bias = None if conv.bias is None else conv.bias.detach().clone().requires_grad_()
 
     def forward(x, weight, scale, shift, bias=None):
-        from cbn_det.norms.functional import moments, normalize
+        from cbn_det.norms.functional import moments
+        from cbn_det.norms.normalization import normalize
 
         y = conv._conv_forward(x, weight, bias)
         if bias is not None:

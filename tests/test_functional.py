@@ -11,8 +11,8 @@ from cbn_det.norms.functional import (
     mixture,
     moments,
     moments_of_groups,
-    normalize,
 )
+from cbn_det.norms.normalization import normalize
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 100, 1000])

@@ -16,6 +16,7 @@ from .evaluation import image_share
 from .functional import Estimate, Moments
 from .gkn import GKN2d
 from .gn_ws import GNWS2d
+from .group_norm import GroupNorm2d
 from .kn import KN2d
 from .mbn import MBN2d
 from .model import (
@@ -55,6 +56,7 @@ __all__ = [
     "Estimate",
     "GKN2d",
     "GNWS2d",
+    "GroupNorm2d",
     "KN2d",
     "LeftNorm",
     "MBN2d",

@@ -13,7 +13,8 @@ from torch.fx import Proxy
 
 from . import clock
 from .freeze import Freezable
-from .functional import Estimate, Moments, moments, normalize, without_autocast
+from .functional import Estimate, Moments, moments, without_autocast
+from .normalization import normalize
 from .recalibration import Recalibration, in_backward
 from .spec import options_of, shown_options
 from .traced import Unscriptable, call_in_graph
@@ -215,7 +216,8 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
     def _normalized(
         self, input: Tensor, moving: bool, is_batchnorm: bool
     ) -> tuple[Tensor, Moments, Estimate]:
-        """The output, with what it was normalised by; ``moving``: running statistics move, too."""
+        """The output, with what it was normalised by; ``moving``: running statistics move, too;
+        ``is_batchnorm``: by the mini-batch's own."""
         batch = self._moments_and_running(input) if moving else self.batch_moments(input)
         estimate = plain(batch) if is_batchnorm else self.estimate(batch)
         return normalize(input, estimate, self.weight, self.bias, self.eps), batch, estimate

@@ -37,6 +37,7 @@ from typing import Any
 from torch import Tensor
 
 from .compensation import (
+    CHANGES,
     ROW,
     AveragedDerivative,
     OwnDerivative,
@@ -188,7 +189,7 @@ class CBN2d(FollowingNorm2d):
             layer.carry_bias()
             if is_new and compensates:
                 layer.derivative.commit(layer.memory, layer.memory.pending)
-        row, derived = (ROW, 2) if compensates else (ROW[:2], 0)
+        row, derived = (ROW, CHANGES) if compensates else (ROW[:2], ())
         rows = push(layers, row, derived) if is_new else rows_of(layers)
         entries = rows[:, :2]
         if compensates:

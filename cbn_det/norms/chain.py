@@ -234,8 +234,8 @@ def _warn_of_compilation() -> None:
 
 
 def _report(scope: Scope) -> None:
-    """Warns, in the iteration after the first, if nothing is predicted for any of a model's
-    layers, or for more than a quarter of them, not counting the one that its input goes into."""
+    """Warns, in the iteration after the first, if nothing is predicted for more than a quarter of
+    a model's layers, not counting the one that its input goes into."""
     model = scope and scope()
     layers = [m for m in layers_of(model) if m.predicts] if model is not None else []
     for layer in layers:
@@ -243,8 +243,7 @@ def _report(scope: Scope) -> None:
     chains = [layer.chain for layer in layers if layer.chain is not None]
     reasons = Counter(chain.reason for chain in chains if isinstance(chain, End))
     count = reasons.total()
-    some = count < len(chains)
-    if some and count - (FROZEN_INPUT in reasons) <= len(chains) // 4 or not chains:
+    if count - (FROZEN_INPUT in reasons) <= len(chains) // 4:
         return
     listed = "; ".join(f"{number}: {reason}" for reason, number in reasons.most_common(4))
     more = "; ..." if len(reasons) > 4 else ""

@@ -38,8 +38,11 @@ def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
 
 
 #: An entry's values a channel: the statistics, and the products of patch and derivative with the
-#: weight of the time. Beside them is what the statistics have changed by since.
+#: weight of the time
 ROW = ("mean", "var", "anchor", "gradient_anchor")
+#: behind them: what the statistics have changed by since
+CHANGES = ("mean_change", "var_change")
+_ANCHORS, _CHANGES = slice(2, 4), slice(4, 6)
 
 
 def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
@@ -48,14 +51,14 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
 
     Args:
         layers: that are committed together, with the same kind of derivative.
-        rows: [E, row and 2, sum of C], their entries.
+        rows: [E, row and changes, sum of C], their entries.
         is_new: whether the newest entry comes with this commit.
 
     Returns:
         [E, 2, sum of C], changes of means and variances; a part of ``rows``.
     """
     memory, entries = layers[0].memory, rows.shape[0]
-    change = rows[:, 4:]
+    change = rows[:, _CHANGES]
     newest = change[(memory.pushed - 1) % memory.capacity]
     before = None if is_new else newest.clone()
     of_means, of_variances = [], []
@@ -66,7 +69,7 @@ def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
         of_variances.append(of_variance.expand(entries, -1))
     now = torch.cat(of_means + of_variances, 1).view(entries, 2, -1)
     # of what was not finite, after an overflow, nothing is known
-    torch.sub(now, rows[:, 2:4], out=change).nan_to_num_(0.0, 0.0, 0.0)
+    torch.sub(now, rows[:, _ANCHORS], out=change).nan_to_num_(0.0, 0.0, 0.0)
     since = newest if before is None else newest - before
     variances = [layer.running_var for layer in layers]
     running = [layer.running_mean for layer in layers] + variances
@@ -155,7 +158,9 @@ class AveragedDerivative:
         newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
         kept["gradient"].lerp_(estimate, newest)
         kept["anchor"] = kept["anchor"].add(step, alpha=newest)
-        memory.rows[:, 3].add_(step, alpha=newest)  # no entry has changed by it
+        memory.rows[:, ROW.index("gradient_anchor")].add_(
+            step, alpha=newest
+        )  # no entry has changed by it
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
         now = products_with(memory.kept["gradient"].unsqueeze(1), weight)

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Proxy
 
-from .functional import Estimate, mixture, moments, normalize, statistics_dtype, without_autocast
+from .functional import Estimate, mixture, moments, statistics_dtype, without_autocast
 from .graph import mark
 from .group_norm import GroupNorm2d
+from .normalization import normalize
 from .posterior import DEFAULT_GAIN, Predicting, posterior
 from .spec import register_norm
 from .traced import call_in_graph

@@ -124,14 +124,14 @@ class MBN2d(RememberingNorm2d):
         return *super().group_for_commit(), self.decay
 
     def _watch_second_pass(self) -> None:
-        if self.double_forward and self.memory.pushed >= _ENTRIES_BEFORE_WARNING:
-            if not self.memory.second_passes:
-                clock.warn_once(
-                    "MBN layers have double_forward=True, and nobody runs the second pass: their"
-                    " memory is of weights before each step. Call"
-                    " cbn_det.norms.DoubleForward(model).refresh() after optimizer.step(), with the"
-                    " module that the training loop calls, or set MBN(double_forward=False)."
-                )
+        memory, enough = self.memory, _ENTRIES_BEFORE_WARNING
+        if self.double_forward and memory.pushed >= enough and not memory.refreshed_entries:
+            clock.warn_once(
+                "MBN layers have double_forward=True, and nobody runs the second pass: their memory"
+                " is of weights before each step. Call cbn_det.norms.DoubleForward(model).refresh()"
+                " after optimizer.step(), with the module that the training loop calls, or set"
+                " MBN(double_forward=False)."
+            )
 
     @property
     def diagnostics(self) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class MBN2d(RememberingNorm2d):
         memory = self.memory
         if not (self.double_forward and memory.pushed):
             return {}
-        return {"second_pass": torch.tensor(memory.second_passes / memory.pushed)}
+        return {"second_pass": torch.tensor(memory.refreshed_entries / memory.pushed)}
 
     def _update_running(self, batch: Moments, estimate: Estimate) -> None:
         if self.is_batchnorm:

@@ -63,7 +63,9 @@ class Memory:
         self.stacked: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}  # beside the entries, changed with each commit
         self.pushed = 0  # entries so far
-        self.second_passes = 0  # of these, those that Double Forward's second pass has made anew
+        self.refreshed_entries = (
+            0  # of these, those that Double Forward's second pass has made anew
+        )
         #: mean and variance [2, C] of all entries together, for the present iteration
         self.older: Tensor | None = None
 
@@ -136,7 +138,7 @@ class Memory:
             "capacity": self.capacity,
             "steps": self.steps,
             "pushed": self.pushed,
-            "second_passes": self.second_passes,
+            "refreshed_entries": self.refreshed_entries,
             "forwards": self.forwards,
             "refreshed": self.refreshed,
             # whether an optimiser has stepped since: the pending entry is then to be committed
@@ -209,7 +211,7 @@ def instead_of(layers: list[Any]) -> Tensor:
     return _side_by_side([layer.instead() for layer in layers])
 
 
-def push(layers: list[Any], row: tuple[str, ...], derived: int = 0) -> Tensor:
+def push(layers: list[Any], row: tuple[str, ...], derived: tuple[str, ...] = ()) -> Tensor:
     """Makes the pending entries of several layers, all with the same slot free, their newest ones.
 
     In a channel whose variance is not finite (a step that overflowed and was skipped by a
@@ -218,14 +220,14 @@ def push(layers: list[Any], row: tuple[str, ...], derived: int = 0) -> Tensor:
     Args:
         layers: norms with a memory.
         row: keys of the values a channel, the first two of which are mean and variance.
-        derived: so many values a channel follow in a row, for the caller to write.
+        derived: names of values a channel that follow in a row, for the caller to write.
 
     Returns:
         :func:`rows_of` the layers.
     """
     memories = [layer.memory for layer in layers]
     first = memories[0]
-    rows = _common_rows(layers, len(row) + derived)
+    rows = _common_rows(layers, len(row) + len(derived))
     new = rows[first.slot, : len(row)]
     torch.cat([memory.pending[key] for key in row for memory in memories], out=new.view(-1))
     torch.where(new[1] < math.inf, new[:2], instead_of(layers), out=new[:2])
@@ -238,5 +240,5 @@ def push(layers: list[Any], row: tuple[str, ...], derived: int = 0) -> Tensor:
         torch._foreach_copy_(slots, [memory.pending[key] for memory in memories])
     for memory in memories:
         memory.pushed += 1
-        memory.second_passes += memory.refreshed
+        memory.refreshed_entries += memory.refreshed
     return rows[: len(first)]

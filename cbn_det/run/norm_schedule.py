@@ -27,7 +27,7 @@ class NormSchedule:
 
     Args:
         model: the bare model, with its norms.
-        max_iter: iterations of the schedule that ``freeze`` is a fraction of.
+        max_iter: iterations of the schedule that ``freeze`` and ``start`` are fractions of.
         batches: gives what yields training batches, each time from the same one on.
         iterations: how many of them statistics are computed over, on each rank.
         forward: runs the model on a batch; the model itself by default.
