@@ -1,10 +1,12 @@
 #!/bin/sh
-# A batched product of vectors takes a CPU many times as long, or not, by the stride of a dimension of length 1.
+# A batched product of vectors takes a CPU many times as long, or not, by the stride of a dimension
+# of length 1.
 #
-# torch 2.14.1, one thread. Expected: the stride of a dimension that is never stepped along does not
-# matter. Seen, of [512, 1, 4608] times [512, 4608, 1]: 7 to 15 ms where the second operand is
+# torch 2.14.1, one thread. Expected: the stride of a dimension that is never stepped along does
+# not matter. Seen, of [512, 1, 4608] times [512, 4608, 1]: 7 to 15 ms where the second operand is
 # v.unsqueeze(2) with strides (4608, 1, 1), 0.9 ms where it is v.unsqueeze(1).mT with strides
-# (4608, 1, 4608). Operands and results are equal. matmul and einsum('cd,cd->c') take the slow one.
+# (4608, 1, 4608). The operands are equal, the results up to rounding. einsum('cd,cd->c') is as
+# slow as the first.
 set -eu
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT

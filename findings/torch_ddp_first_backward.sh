@@ -1,12 +1,12 @@
 #!/bin/sh
-# The first backward pass of a DistributedDataParallel and its second one, of the same weights and batches,
-# give other bits where three or more processes average by gloo.
+# The first backward pass of a DistributedDataParallel and its second one, of the same weights and
+# batches, give other bits where three or four processes average by gloo.
 #
 # torch 2.14.1. Expected: the same numbers, as nothing has changed. Seen: of 84488 gradients 10769
-# differ with 3 processes, 20242 with 4, none with 2; the second pass and all later ones agree. After
-# its first pass DDP orders the bucket by the gradients' arrival, and where a number lies in it decides
-# in what order gloo adds the processes' numbers up. A process that resumes from a checkpoint begins
-# with a first pass, so it does not repeat bit for bit what an uninterrupted one computes.
+# differ with 3 processes, 20242 with 4, none with 2; the third pass agrees with the second. The
+# likely cause: after its first pass DDP orders the bucket anew, and where a number lies in it
+# decides in what order the processes' numbers are added up. A training that resumes from a
+# checkpoint begins with a first pass, and then differs from an uninterrupted one.
 set -eu
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT

@@ -1,10 +1,12 @@
 #!/bin/sh
-# A step that a GradScaler skips runs the step hooks of a fused optimiser, and not those of others.
+# A step that a GradScaler skips runs the step hooks of SGD(fused=True), and not those of plain
+# SGD.
 #
-# torch 2.14.1, on a CPU. Expected: no hook runs, or it runs for both. Seen, of SGD with an infinite
-# gradient: with fused=True the hook runs although no weight moves, with fused=False it does not.
-# Whoever counts steps by register_step_post_hook counts those that were skipped; while the hook runs,
-# the optimiser's attribute found_inf tells them apart.
+# torch 2.14.1, on a CPU. Expected: no hook runs, or it runs for both. Seen, of SGD with an
+# infinite gradient: with fused=True the hook runs although no weight moves, with fused=False it
+# does not. Whoever counts steps by register_step_post_hook counts those that were skipped; while
+# the hook runs, the optimiser's attribute found_inf tells them apart: 1 in a skipped step, 0 in
+# another.
 set -eu
 packages=$(mktemp -d)
 trap 'rm -rf "$packages"' EXIT
@@ -13,7 +15,7 @@ PYTHONPATH="$packages" python3 - <<'END'
 import torch
 
 
-def skipped_step(fused):
+def step(fused, gradient):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused)
     seen = []
@@ -24,15 +26,17 @@ def skipped_step(fused):
 
     optimizer.register_step_post_hook(after_step)
     scaler = torch.amp.GradScaler("cpu")
-    loss = (weight * torch.tensor([1.0, float("inf"), 1.0])).sum()
-    scaler.scale(loss).backward()
+    scaler.scale((weight * torch.tensor([1.0, gradient, 1.0])).sum()).backward()
     scaler.step(optimizer)
-    assert weight.tolist() == [1.0, 1.0, 1.0], "the step was skipped"
+    assert (weight.tolist() == [1.0, 1.0, 1.0]) == (gradient == INFINITE)
     return seen
 
 
-fused, plain = skipped_step(True), skipped_step(False)
-print(f"torch {torch.__version__}: found_inf as the hooks saw it: fused {fused}, not fused {plain}")
+INFINITE = float("inf")
+taken = step(True, 2.0)
+fused, plain = step(True, INFINITE), step(False, INFINITE)
+print(f"torch {torch.__version__}: found_inf as the hooks saw it: step taken {taken}, skipped")
+print(f"{fused}, skipped and not fused {plain}")
 assert torch.__version__.startswith("2.14.1"), "another version than the one this is about"
-assert fused == [1.0] and plain == [], "it has changed"
+assert taken == [0.0] and fused == [1.0] and plain == [], "it has changed"
 END
