@@ -77,13 +77,14 @@ def dispatch_bound() -> Rows:
 
 
 def with_recovered(name: str) -> Rows:
-    """Rows of emulated ranks on digits, beside BN of the batch-size comparison."""
+    """Single runs on digits, beside the means of BN in the batch-size comparison."""
     of_bn = {r["ranks x images"]: r for r in read(RESULTS / "batch_size.csv") if r["norm"] == "BN"}
     most = float(of_bn["1 x 8"]["AP"])
     table = []
     for row in read(RESULTS / name):
         lost = most - float(of_bn[row["ranks x images"]]["AP"])
-        recovered = f"{100 + 100 * (float(row['AP']) - most) / lost:.0f}" if lost else ""
+        some = lost and not row["norm"].startswith("GN")  # which depends on no batch
+        recovered = f"{100 + 100 * (float(row['AP']) - most) / lost:.0f}" if some else ""
         table.append(row | {"recovered, %": recovered})
     return table
 
@@ -96,7 +97,10 @@ SELECTIONS = {
         operations_of_a_layer,
         dispatch_bound,
     )
-} | {name: partial(with_recovered, f"{name}.csv") for name in ("freeze", "freeze_digits")}
+} | {
+    name: partial(with_recovered, f"{name}.csv")
+    for name in ("freeze", "freeze_digits", "freeze_processes")
+}
 
 
 def cell(row: dict[str, str], name: str) -> str:

@@ -184,6 +184,30 @@ def test_normalize_gradient_accuracy(dtype, ratio):
     assert error < {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float32: 2e-5}[dtype]
 
 
+@pytest.mark.parametrize("size", [12, 120])  # in parts, and by a batch norm of its terms
+@pytest.mark.parametrize("share", [0.0, 0.3, "per channel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_normalize_has_the_same_gradient_on_small_and_large_maps(dtype, share, size):
+    torch.manual_seed(0)
+    x, g = (torch.randn(2, 3, size, size, dtype=torch.float64) for _ in range(2))
+    x, g = x.to(dtype), g.to(dtype)
+    of_statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, w = (torch.randn(3).to(of_statistics) for _ in range(2))
+    var = torch.rand(3).to(of_statistics) + 0.5
+    share = torch.tensor([0.0, 0.4, 1.0]).to(of_statistics) if share == "per channel" else share
+    leaf = x.clone().requires_grad_()
+    normalize(leaf, Estimate(mean, var, share), w, None, 1e-5).backward(g)
+    m, v, gain, part = (
+        torch.as_tensor(t, dtype=torch.float64).view(-1, 1, 1) for t in (mean, var, w, share)
+    )
+    hat = (x.double() - m) / (v + 1e-5).sqrt()
+    projected = [(t * g.double()).mean((0, 2, 3), keepdim=True) for t in (1.0, hat)]
+    expected = (g.double() - part * (projected[0] + hat * projected[1])) * gain
+    expected = expected / (v + 1e-5).sqrt()
+    error = (leaf.grad.double() - expected).abs().max() / expected.abs().max()
+    assert error < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_normalize_keeps_dtype_and_memory_format(dtype):
     torch.manual_seed(0)
