@@ -30,6 +30,7 @@ _BATCHNORM = "CBN(window=1, ema='batch')"
 
 OnInput = Callable[["Site", Tensor], None]
 OnEstimate = Callable[["Site", str, SmallBatchNorm2d, Estimate], None]
+Normalized = tuple[Tensor, Moments, Estimate]
 
 
 class Site:
@@ -110,7 +111,7 @@ class Shadows:
                 resolve_burn_in(layer, max_iter)
                 site = self.sites.setdefault(row.name, Site(row.name, host))
                 site.shadows[norm] = layer
-                layer.estimate = partial(self._estimate, layer.estimate, site, norm, layer)
+                layer._normalized = partial(self._normalized, layer._normalized, site, norm, layer)
                 layer._is_plain = partial(self._is_plain, layer._is_plain)
                 if type(layer).batch_moments is SmallBatchNorm2d.batch_moments:
                     layer.batch_moments = self._moments
@@ -162,10 +163,10 @@ class Shadows:
         if host.training:
             mark(output, site)
 
-    def _estimate(
-        self, estimate: Callable[..., Estimate], site: Site, norm: str, layer: Any, batch: Any
-    ) -> Estimate:
-        found = estimate(batch)
+    def _normalized(
+        self, normalized: Callable[..., Normalized], site: Site, norm: str, layer: Any, *args: Any
+    ) -> Normalized:
+        output, batch, estimate = normalized(*args)
         if self.on_estimate is not None:
-            self.on_estimate(site, norm, layer, found)
-        return found
+            self.on_estimate(site, norm, layer, estimate)
+        return output, batch, estimate
