@@ -268,6 +268,13 @@ def test_the_retinanet_example_is_detectron2s_with_a_norm() -> None:
         assert rounded == pytest.approx(exact, rel=1e-5)
 
 
+def test_the_first_choice_is_the_row_of_batchnorm_with_a_freeze() -> None:
+    cfg = load(CONFIGS / "examples" / "faster_rcnn_R_50_FPN_1x_bn_freeze.yaml")
+    row = load(COCO / "faster_rcnn_R_50_FPN_1x" / "bn_2img.yaml")
+    assert differences(cfg, row) == {*HEADS, "OUTPUT_DIR"}
+    assert {cfg[key] for key in HEADS} == {"BN(freeze=0.8)"}
+
+
 def test_the_authors_setting_is_what_their_configs_say() -> None:
     epoch = 117266 / 16  # images with objects, and 4 GPUs with 4
     for path in ROWS:
