@@ -41,11 +41,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def plain(batch: Moments) -> Estimate:
-    """BatchNorm's statistics."""
-    return Estimate(batch.mean, batch.var, 1.0)
-
-
 def _exporting() -> bool:
     """Whether the forward is recorded as a graph that is kept."""
     return torch.jit.is_tracing() or _is_exported()
@@ -157,8 +152,8 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
 
     def estimate(self, batch: Moments) -> Estimate:
         """Statistics of this layer now, from this mini-batch's moments and what is remembered;
-        called in training forwards that are not BatchNorm's."""
-        return plain(batch)
+        called in training forwards that are not BatchNorm's. By default: BatchNorm's."""
+        return Estimate(batch.mean, batch.var, 1.0)
 
     def averaged(self, batch: Moments, estimate: Estimate) -> Moments:
         """What the running statistics average. By default: the mini-batch's own moments."""
@@ -219,7 +214,10 @@ class SmallBatchNorm2d(Unscriptable, Freezable):
         """The output, with what it was normalised by; ``moving``: running statistics move, too;
         ``is_batchnorm``: by the mini-batch's own."""
         batch = self._moments_and_running(input) if moving else self.batch_moments(input)
-        estimate = plain(batch) if is_batchnorm else self.estimate(batch)
+        if is_batchnorm:
+            estimate = SmallBatchNorm2d.estimate(self, batch)
+        else:
+            estimate = self.estimate(batch)
         return normalize(input, estimate, self.weight, self.bias, self.eps), batch, estimate
 
     def _begin(self, input: Tensor, how: Forward) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .base import Forward, is_number
-from .functional import Estimate, Moments, filled_like, statistics_dtype
+from .functional import Estimate, Moments, filled_like, inverse_std, statistics_dtype
 from .memory import instead_of, share_out
 from .remembering import RememberingNorm2d
 from .spec import register_norm
@@ -139,7 +139,7 @@ class BRN2d(RememberingNorm2d):
     def commit(cls, layers: list[BRN2d]) -> None:
         now = _put_back(layers)
         share_out(layers, now)
-        invstd = (now[1].to(statistics_dtype(now)) + layers[0].eps).rsqrt_()
+        invstd = inverse_std(now[1].to(statistics_dtype(now)), layers[0].eps)
         widths = [layer.num_features for layer in layers]
         for layer, part in zip(layers, invstd.split(widths), strict=True):
             layer.memory.kept["invstd"] = part

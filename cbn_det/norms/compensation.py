@@ -42,7 +42,7 @@ def products_with(gradients: Tensor, weight: Tensor) -> Tensor:
 ROW = ("mean", "var", "anchor", "gradient_anchor")
 #: behind them: what the statistics have changed by since
 CHANGES = ("mean_change", "var_change")
-_ANCHORS, _CHANGES = slice(2, 4), slice(4, 6)
+_ANCHORS, _CHANGES, _GRADIENT_ANCHOR = slice(2, 4), slice(4, 6), 3
 
 
 def carry(layers: list[Any], rows: Tensor, is_new: bool) -> Tensor:
@@ -158,9 +158,8 @@ class AveragedDerivative:
         newest = 1.0 - (1.0 - _MOMENTUM) ** EVERY
         kept["gradient"].lerp_(estimate, newest)
         kept["anchor"] = kept["anchor"].add(step, alpha=newest)
-        memory.rows[:, ROW.index("gradient_anchor")].add_(
-            step, alpha=newest
-        )  # no entry has changed by it
+        # no entry has changed by it
+        memory.rows[:, _GRADIENT_ANCHOR].add_(step, alpha=newest)
 
     def products(self, memory: Memory, weight: Tensor) -> Tensor:
         now = products_with(memory.kept["gradient"].unsqueeze(1), weight)

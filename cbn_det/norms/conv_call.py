@@ -100,11 +100,9 @@ def mismatch(conv: nn.Conv2d, node: Any) -> str | None:
     if node._saved_transposed:
         return "its input comes from a transposed convolution"
     source = node.next_functions[1][0]
-    plain = conv._parameters.get("weight")
-    if plain is not None and getattr(source, "variable", None) is plain:
-        return None
     if source is not None and "Copy" in source.name():  # the cast of autocast
         source = source.next_functions[0][0]
+    plain = conv._parameters.get("weight")
     if source is None:
         frozen = plain is not None and not plain.requires_grad
         return None if frozen else "the convolution before it is frozen, so it is another one"

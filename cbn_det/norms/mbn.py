@@ -103,9 +103,8 @@ class MBN2d(RememberingNorm2d):
             share = 1.0 / (memory.forwards + 1)
             mean, var = combined = mixed_in(mean, var, *memory.pending.values(), share)
             if memory.older is not None:
-                combined = mixed_in(
-                    mean, var, *memory.older, _newest_share(len(memory), self.decay)
-                )
+                newest = _newest_share(len(memory), self.decay)
+                combined = mixed_in(mean, var, *memory.older, newest)
         memory.pending = {"mean": mean, "var": var}
         torch._foreach_copy_([self.running_mean, self.running_var], list(combined))
 

@@ -63,9 +63,7 @@ class Memory:
         self.stacked: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}  # beside the entries, changed with each commit
         self.pushed = 0  # entries so far
-        self.refreshed_entries = (
-            0  # of these, those that Double Forward's second pass has made anew
-        )
+        self.refreshed_entries = 0  # of these, those that a second pass has made anew
         #: mean and variance [2, C] of all entries together, for the present iteration
         self.older: Tensor | None = None
 
